@@ -1,0 +1,293 @@
+"""What a run is: one typed, frozen tree.
+
+Files are YAML with YAML 1.2 scalars (1e-3 is a number, `off` is a string); several files overlay each other from left to
+right, and `section.key=value` arguments come last. `resolve` turns the tree and a number of ranks into the derived numbers
+(`RunPlan`), each with its reason; nothing here is ever mutated.
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: str = Field(min_length=1, description="run folder: configuration, metrics, checkpoints, logs")
+    seed: int = Field(0, ge=0, lt=2**63, description="key of every random number of the run")
+    steps: int = Field(gt=0, description="optimizer steps in the whole run")
+    global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
+    micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
+    max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
+
+
+class ModelConfig(Section):
+    preset: str | None = Field(None, description="a shape from model/presets.py; the fields below override it")
+    d_model: int | None = Field(None, gt=0, description="width of the residual stream")
+    n_layers: int | None = Field(None, gt=0, description="number of blocks")
+    n_heads: int | None = Field(None, gt=0, description="query heads")
+    n_kv_heads: int | None = Field(None, gt=0, description="key/value heads; n_heads is plain multi-head attention")
+    d_ff: int | None = Field(None, gt=0, description="hidden width of the SwiGLU feed-forward")
+    vocab_size: int | None = Field(
+        None, gt=0, description="rows of the embedding; default: the tokenizer's size rounded up to a multiple of 64"
+    )
+    qk_norm: bool | None = Field(None, description="RMSNorm on queries and keys, per head")
+    tied_embeddings: bool | None = Field(None, description="one matrix for embedding and output head")
+    rope_theta: float | None = Field(None, gt=0, description="base of the rotary position frequencies")
+    norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
+    init_std: float | None = Field(
+        None, gt=0, description="standard deviation of the initial weights (residual outputs: / sqrt(2 n_layers))"
+    )
+
+
+class DataSource(Section):
+    path: str = Field(min_length=1, description="folder written by tools/prepare_data.py")
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+
+
+class DataConfig(Section):
+    sources: tuple[DataSource, ...] = Field(min_length=1, description="prepared folders and their weights")
+    sequence_length: int = Field(gt=0, description="tokens per row")
+    document_mask: bool = Field(False, description="keep attention inside documents")
+    random_length_fraction: float = Field(
+        0.01, ge=0, le=1, description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)"
+    )
+    verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
+    workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
+    prefetch: int = Field(4, gt=0, description="micro-batches that each loader process keeps ready")
+
+
+class DiffusionConfig(Section):
+    eps: float = Field(1e-3, gt=0, lt=1, description="smallest masking rate")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule: how masking rates are drawn")
+    strata: Literal["global", "none"] = Field(
+        "global", description="masking rates: one stratification of the global batch, or independent draws"
+    )
+
+
+class OptimConfig(Section):
+    lr: float = Field(gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable then linear decay")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over the peak")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="weight average per step; null: none")
+
+
+class ParallelConfig(Section):
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the forward and backward pass; parameters and reductions stay float32"
+    )
+    reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
+    head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
+
+
+class CheckpointConfig(Section):
+    save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
+    keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one"
+    )
+    init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
+
+
+class MonitorConfig(Section):
+    log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
+    tensorboard: bool = Field(True, description="write RUN/events")
+
+
+class EvalConfig(Section):
+    every: int = Field(1000, gt=0, description="steps between evaluations; the last step always evaluates")
+    rows: int = Field(256, gt=0, description="validation sequences per source, or all where there are fewer")
+    samples: int = Field(4, gt=0, description="noise draws per sequence")
+    batch: int = Field(32, gt=0, description="sequences per forward pass; fixed, so that any number of ranks agrees")
+    seed: int = Field(0, ge=0, lt=2**63, description="key of the evaluation noise")
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The numbers that follow from a configuration and a number of ranks."""
+
+    world_size: int
+    rows_per_rank: int  # rows of one step that belong to one rank
+    micro_batch: int  # rows in one forward pass
+    accumulation: int  # micro-steps per step
+    tokens_per_step: int  # positions, padding included
+    reasons: tuple[str, ...]  # one sentence per derived number
+
+    def slots(self, rank: int, micro_step: int) -> range:
+        """The slots of the global batch in one micro-batch: rank-major, so a rank owns one contiguous block."""
+        first = rank * self.rows_per_rank + micro_step * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+def resolve(config: Config, world_size: int) -> RunPlan:
+    """The plan of `config` on `world_size` ranks.
+
+    Raises ValueError where the global batch cannot be split evenly.
+    """
+    run = config.run
+    if run.global_batch % world_size:
+        raise ValueError(
+            f"run.global_batch={run.global_batch} does not divide over {world_size} ranks: "
+            f"make it a multiple of {world_size}, or start another number of ranks"
+        )
+    rows = run.global_batch // world_size
+    micro = min(run.micro_batch, rows)
+    if rows % micro:
+        divisors = [d for d in range(1, rows + 1) if rows % d == 0]
+        raise ValueError(
+            f"run.micro_batch={micro} does not divide the {rows} rows of a rank "
+            f"(run.global_batch={run.global_batch} / {world_size} ranks): choose one of {divisors}"
+        )
+    tokens = run.global_batch * config.data.sequence_length
+    plan = f"accumulation {rows // micro} = {run.global_batch} / ({world_size} ranks x {micro})"
+    if micro < run.micro_batch:
+        plan += f"; micro-batch {micro}, not {run.micro_batch}: a rank has only {rows} rows"
+    size = f"tokens per step {tokens:,} = {run.global_batch} rows x {config.data.sequence_length}"
+    total = f"tokens in the run {tokens * run.steps:,} = {run.steps:,} steps x {tokens:,}"
+    return RunPlan(world_size, rows, micro, rows // micro, tokens, (plan, size, total))
+
+
+# ---- reading
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema, and no silent duplicate keys."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in [
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+]:
+    _Yaml12Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+# YAML 1.1 reads 010 as octal and 1:30 in base 60; the core schema knows neither.
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def _overlay(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _read_file(path: str) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read configuration {path}: not UTF-8 text") from None
+    tree = _parse_yaml(text, path)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections such as 'run:' at the top level, found {type(tree).__name__}")
+    return tree
+
+
+def _read_override(argument: str) -> dict:
+    key, _, value = argument.partition("=")
+    tree = _parse_yaml(value, f"override {argument!r}")
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _field_names(path: tuple) -> list[str]:
+    """The legal keys beside the last part of a configuration path."""
+    level = Config
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        kind = level.model_fields[part].annotation
+        level = DataSource if part == "sources" else kind
+    return list(level.model_fields)
+
+
+def _explain(error: dict) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            close = difflib.get_close_matches(str(error["loc"][-1]), _field_names(error["loc"]), n=1, cutoff=0.5)
+            names = ", ".join(_field_names(error["loc"]))
+            return f"unknown key '{path}'" + (f": did you mean '{close[0]}'?" if close else f": there are {names}")
+        case "missing":
+            return f"'{path}' is missing: give it in a file or as {path}=VALUE"
+        case _:
+            return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def validate(tree: dict, where: str) -> Config:
+    """The typed configuration of a plain tree. Raises ValueError, one line naming every wrong key."""
+    try:
+        # Through JSON: strict about types, and a list is the natural form of a tuple.
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ValueError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def load(arguments: list[str]) -> Config:
+    """The configuration of a command line: YAML files, then section.key=value overrides.
+
+    Raises ValueError with one line that says what is wrong, where, and what to do.
+    """
+    files = [a for a in arguments if "=" not in a]
+    if not files:
+        raise ValueError("no configuration file given: name at least one, such as configs/quickstart.yaml")
+    tree: dict = {}
+    for path in files:
+        tree = _overlay(tree, _read_file(path))
+    for argument in arguments:
+        if "=" in argument:
+            tree = _overlay(tree, _read_override(argument))
+    return validate(tree, "configuration " + " + ".join(files))

@@ -1,0 +1,43 @@
+"""Every random number of a run: a pure function of (seed, stream, step, slot).
+
+Counter-based generation (Philox) leaves no generator state to save, to broadcast or to lose on resume: any process can
+draw any slot's noise at any time. Only the bit generator's raw output is used, because numpy promises that it stays the
+same from release to release; its distributions (`Generator.normal` and so on) carry no such promise.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a random number is for. Values are part of every run's meaning: add new ones, never renumber."""
+
+    STRATA = 1  # one uniform per slot of a step, stratified
+    POSITIONS = 2  # one uniform per token position of a slot
+    ORDER = 3  # the order of the samples; step = epoch, slot = source
+    INIT = 4  # initial weights; step = first 8 bytes of sha256(parameter name)
+    LENGTH = 5  # which rows are cut to a random length, and to which
+    EVALUATION = 6  # the fixed noise of evaluation; step 0: strata, step 1: positions
+    GENERATION = 7  # sampling: positions and tokens
+
+
+def philox(seed: int, stream: Stream, step: int, slot: int = 0, block: int = 0) -> np.random.Philox:
+    """The bit generator of one (seed, stream, step, slot), at its block of four words number `block`.
+
+    Word 0 of the counter counts blocks, so step and slot (words 2 and 3) are never reached by carry and no two slots
+    overlap.
+    """
+    return np.random.Philox(
+        key=np.array([seed, stream], dtype=np.uint64), counter=np.array([block, 0, step, slot], dtype=np.uint64)
+    )
+
+
+def uniforms(bits: np.random.Philox, count: int) -> np.ndarray:
+    """The next `count` uniforms on [0, 1), float32 [count], exact multiples of 2^-24."""
+    return (bits.random_raw(count) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def position_uniforms(seed: int, step: int, slots: np.ndarray, length: int, stream: Stream = Stream.POSITIONS) -> np.ndarray:
+    """One uniform per token position of each slot of a step: float32 [len(slots), length]."""
+    return np.stack([uniforms(philox(seed, stream, step, int(slot)), length) for slot in slots])

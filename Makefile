@@ -1,16 +1,42 @@
 # make quickstart | test | soak | lint. Each sets itself up; run again, it changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
-RUN := runs/quickstart
 CORPUS := data/python-stdlib
+RUN := runs/quickstart
+export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test soak lint bench
+.PHONY: setup quickstart test soak lint
 
 setup: .venv/.installed
 
 .venv/.installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mdmtrain needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: mdmtrain needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# The corpus is the source of the Python that runs it: real text, no download.
+quickstart: setup
+	@$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
+		--include '*.py' --exclude test tests idle_test site-packages dist-packages lib2to3 \
+		--vocab-size 512 --validation-fraction 0.05 --out $(CORPUS)
+	@$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m mdmtrain.train configs/quickstart.yaml
+	@$(PY) -m mdmtrain.evaluate $(RUN)
+	@echo "run folder   $(RUN)"
+	@echo "TensorBoard  .venv/bin/tensorboard --logdir $(RUN)/events"
+	@echo "infilled by the model, between its prefix and suffix:"
+	@$(PY) -m mdmtrain.generate $(RUN) --length 24 --prefix "$$(printf 'import os\n\n\ndef read_lines(path):\n    ')" \
+		--suffix "$$(printf '\n    return lines\n')"
+
+test: setup
+	$(PY) -m pytest
+
+# The full counts of every proof that `make test` samples.
+soak: setup
+	MDMTRAIN_SOAK=1 $(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .

@@ -1,3 +1,3 @@
-"""mdmtrain: distributed pretraining of masked diffusion language models, with the variance taken out of their training."""
+"""mdmtrain: distributed pretraining of masked diffusion language models, with little variance."""
 
 __version__ = "0.1.0"

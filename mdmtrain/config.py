@@ -1,8 +1,8 @@
 """What a run is: one typed, frozen tree.
 
-Files are YAML with YAML 1.2 scalars (1e-3 is a number, `off` is a string); several files overlay each other from left to
-right, and `section.key=value` arguments come last. `resolve` turns the tree and a number of ranks into the derived numbers
-(`RunPlan`), each with its reason; nothing here is ever mutated.
+Files are YAML with YAML 1.2 scalars (1e-3 is a number, `off` is a string); several files overlay each other from left
+to right, and `section.key=value` arguments come last. `resolve` turns the tree and a number of ranks into the derived
+numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 """
 
 import difflib
@@ -58,7 +58,10 @@ class DataConfig(Section):
     sequence_length: int = Field(gt=0, description="tokens per row")
     document_mask: bool = Field(False, description="keep attention inside documents")
     random_length_fraction: float = Field(
-        0.01, ge=0, le=1, description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)"
+        0.01,
+        ge=0,
+        le=1,
+        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)",
     )
     verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -75,7 +78,9 @@ class DiffusionConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable then linear decay")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="after warm-up: cosine, or stable then linear decay"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over the peak")
@@ -99,7 +104,8 @@ class CheckpointConfig(Section):
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
     keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one"
+        "auto",
+        description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
 
@@ -197,7 +203,11 @@ class _Yaml12Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ]:
     _Yaml12Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
@@ -207,7 +217,7 @@ _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Yaml12Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

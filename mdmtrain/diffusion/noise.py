@@ -5,6 +5,7 @@ draw any slot's noise at any time. Only the bit generator's raw output is used, 
 same from release to release; its distributions (`Generator.normal` and so on) carry no such promise.
 """
 
+import hashlib
 from enum import IntEnum
 
 import numpy as np
@@ -38,6 +39,24 @@ def uniforms(bits: np.random.Philox, count: int) -> np.ndarray:
     return (bits.random_raw(count) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def position_uniforms(seed: int, step: int, slots: np.ndarray, length: int, stream: Stream = Stream.POSITIONS) -> np.ndarray:
+def position_uniforms(
+    seed: int, step: int, slots: np.ndarray, length: int, stream: Stream = Stream.POSITIONS
+) -> np.ndarray:
     """One uniform per token position of each slot of a step: float32 [len(slots), length]."""
     return np.stack([uniforms(philox(seed, stream, step, int(slot)), length) for slot in slots])
+
+
+def normals(seed: int, name: str, first: int, count: int) -> np.ndarray:
+    """Standard normals number first .. first + count of the parameter called `name`: float32 [count].
+
+    Any slice can be drawn by itself, so each rank fills just its own shard of a parameter, and every mesh starts from
+    the same weights. A block of the counter makes eight normals (Box-Muller on 32-bit halves, in float64).
+    """
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    skip = first % 8
+    blocks = -(-(skip + count) // 8)
+    halves = philox(seed, Stream.INIT, key, block=first // 8).random_raw(4 * blocks).view(np.uint32)
+    unit = (halves.astype(np.float64) + 0.5) * 2.0**-32  # (0, 1): the logarithm is finite
+    radius, angle = np.sqrt(-2.0 * np.log(unit[0::2])), 2.0 * np.pi * unit[1::2]
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return pairs.reshape(-1)[skip : skip + count].astype(np.float32)

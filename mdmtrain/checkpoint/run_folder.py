@@ -1,0 +1,72 @@
+"""The folder of one run: who may write it, and what it says about itself."""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.config import Config
+
+LOCK_PATIENCE = 10.0  # seconds: a killed predecessor may need a moment to go
+PACKAGES = ("mdmtrain", "torch", "torchdata", "numpy", "scipy", "sentencepiece", "pydantic", "tensorboard")
+
+
+class RunLock:
+    """The right to write a run folder. The operating system takes it back when the process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError when another live process holds the folder, OSError when it cannot be written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / ".lock", "a+")
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self._file.seek(0)
+                    owner = self._file.read().strip() or "another process"
+                    raise ValueError(
+                        f"run folder {folder} is in use by {owner}: stop that run, or choose another run.dir"
+                    ) from None
+                time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+
+def describe_run(folder: Path, config: Config) -> None:
+    """Write what the run is (config.yaml) and what it runs on (environment.json)."""
+    write_atomically(folder / "config.yaml", config.to_yaml())
+    environment = {
+        "command": shlex.join(sys.argv),
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a git checkout, or no git
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,379 @@
+"""Text -> prepared folder: find the inputs, stream their documents, tokenize in parallel, write shards.
+
+Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands at the
+destination is complete. The content does not depend on the number of workers.
+"""
+
+import fcntl
+import glob
+import gzip
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+
+from mdmtrain.data.processes import follow_parent
+from mdmtrain.data.shards import (
+    FORMAT,
+    MANIFEST,
+    PreparedSplit,
+    ShardWriter,
+    read_manifest,
+    token_dtype,
+    write_durably,
+    write_manifest,
+)
+from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
+
+LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
+BATCH = 1 << 18  # characters that a worker gets at once
+Progress = Callable[[str, int, int], None]  # phase, bytes of the input files done, and in all
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a prepared folder is made with, besides its inputs."""
+
+    tokenizer: str | None = None  # a model file or a prepared folder; None: train one
+    vocab_size: int = 32_768  # pieces of a tokenizer trained here
+    validation_fraction: float = 0.01  # of the documents, chosen by their hash
+    shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
+    bad_utf8: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation-fraction {self.validation_fraction} is not between 0 and 1")
+        if self.shard_tokens < 1:
+            raise ValueError(f"--shard-tokens {self.shard_tokens} is not positive")
+
+
+@dataclass
+class Summary:
+    out: Path
+    manifest: dict[str, Any]
+    already: bool  # nothing was done: the folder was there, made from the same inputs and options
+    skipped: Counter[str]  # documents left out, by reason
+    seconds: dict[str, float]  # by phase
+
+
+def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progress: Progress | None = None) -> Summary:
+    """Prepare the files `inputs` (of `find_inputs`) into the folder `out`; does nothing where that was done before.
+
+    Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
+    """
+    made_from = _identity(inputs, options)
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        if manifest["made_from"] != made_from:
+            raise ValueError(f"{out} holds data prepared from other inputs or options: remove it, or choose another --out")
+        for split in manifest["splits"]:
+            PreparedSplit(out, split)
+        return Summary(out, manifest, True, Counter(), {})
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
+
+    skipped: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
+    report = progress or (lambda phase, done, total: None)
+    try:
+        with _staging(out) as folder:
+            begin = time.monotonic()
+            model = folder / MODEL_FILE
+            if options.tokenizer:
+                Tokenizer.load(options.tokenizer)
+                write_durably(model, model_file(options.tokenizer).read_bytes())
+            else:
+                Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
+            seconds["tokenizer"] = time.monotonic() - begin
+            begin = time.monotonic()
+            splits = _write_splits(inputs, folder, options, workers, skipped, report)
+            manifest = write_manifest(folder, Tokenizer.load(model), splits, made_from)
+            _publish(folder, out)
+            seconds["tokenization"] = time.monotonic() - begin
+    except OSError as error:
+        where = error.filename or out
+        raise ValueError(f"preparing {out} failed: {where}: {error.strerror or error}; nothing was written") from None
+    except BrokenProcessPool:
+        raise ValueError(f"preparing {out} failed: a worker was killed (out of memory?): use fewer --workers") from None
+    return Summary(out, manifest, False, skipped, seconds)
+
+
+def _identity(inputs: list[Path], options: Options) -> str:
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    settings = asdict(options)
+    if options.tokenizer:
+        settings["tokenizer"] = hashlib.sha256(model_file(options.tokenizer).read_bytes()).hexdigest()
+        del settings["vocab_size"]
+    return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A locked empty folder beside `out`, removed at the end however it comes, save by SIGKILL: then by the next run."""
+    folder = out.parent / f".{out.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is being prepared by another process: wait for it, or stop it") from None
+        try:
+            for leftover in folder.iterdir():
+                leftover.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    _sync_folder(folder)
+    os.replace(folder, out)
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- inputs
+
+
+def find_inputs(arguments: list[str], include: list[str], exclude: list[str], out: Path) -> list[Path]:
+    """The files that `arguments` (files, folders, globs) name, each once, in a fixed order, absolute.
+
+    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
+    names and `out` are left alone. Raises ValueError where an argument names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        named = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        before = len(found)
+        for path in named:
+            files = _walk(path, include, exclude, out.resolve()) if os.path.isdir(path) else [path]
+            found.update((Path(file).resolve(), None) for file in files)
+        if not named:
+            raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
+        if len(found) == before and all(os.path.isdir(path) for path in named):
+            raise ValueError(f"no new file in {argument!r} matches --include and --exclude: widen the patterns")
+    return list(found)
+
+
+def _walk(root: str, include: list[str], exclude: list[str], out: Path) -> Iterator[str]:
+    def any_match(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith(".") and not any_match(name, exclude) and Path(folder, name).resolve() != out
+        )
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            wanted = any_match(name, include or ["*"]) and not any_match(name, exclude) and not name.startswith(".")
+            if wanted and os.path.isfile(path):
+                yield path
+
+
+class Document(NamedTuple):
+    text: str
+    position: int  # bytes of the file (as it lies on disk) read so far
+
+
+def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator[Document]:
+    """The documents of one file: a jsonl file has one a line, a text file is one (or several where it is long).
+
+    Raises ValueError naming the file and the line or byte of what cannot be read; `skipped` counts what is left out.
+    """
+    records = path.name.endswith((".jsonl", ".jsonl.gz"))
+    with open(path, "rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
+        try:
+            for number, content in enumerate(stream, 1) if records else _pieces(stream):
+                try:
+                    text = _json_text(content, f"{path}:{number}") if records else content.decode()
+                    text.encode()  # JSON can spell half a surrogate pair, which is no text
+                except UnicodeError as error:
+                    if bad_utf8 == "error":
+                        place = f"{path}:{number}" if records else f"{path} at byte {number + error.start}"
+                        raise ValueError(
+                            f"{place}: not UTF-8 text ({error.reason}): convert the file, leave it out with --exclude, "
+                            "or give --bad-utf8 skip"
+                        ) from None
+                    skipped["not UTF-8"] += 1
+                    continue
+                if text:
+                    yield Document(text, raw.tell())
+                else:
+                    skipped["empty"] += 1
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error}): replace it or leave it out") from None
+
+
+def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of a text file in pieces of at most LONGEST_TEXT bytes that end at line ends, or at characters."""
+    offset, rest = 0, b""
+    while True:
+        block = rest + stream.read(LONGEST_TEXT - len(rest))
+        if len(block) < LONGEST_TEXT:
+            break
+        cut = block.rfind(b"\n") + 1
+        if not cut:
+            cut = len(block)
+            while cut > len(block) - 3 and block[cut - 1] & 0xC0 == 0x80:
+                cut -= 1
+            if block[cut - 1] >= 0xC0:
+                cut -= 1  # the character may go on in the next block
+        yield offset, block[:cut]
+        offset, rest = offset + cut, block[cut:]
+    if block or not offset:
+        yield offset, block
+
+
+def _json_text(line: bytes, place: str) -> str:
+    line = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if not line:
+        return ""
+    try:
+        record = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg}): every line must be an object with a 'text' field") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f"{place}: no 'text' field with a string: every line must be an object with one")
+    return record["text"]
+
+
+# ---- tokens
+
+
+def _draw(text: bytes) -> float:
+    """The document's number in [0, 1): below --validation-fraction it is validation. Equal documents go together."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") / 2**32
+
+
+def _training_texts(inputs: list[Path], options: Options, report: Progress) -> Iterator[str]:
+    """Training documents for the tokenizer: every file's first ones, up to its share of four times the sample."""
+    share = 4 * SAMPLE_CHARACTERS // len(inputs)
+    total = sum(path.stat().st_size for path in inputs)
+    done = 0
+    for path in inputs:
+        characters = 0
+        for document in read_documents(path, options.bad_utf8, Counter()):
+            if _draw(document.text.encode()) >= options.validation_fraction:
+                yield document.text
+            characters += len(document.text)
+            if characters >= share:
+                break
+        done += path.stat().st_size
+        report("reading for the tokenizer", done, total)
+
+
+class _Encoded(NamedTuple):
+    draw: float
+    bytes: int
+    tokens: np.ndarray  # bos + tokens + eos
+
+
+_tokenizer: Tokenizer  # of this worker process
+
+
+def _start_worker(model: Path) -> None:
+    global _tokenizer
+    if multiprocessing.parent_process():
+        follow_parent()
+    _tokenizer = Tokenizer.load(model)
+
+
+def _encode(texts: list[str]) -> list[_Encoded]:
+    encoded, dtype = [], token_dtype(_tokenizer.vocab_size)
+    for text in texts:
+        tokens = np.array([_tokenizer.bos_id, *_tokenizer.encode(text), _tokenizer.eos_id], dtype=dtype)
+        content = text.encode()
+        encoded.append(_Encoded(_draw(content), len(content), tokens))
+    return encoded
+
+
+def _encode_all(batches: Iterable[tuple[list[str], int]], model: Path, workers: int) -> Iterator[tuple[list[_Encoded], int]]:
+    """The batches encoded, in their order; a few per worker are in flight, so memory stays bounded."""
+    if workers == 1:
+        _start_worker(model)
+        yield from ((_encode(texts), done) for texts, done in batches)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(model,))
+    try:
+        flying: deque = deque()
+        for texts, done in batches:
+            flying.append((pool.submit(_encode, texts), done))
+            if len(flying) > 3 * workers:
+                future, before = flying.popleft()
+                yield future.result(), before
+        for future, before in flying:
+            yield future.result(), before
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(inputs: list[Path], bad_utf8: str, skipped: Counter[str]) -> Iterator[tuple[list[str], int]]:
+    """(documents, bytes of the inputs read so far), about BATCH characters at a time."""
+    texts, size, before, done = [], 0, 0, 0
+    for path in inputs:
+        for text, position in read_documents(path, bad_utf8, skipped):
+            texts.append(text)
+            size, done = size + len(text), before + position
+            if size >= BATCH:
+                yield texts, done
+                texts, size = [], 0
+        before += path.stat().st_size
+    if texts:
+        yield texts, done
+
+
+def _write_splits(
+    inputs: list[Path], folder: Path, options: Options, workers: int, skipped: Counter[str], report: Progress
+) -> dict[str, dict]:
+    model = folder / MODEL_FILE
+    dtype = token_dtype(Tokenizer.load(model).vocab_size)
+    writers = {split: ShardWriter(folder, split, dtype, options.shard_tokens) for split in ("train", "validation")}
+    total = sum(path.stat().st_size for path in inputs)
+    lowest, highest = 1.0, 0.0
+    for encoded, done in _encode_all(_batches(inputs, options.bad_utf8, skipped), model, workers):
+        for document in encoded:
+            split = "validation" if document.draw < options.validation_fraction else "train"
+            writers[split].add(document.tokens, document.bytes)
+            lowest, highest = min(lowest, document.draw), max(highest, document.draw)
+        report("tokenizing", done, total)
+    splits = {split: writer.close() for split, writer in writers.items()}
+    count = sum(split["documents"] for split in splits.values())
+    if not count:
+        raise ValueError(f"the {len(inputs)} input files hold no text: give files with text in them")
+    for split, hint in (
+        ("validation", f"give --validation-fraction {math.ceil(lowest * 1e4 + 1) / 1e4} or more"),
+        ("train", f"give --validation-fraction {math.floor(highest * 1e4) / 1e4} or less"),
+    ):
+        if not splits[split]["documents"]:
+            hint = "give more documents, or cut this one up" if count == 1 else hint
+            raise ValueError(f"none of the {count} documents fell into the {split} split: {hint}")
+    return splits

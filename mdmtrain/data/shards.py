@@ -1,0 +1,226 @@
+"""Token streams on disk: bounded shards of raw little-endian tokens, document offsets, a manifest with hashes.
+
+A split is one stream, its shards end to end; a document is bos + tokens + eos and never crosses a shard. Per shard
+`train-00000.bin` holds the tokens (uint16 or uint32) and `train-00000.docs` where each document starts (int64).
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+AGAIN = "prepare the data again with tools/prepare_data.py"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one split. `add` documents in order, then `close` for the split's part of the manifest."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+        """Starts a new shard before a document that would take a shard over `shard_tokens` tokens."""
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._bytes = 0
+
+    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """`tokens`: one document with its bos and eos; `text_bytes`: UTF-8 bytes of its source text."""
+        if self._file and self._tokens + len(tokens) > self._limit:
+            self._finish()
+        if not self._file:
+            self._name = f"{self._split}-{len(self._shards):05d}"
+            self._file = open(self._folder / f"{self._name}.bin", "wb")  # noqa: SIM115 (open across calls)
+            self._hash, self._tokens, self._starts = hashlib.sha256(), 0, []
+        raw = tokens.astype(self._dtype, copy=False).tobytes()
+        self._file.write(raw)
+        self._hash.update(raw)
+        self._starts.append(self._tokens)
+        self._tokens += len(tokens)
+        self._bytes += text_bytes
+
+    def close(self) -> dict[str, Any]:
+        """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}."""
+        if self._file:
+            self._finish()
+        totals = {key: sum(shard[key] for shard in self._shards) for key in ("tokens", "documents")}
+        return {**totals, "bytes": self._bytes, "shards": self._shards}
+
+    def _finish(self) -> None:
+        durable_close(self._file)
+        self._file = None
+        starts = np.array(self._starts, dtype="<i8").tobytes()
+        write_durably(self._folder / f"{self._name}.docs", starts)
+        self._shards.append(
+            {
+                "file": f"{self._name}.bin",
+                "tokens": self._tokens,
+                "documents": len(self._starts),
+                "sha256": self._hash.hexdigest(),
+                "documents_file": f"{self._name}.docs",
+                "documents_sha256": hashlib.sha256(starts).hexdigest(),
+            }
+        )
+
+
+def durable_close(file: BinaryIO) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    file = open(path, "wb")  # noqa: SIM115 (durable_close closes it)
+    file.write(content)
+    durable_close(file)
+
+
+def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], made_from: str) -> dict[str, Any]:
+    """The last file of a prepared folder; `made_from` identifies inputs and options, so that a second run can tell."""
+    manifest = {
+        "format": FORMAT,
+        "made_from": made_from,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "tokenizer": {
+            key: getattr(tokenizer, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id")
+        },
+        "splits": splits,
+    }
+    manifest["fingerprint"] = fingerprint(manifest)
+    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises ValueError where there is none, or none that this version reads."""
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise ValueError(f"no prepared data at {folder}: make it with tools/prepare_data.py INPUT... --out {folder}")
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a finished prepared folder (no {MANIFEST}): {AGAIN}")
+    try:
+        manifest = json.loads(file.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{file}: format {manifest['format']!r}, this version reads {FORMAT}: {AGAIN}")
+        if manifest["fingerprint"] != fingerprint(manifest):
+            raise ValueError(f"{file} was altered (its fingerprint does not fit its content): {AGAIN}")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file} is damaged: {AGAIN}") from None
+    return manifest
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """sha256 of what the data means: everything but the fingerprint itself and how the folder came about."""
+    meaning = {key: value for key, value in manifest.items() if key not in ("fingerprint", "made_from")}
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+class PreparedSplit:
+    """One split of a prepared folder as one stream of tokens. Holds no open file, so that it goes to any process.
+
+    `tokens` (positions, bos and eos included), `documents`, `bytes` (UTF-8, of the source text), `vocab_size`, `bos_id`,
+    `eos_id`, `pad_id`, `mask_id`, `tokenizer_sha256`, `fingerprint` (of the whole folder).
+    """
+
+    def __init__(self, folder: str | Path, split: str, verify: Literal["size", "sha256"] = "size"):
+        """Checks the folder: sizes, or the hashes of this split's shards too (reads them once).
+
+        Raises ValueError naming the file that is missing, truncated or altered.
+        """
+        self.folder, self.split = Path(folder), split
+        manifest = read_manifest(self.folder)
+        if split not in manifest["splits"]:
+            raise ValueError(f"{self.folder} has no split {split!r}: there are {', '.join(manifest['splits'])}")
+        content, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+        self.tokens: int = content["tokens"]
+        self.documents: int = content["documents"]
+        self.bytes: int = content["bytes"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.tokenizer_sha256: str = tokenizer["sha256"]
+        self.vocab_size: int = tokenizer["vocab_size"]
+        self.bos_id: int = tokenizer["bos_id"]
+        self.eos_id: int = tokenizer["eos_id"]
+        self.pad_id: int = tokenizer["pad_id"]
+        self.mask_id: int = tokenizer["mask_id"]
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._shards: list[dict[str, Any]] = content["shards"]
+        self._firsts = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
+        self._verify(verify)
+
+    def _verify(self, verify: str) -> None:
+        model = self.folder / MODEL_FILE
+        if not model.is_file() or sha256_of(model) != self.tokenizer_sha256:
+            raise ValueError(f"{model} is missing or not the tokenizer that made this data: {AGAIN}")
+        for shard in self._shards:
+            for name, size, digest in (
+                (shard["file"], shard["tokens"] * self._dtype.itemsize, shard["sha256"]),
+                (shard["documents_file"], shard["documents"] * 8, shard["documents_sha256"]),
+            ):
+                file = self.folder / name
+                if not file.is_file():
+                    raise ValueError(f"{file} is missing: {AGAIN}")
+                if file.stat().st_size != size:
+                    raise ValueError(f"{file} has {file.stat().st_size:,} bytes, the manifest says {size:,}: {AGAIN}")
+                if verify == "sha256" and sha256_of(file) != digest:
+                    raise ValueError(f"{file} was altered (its sha256 is not the manifest's): {AGAIN}")
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the stream: int64 [length].
+
+        Raises ValueError on an id outside the vocabulary (shards altered after the check).
+        """
+        parts = [_map(file, self._dtype)[a:b] for file, _, a, b in self._parts(start, length)]
+        ids = np.concatenate(parts, dtype=np.int64)
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"{self.folder}: token id {ids.max()} in {self.split} at {start + int(ids.argmax())} "
+                f"is outside the vocabulary of {self.vocab_size}: {AGAIN}"
+            )
+        return ids
+
+    def documents_in(self, start: int, length: int) -> np.ndarray:
+        """Which document each position of [start, start + length) belongs to, counted from 0: int32 [length]."""
+        begins, offset = np.zeros(length, dtype=np.int32), 0
+        for _, file, a, b in self._parts(start, length):
+            starts = _map(file, np.dtype("<i8"))
+            first, last = np.searchsorted(starts, [a, b])
+            begins[offset + starts[first:last] - a] = 1
+            offset += b - a
+        begins[0] = 0
+        return np.cumsum(begins, dtype=np.int32)
+
+    def _parts(self, start: int, length: int) -> Iterator[tuple[Path, Path, int, int]]:
+        """(token file, document file, first, end) of the shards under a range, positions counted within the shard."""
+        assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)
+        index = bisect_right(self._firsts, start) - 1
+        while length:
+            shard, a = self._shards[index], start - self._firsts[index]
+            b = min(a + length, shard["tokens"])
+            yield self.folder / shard["file"], self.folder / shard["documents_file"], a, b
+            start, length, index = start + b - a, length - (b - a), index + 1
+
+
+@lru_cache(maxsize=256)  # per process; bounded, because each map holds a file descriptor
+def _map(file: Path, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

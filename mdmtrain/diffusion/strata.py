@@ -1,0 +1,48 @@
+"""One stratification of a whole global batch (VARIANCE.md section 6; arXiv 2511.18159, StraTS, taken across ranks).
+
+Every rank computes the same uniforms for all slots of a step from (seed, step): nothing is communicated, and nothing
+depends on the number of ranks, the micro-batch or the point of resume.
+"""
+
+import numpy as np
+
+from mdmtrain.diffusion import noise
+from mdmtrain.diffusion.noise import Stream
+
+
+def uniforms(seed: int, step: int, count: int, strata: str, stream: Stream = Stream.STRATA) -> np.ndarray:
+    """One uniform per slot of a step: float64 [count] on [0, 1).
+
+    strata: "global" puts exactly one slot into each of `count` equal strata, and spreads every aligned block of 2^j
+    slots (2^j dividing count) over 2^j equal strata, so that each rank and each micro-batch is balanced too; "none"
+    draws independently.
+    """
+    bits = noise.philox(seed, stream, step)
+    match strata:
+        case "none":
+            return noise.uniforms(bits, count).astype(np.float64)
+        case "global":
+            return _stratified(bits, count)
+    raise AssertionError(strata)
+
+
+def _stratified(bits: np.random.Philox, count: int) -> np.ndarray:
+    """Radical inverse of the slot index over the factors of `count`, with nested (Owen) permutations and a jitter."""
+    rest, stratum, nodes = np.arange(count), np.zeros(count, dtype=np.int64), 1
+    for base in _factors_twos_first(count):
+        # One random permutation of this digit for every value of the digits above it.
+        permutations = bits.random_raw(nodes * base).reshape(nodes, base).argsort(axis=1, kind="stable")
+        stratum = stratum * base + permutations[stratum, rest % base]
+        rest //= base
+        nodes *= base
+    return (stratum + noise.uniforms(bits, count).astype(np.float64)) / count
+
+
+def _factors_twos_first(count: int) -> list[int]:
+    factors, divisor = [], 2
+    while count > 1:
+        while count % divisor == 0:
+            factors.append(divisor)
+            count //= divisor
+        divisor += 1
+    return factors

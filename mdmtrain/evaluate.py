@@ -1,0 +1,219 @@
+"""How good is a model: its NELBO on held-out text, with its standard error.
+
+    python -m mdmtrain.evaluate RUN_OR_CHECKPOINT [--data PATH...] [--json FILE]
+
+The estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact NELBO,
+an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows and
+samples.
+"""
+
+import argparse
+import gzip
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mdmtrain.checkpoint import store
+from mdmtrain.config import EvalConfig
+from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.diffusion import noise, strata
+from mdmtrain.diffusion.noise import Stream
+from mdmtrain.diffusion.objective import corrupt_counted, row_losses
+from mdmtrain.monitor.logs import user_errors
+from mdmtrain.parallel.world import World, init_world
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The NELBO of one split. bits_per_byte takes the tokens per byte of the whole split."""
+
+    split: str
+    nelbo: float  # nats per token
+    nelbo_se: float  # standard error over rows
+    bits_per_byte: float
+    bits_per_byte_se: float
+    perplexity: float  # exp(nelbo), per token
+    perplexity_se: float
+    rows: int
+    samples: int  # noise draws per row
+
+    def __str__(self) -> str:
+        return (
+            f"{self.split}: NELBO {self.nelbo:.4f} +- {self.nelbo_se:.4f} nats/token, "
+            f"{self.bits_per_byte:.4f} +- {self.bits_per_byte_se:.4f} bits/byte, perplexity {self.perplexity:.2f}"
+        )
+
+
+@torch.no_grad()
+def row_values(
+    model: nn.Module,
+    ids: Tensor,
+    segments: Tensor | None,
+    config: EvalConfig,
+    mask_id: int,
+    world: World,
+    on_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """One unbiased NELBO estimate per (row, sample), in nats per token: float64 [R, samples]. A collective.
+
+    ids: int64 [R, L]. Batches are formed by global index and dealt to the ranks in turn, so every number of ranks
+    computes the same values; a rank left over in the last round repeats a batch and its result is dropped.
+    """
+    rows, length = ids.shape
+    slots = rows * config.samples
+    u = strata.uniforms(config.seed, 0, slots, "global", Stream.EVALUATION)
+    batches = [np.arange(first, min(first + config.batch, slots)) for first in range(0, slots, config.batch)]
+    mine = {}
+    for first in range(0, len(batches), world.size):
+        number = min(first + world.rank, len(batches) - 1)
+        chosen = batches[number]
+        row = torch.from_numpy(chosen // config.samples)
+        positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
+        corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
+        visible = None if segments is None else segments[row].to(world.device)
+        ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
+        mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
+        on_batch()
+    gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
+    return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
+
+
+def evaluate_split(
+    model: nn.Module,
+    split: PreparedSplit,
+    name: str,
+    config: EvalConfig,
+    sequence_length: int,
+    document_mask: bool,
+    mask_id: int,
+    world: World,
+) -> Evaluation:
+    """The NELBO on evenly spaced rows of a validation split. A collective; the same on any number of ranks."""
+    ids, segments = validation_rows(split, config.rows, sequence_length, document_mask)
+    values = row_values(model, ids, segments, config, mask_id, world)
+    per_row = values.mean(axis=1)
+    nelbo = float(per_row.mean())
+    se = float(per_row.std(ddof=1) / math.sqrt(len(per_row))) if len(per_row) > 1 else math.inf
+    bits = split.tokens / split.bytes / math.log(2)
+    perplexity = math.exp(nelbo)
+    return Evaluation(
+        name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(per_row), config.samples
+    )
+
+
+def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
+    """`validation` for a single source, `validation/FOLDER` for several."""
+    return ["validation"] if len(splits) == 1 else [f"validation/{Path(folder).name}" for folder in folders]
+
+
+# ---- command
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the model has to beat, on the same split."""
+
+    unigram_nats_per_token: float  # entropy of the split's token frequencies
+    unigram_bits_per_byte: float
+    gzip_bits_per_byte: float  # gzip -9 of the split's text
+
+
+def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
+    ids = split.read(0, split.tokens)
+    share = np.bincount(ids) / len(ids)
+    share = share[share > 0]
+    entropy = float(-(share * np.log(share)).sum())
+    text = decode(ids.tolist()).encode("utf-8")
+    return Baselines(
+        entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * len(gzip.compress(text, 9)) / len(text)
+    )
+
+
+def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:
+    table = Table(title=f"{where}: {evaluation.split}, {evaluation.rows} rows x {evaluation.samples} noise draws")
+    for column in ("", "nats/token", "bits/byte", "perplexity"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "model (upper bound)",
+        f"{evaluation.nelbo:.4f} +- {evaluation.nelbo_se:.4f}",
+        f"{evaluation.bits_per_byte:.4f} +- {evaluation.bits_per_byte_se:.4f}",
+        f"{evaluation.perplexity:.2f} +- {evaluation.perplexity_se:.2f}",
+    )
+    unigram = base.unigram_nats_per_token
+    table.add_row("unigram", f"{unigram:.4f}", f"{base.unigram_bits_per_byte:.4f}", f"{math.exp(unigram):.2f}")
+    table.add_row("gzip -9", "", f"{base.gzip_bits_per_byte:.4f}", "")
+    console = Console()
+    console.print(table)
+    better = 1 - evaluation.nelbo / unigram
+    console.print(f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text."
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="prepared folders (default: those of the run)")
+    parser.add_argument("--split", default="validation", help="split of the prepared folders (default: validation)")
+    parser.add_argument("--rows", type=int, help="sequences per folder (default: the run's eval.rows)")
+    parser.add_argument("--samples", type=int, help="noise draws per sequence (default: the run's eval.samples)")
+    parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(arguments)
+    for option in ("rows", "samples"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            raise ValueError(f"--{option} must be at least 1")
+    world = init_world()
+    loaded = store.load_model(args.checkpoint, args.weights, world)
+    config = loaded.config
+    chosen = {name: getattr(args, name) for name in ("rows", "samples") if getattr(args, name) is not None}
+    settings = config.eval.model_copy(update=chosen)
+    folders = args.data or [source.path for source in config.data.sources]
+    splits = world.agree(lambda: [open_split(folder, args.split, loaded.tokenizer.sha256) for folder in folders])
+    results = []
+    for split, name in zip(splits, split_names(splits, folders), strict=True):
+        evaluation = evaluate_split(
+            loaded.model,
+            split,
+            name.replace("validation", args.split),
+            settings,
+            config.data.sequence_length,
+            config.data.document_mask,
+            loaded.tokenizer.mask_id,
+            world,
+        )
+        base = baselines(split, loaded.tokenizer.decode)
+        results.append({**asdict(evaluation), **asdict(base)})
+        if world.is_main:
+            _show(evaluation, base, loaded.folder)
+    if args.json and world.is_main:
+        store.write_atomically(
+            args.json, json.dumps({"checkpoint": str(loaded.folder), "results": results}, indent=1) + "\n"
+        )
+
+
+def open_split(folder: str, split: str, tokenizer_sha256: str) -> PreparedSplit:
+    """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
+    opened = PreparedSplit(folder, split)
+    if opened.tokenizer_sha256 != tokenizer_sha256:
+        raise ValueError(
+            f"{folder}: prepared with another tokenizer than the model's: "
+            "prepare it again with --tokenizer and the folder that the model was trained on"
+        )
+    return opened
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,88 @@
+"""Model shapes, from a laptop's 2M to LLaDA's 8B, and the one place where a configuration becomes a shape."""
+
+from dataclasses import asdict, dataclass, fields
+
+from mdmtrain.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that defines the network. Two checkpoints with equal shapes have the same parameters."""
+
+    vocab_size: int  # rows of the embedding, at least the tokenizer's size
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        attention = (
+            self.d_model * self.head_dim * 2 * (self.n_heads + self.n_kv_heads) + 2 * self.head_dim * self.qk_norm
+        )
+        block = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        return (
+            self.n_layers * block + self.d_model + self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
+        )
+
+
+def _preset(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **more) -> dict:
+    return dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff, **more)
+
+
+# Named by the parameters of the blocks; the embedding and the head come on top.
+PRESETS = {
+    "2m": _preset(192, 5, 6, 6, 512, tied_embeddings=True),
+    "10m": _preset(320, 8, 5, 5, 864, tied_embeddings=True),
+    "45m": _preset(576, 11, 9, 9, 1536),
+    "85m": _preset(768, 12, 12, 12, 2048),
+    "170m": _preset(896, 18, 14, 14, 2368),
+    "400m": _preset(1280, 20, 20, 20, 3456),
+    "1b": _preset(2048, 20, 16, 16, 5504),
+    "3b": _preset(3072, 26, 24, 8, 8192, rope_theta=500_000.0),
+    "8b": _preset(4096, 32, 32, 32, 12288, rope_theta=500_000.0),  # LLaDA-8B
+}
+
+
+def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
+    """The shape that a configuration describes, for a tokenizer of the given size.
+
+    Raises ValueError for an unknown preset, a missing or impossible dimension, or a vocabulary that does not fit.
+    """
+    if config.preset is not None and config.preset not in PRESETS:
+        raise ValueError(f"model.preset={config.preset!r} is unknown: there are {', '.join(PRESETS)}")
+    values = dict(PRESETS.get(config.preset, {}))
+    values["vocab_size"] = -(-tokenizer_size // 64) * 64
+    given = {name: value for name, value in config.model_dump(exclude={"preset"}).items() if value is not None}
+    values.update(given)
+    missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is f.default_factory and f.name not in values]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")
+    shape = ModelShape(**values)
+    if shape.vocab_size < tokenizer_size:
+        raise ValueError(
+            f"model.vocab_size={shape.vocab_size} is smaller than the tokenizer's {tokenizer_size}: "
+            "leave it out, or give at least that"
+        )
+    if shape.d_model % shape.n_heads or shape.head_dim % 2:
+        raise ValueError(
+            f"model.d_model={shape.d_model} / model.n_heads={shape.n_heads} must be an even whole number (rotary pairs)"
+        )
+    if shape.n_heads % shape.n_kv_heads:
+        raise ValueError(f"model.n_heads={shape.n_heads} is not a multiple of model.n_kv_heads={shape.n_kv_heads}")
+    return shape
+
+
+def describe(shape: ModelShape) -> str:
+    values = asdict(shape)
+    return f"{shape.parameters():,} parameters (" + ", ".join(f"{k} {v}" for k, v in values.items()) + ")"

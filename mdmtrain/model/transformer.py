@@ -1,0 +1,80 @@
+"""A bidirectional pre-norm transformer: token ids in, the cross-entropy of chosen positions out.
+
+Llama's block (RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases) without the causal mask. It is not
+told the masking rate: the number of mask tokens that it sees says as much (arXiv 2406.03736).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdmtrain.model.attention import Attention, rotary_angles
+from mdmtrain.model.head import Head
+from mdmtrain.model.presets import ModelShape
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
+        self.up_proj = nn.Linear(shape.d_model, shape.d_ff, bias=False)
+        self.down_proj = nn.Linear(shape.d_ff, shape.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.mlp = FeedForward(shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """The denoiser. Parameter names are part of the checkpoint format."""
+
+    def __init__(self, shape: ModelShape, head_chunk: int):
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
+        self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
+        self.head = Head(shape.d_model, shape.vocab_size, shape.tied_embeddings, head_chunk)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """ids: int64 [B, L]; positions: int64 [K], flat indices b * L + i of the rows that go through the head.
+
+        segments: int [B, L], attention stays between equal values; None: everything sees everything.
+        Returns the cross-entropy against `targets` (int64 [K]) in nats, float32 [K], or without targets the logits,
+        float32 [K, vocab_size].
+        """
+        cos, sin = rotary_angles(ids.shape[1], self.shape.head_dim, self.shape.rope_theta, ids.device)
+        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        # The norm acts on each position alone, so only the rows that are needed pass it.
+        rows = self.norm(x.flatten(0, 1).index_select(0, positions))
+        return self.head(rows, targets, self.embed.weight if self.shape.tied_embeddings else None)
+
+
+def initial_std(name: str, shape: ModelShape) -> float | None:
+    """Standard deviation of a parameter's initial values; None: ones (the norms).
+
+    Residual outputs are scaled by 1/sqrt(2 n_layers), so that the stream's variance does not grow with depth.
+    """
+    if "norm" in name:
+        return None
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return shape.init_std / (2 * shape.n_layers) ** 0.5
+    return shape.init_std

@@ -1,0 +1,82 @@
+"""metrics.jsonl, the truth about a run, and TensorBoard, drawn from the same records. Rank 0 writes both."""
+
+import json
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+OCTILES = 8
+BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
+HISTOGRAM = "rate_histogram"  # rows of the global batch in each eighth
+
+
+class MetricsLog:
+    """Appends one JSON object a line. On resume everything after the checkpoint's step is cut away first."""
+
+    def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
+        self.path = run_dir / "metrics.jsonl"
+        self._cut(resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "events"), purge_step=resume_step + 1) if tensorboard else None
+
+    def _cut(self, step: int) -> None:
+        """Keep the records of steps up to `step`; a line torn by a crash goes too. The file is replaced as a whole."""
+        if not self.path.exists():
+            return
+        temporary = self.path.with_suffix(".tmp")
+        with open(self.path, encoding="utf-8") as old, open(temporary, "w", encoding="utf-8") as new:
+            for line in old:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(temporary, self.path)
+
+    def write(self, records: list[dict]) -> None:
+        """Append records and hand them to the operating system."""
+        for record in records:
+            self._file.write(json.dumps(record) + "\n")
+            if self._board is not None:
+                self._draw(record)
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring everything to the disk itself: before a checkpoint is committed."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def _draw(self, record: dict) -> None:
+        step = record["step"]
+        group = record.get("split", "train")
+        for name, value in record.items():
+            if name == BY_OCTILE:
+                for octile, mean in enumerate(value):
+                    if mean is not None:
+                        self._board.add_scalar(f"loss_by_rate/octile_{octile}", mean, step)
+            elif name == HISTOGRAM:
+                self._draw_histogram(value, step)
+            elif name not in ("step", "time") and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def _draw_histogram(self, counts: list[int], step: int) -> None:
+        middles = [(octile + 0.5) / OCTILES for octile in range(OCTILES)]
+        total = sum(counts)
+        self._board.add_histogram_raw(
+            "train/masking_rate",
+            min=0.0,
+            max=1.0,
+            num=total,
+            sum=sum(m * c for m, c in zip(middles, counts, strict=True)),
+            sum_squares=sum(m * m * c for m, c in zip(middles, counts, strict=True)),
+            bucket_limits=[(octile + 1) / OCTILES for octile in range(OCTILES)],
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

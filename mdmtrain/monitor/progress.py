@@ -1,0 +1,60 @@
+"""What a person watches: one live line on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Step, percent, loss, bits/byte, tokens/s, share of time spent waiting for data, time left. For rank 0."""
+
+    def __init__(self, first_step: int, steps: int, visible: bool):
+        self._first, self._steps, self._visible = first_step, steps, visible
+        self._start = time.monotonic()
+        self._bar = None
+        if visible and sys.stdout.isatty():
+            columns = [
+                TextColumn("step"),
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(),
+                TaskProgressColumn(),
+            ]
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[numbers]}"), TextColumn("ETA"), TimeRemainingColumn()
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=steps, completed=first_step, numbers="starting")
+
+    def update(self, record: dict, bits_per_nat: float) -> None:
+        """Show the newest training record. bits_per_nat: bits per byte of one nat per token, on this data."""
+        if not self._visible:
+            return
+        step = record["step"]
+        loss = (
+            "not finite"
+            if record["loss"] is None
+            else f"{record['loss']:.4f}  bits/byte {record['nelbo'] * bits_per_nat:.3f}"
+        )
+        numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  data wait {record['data_wait']:.1%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        print(
+            f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}  ETA {minutes}:{seconds:02d}", flush=True
+        )
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if not self._visible:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,106 @@
+"""The optimizer step: AdamW, its learning-rate schedule, clipping, skipping, and the weight average."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mdmtrain.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of iteration `step` (from 0) of `steps`: warm-up, then cosine or stable-then-linear decay."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.min_lr_ratio
+    match config.schedule:
+        case "cosine":
+            progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+            return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+        case "wsd":
+            decay_steps = max(1, round(steps * config.decay_fraction))
+            left = min(1.0, (steps - step) / decay_steps)
+            return config.lr * (floor + (1 - floor) * left)
+    raise AssertionError(config.schedule)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW with its state in place from the start, so that a checkpoint can be loaded into it.
+
+    Weight decay acts on matrices only, not on the gains of the norms.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
+    )
+    for p in parameters:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def optimizer_step(
+    optimizer: torch.optim.AdamW, healthy: Tensor, lr: float, clip_norm: float | None
+) -> tuple[Tensor, Tensor]:
+    """Clip and step, or skip on the device where the loss or the gradient norm is not finite.
+
+    healthy: bool scalar on the device, the same on every rank: is the step's loss finite? Returns (gradient norm before
+    clipping, skipped: 1.0 or 0.0), both scalars on the device; nothing waits for them.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    skipped = (~(norm.isfinite() & healthy)).float()
+    if clip_norm is not None:
+        clip_grads_with_norm_(parameters, clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = skipped  # where this is 1, fused AdamW leaves parameters, moments and counters alone
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, skipped
+
+
+class WeightAverage:
+    """Exponential moving average of the weights, float32, sharded like them."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, skipped: Tensor) -> None:
+        """One step towards the model's weights; none where the step was skipped."""
+        share = (1.0 - self.decay) * (1.0 - skipped)
+        for name, p in model.named_parameters():
+            local(self.tensors[name]).lerp_(local(p), share)
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """The model with the averaged weights, inside the block."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            average, live = local(self.tensors[name]), local(p)
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,134 @@
+"""One process among many: start-up, what the ranks agree on, and an agreed stop."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+
+
+class AgreedError(ValueError):
+    """A user's error that every rank raises together."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # one dimension, "dp_shard"
+    control: dist.ProcessGroup  # gloo on the CPU, for what must not touch the accelerator
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, in the order of the ranks. A collective."""
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def agree(self, act: Callable[[], T], main_only: bool = False) -> T:
+        """Run `act` on every rank, or on rank 0 alone, whose result then goes to all. A collective.
+
+        If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
+        """
+        result, failure = None, None
+        if self.is_main or not main_only:
+            try:
+                result = act()
+            except (ValueError, OSError) as error:
+                failure = describe(error)
+        outcomes = self.gather((failure, result if main_only else None))
+        failures = [(rank, failure) for rank, (failure, _) in enumerate(outcomes) if failure]
+        if failures:
+            rank, text = failures[0]
+            raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
+        return outcomes[0][1] if main_only else result
+
+
+def describe(error: Exception) -> str:
+    """A user's error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def init_world() -> World:
+    """Join the process group that torchrun describes, or a group of one when started as plain `python`."""
+    launched = "RANK" in os.environ
+    rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    if launched:
+        _die_with_parent()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    store = None if launched else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
+    return World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this rank when its launcher is killed: an orphan would go on writing into the run folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+class AgreedStop:
+    """A stop that all ranks take at the same step.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them. Each step sends the flag round without
+    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second signal
+    takes its default course.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, world: World):
+        self._world = world
+        self._requested = 0
+        self._in_flight: tuple | None = None
+        for number in self.SIGNALS:
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame) -> None:
+        self._requested = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def poll(self) -> int:
+        """Call once a step on every rank. The number of a signal that some rank got by the step before, or 0."""
+        agreed = 0
+        if self._in_flight is not None:
+            work, flag = self._in_flight
+            work.wait()
+            agreed = int(flag.item())
+        flag = torch.tensor([self._requested], dtype=torch.int32)
+        self._in_flight = (dist.all_reduce(flag, dist.ReduceOp.MAX, self._world.control, async_op=True), flag)
+        return agreed
+
+    def drain(self) -> None:
+        """Wait for the last exchange, before the process group goes away."""
+        if self._in_flight is not None:
+            self._in_flight[0].wait()
+            self._in_flight = None

@@ -1,0 +1,65 @@
+"""One model on many ranks: FSDP2, as one page to read and change.
+
+Parameters live in float32, sharded over dimension 0. A block's parameters are gathered in the compute dtype just before
+they are used. Gradients are reduced in float32 by SUM: the loss is already divided by the global constant N L, and
+averaging over ranks would divide twice.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mdmtrain.config import ParallelConfig
+from mdmtrain.diffusion import noise
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.transformer import Transformer, initial_std
+from mdmtrain.parallel.world import World
+
+INIT_CHUNK = 1 << 22  # initial values drawn at once: bounds the host memory of a start
+
+
+def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Transformer:
+    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it."""
+    with torch.device("meta"):
+        model = Transformer(shape, config.head_chunk)
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    options = {"mesh": world.mesh, "mp_policy": policy}
+    for layer in model.layers:
+        fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+    if not shape.tied_embeddings:  # a tied matrix is used at both ends: it stays with the root, gathered throughout
+        fully_shard(model.embed, reshard_after_forward=config.reshard_after_forward, **options)
+        # The backward pass starts here: freeing these between would only gather them twice.
+        fully_shard([model.norm, model.head], reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model.to_empty(device=world.device)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Initial weights as a pure function of (seed, parameter name): the same for any number of ranks, bit for bit."""
+    for name, parameter in model.named_parameters():
+        std = initial_std(name, model.shape)
+        local, first = _local_part(parameter)
+        if std is None:
+            local.fill_(1.0)
+            continue
+        flat = local.view(-1)
+        for start in range(0, flat.numel(), INIT_CHUNK):
+            count = min(INIT_CHUNK, flat.numel() - start)
+            values = torch.from_numpy(noise.normals(seed, name, first + start, count))
+            flat[start : start + count].copy_(values * std)
+
+
+def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+    """This rank's shard of a parameter, and the index of its first element in the flattened whole."""
+    assert isinstance(parameter, DTensor)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), offset[0] * (parameter.numel() // parameter.shape[0])

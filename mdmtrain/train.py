@@ -1,0 +1,267 @@
+"""Pretrain a masked diffusion language model.
+
+    torchrun --standalone --nproc-per-node 2 -m mdmtrain.train CONFIG... [section.key=value ...]
+    python -m mdmtrain.train CONFIG... [section.key=value ...]            one process
+
+Read `train` from top to bottom: that is the whole run. To change what a step does, change it there.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.run_folder import RunLock, describe_run
+from mdmtrain.config import Config, resolve
+from mdmtrain.data.loader import Batch, open_sources, train_loader
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.diffusion.objective import StepRates, corrupt, row_losses, step_rates
+from mdmtrain.evaluate import evaluate_split, split_names
+from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.monitor.logs import log, log_to_file, user_errors
+from mdmtrain.monitor.metrics import MetricsLog
+from mdmtrain.monitor.progress import TrainingProgress
+from mdmtrain.monitor.recorder import StepRecorder
+from mdmtrain.optim import WeightAverage, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.parallel.world import AgreedError, AgreedStop, World, init_world
+from mdmtrain.parallel.wrap import build_model, init_weights
+
+
+def train(config: Config, world: World) -> None:
+    """One run, from where its folder stands to its last step, or to an agreed stop. Raises ValueError."""
+    run, plan, run_dir = config.run, resolve(config, world.size), Path(config.run.dir)
+    stop = AgreedStop(world)
+
+    # ---- what there is: folder, data, tokenizer, model
+    lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)  # held until the process ends
+    world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
+    sources = world.agree(lambda: open_sources(config.data, "train", config.data.verify if world.is_main else "size"))
+    validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
+    tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
+    tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
+    shape = model_shape(config.model, tokenizer.vocab_size)
+    model = build_model(shape, config.parallel, world)
+    optimizer = build_optimizer(model, config.optim)
+    average = None
+
+    # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start
+    identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
+    resumed = world.agree(lambda: find_resume(config, run_dir, identity), main_only=True)
+    if resumed is None and config.checkpoint.init_from is None:
+        init_weights(model, run.seed)
+        origin = f"fresh weights from seed {run.seed}"
+    elif resumed is None:
+        origin = f"weights of {load_initial_weights(config, identity, model, world)}"
+    if config.optim.ema_decay is not None:
+        average = WeightAverage(model, config.optim.ema_decay)
+    step = 0
+    if resumed is not None:
+        store.load(resumed, store.training_tensors(model, optimizer, average), world)
+        store.spread_adam_step(optimizer)
+        step = world.agree(lambda: store.read_meta(resumed)["step"])
+        origin = f"resumed from {resumed}"
+    if step >= run.steps:
+        say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
+        return
+    world.agree(lambda: describe_run(run_dir, config), main_only=True)
+    metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
+    for line in (f"run folder {run_dir}", origin, describe(shape), *plan.reasons):
+        say(world, line)
+
+    # ---- the loop
+    device = world.device
+    splits = list(zip(split_names(validation, [s.path for s in config.data.sources]), validation, strict=True))
+    batches = iter(train_loader(config, plan, world.rank, sources, step, pin_memory=device.type == "cuda"))
+    recorder = StepRecorder(config, plan, step, world.device)
+    progress = TrainingProgress(step, run.steps, world.is_main)
+    bits_per_nat = sum(v.tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
+    stopped = 0
+    model.train()
+    while step < run.steps and not stopped:
+        rates = step_rates(config.diffusion, run.seed, step, run.global_batch)
+        sums = recorder.new_sums()
+        for _ in range(plan.accumulation):
+            batch = recorder.wait_for(batches)
+            row_rates = rates.at(batch.slots.numpy())
+            losses, masked = forward(model, batch, row_rates, tokenizer.mask_id, device)
+            (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
+            recorder.add_micro_step(sums, losses.detach(), row_rates.rates, masked, int(batch.lengths.sum()))
+        world.sum(sums)
+        lr = learning_rate(config.optim, step, run.steps)
+        norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
+        if average is not None:
+            average.update(model, skipped)
+        step += 1
+        recorder.add_step(step, rates, sums, norm, skipped, lr)
+
+        stopped = stop.poll()
+        last = step == run.steps or bool(stopped)
+        evaluating = step % config.eval.every == 0 or step == run.steps
+        saving = step % config.checkpoint.save_every == 0 or last
+        if step % config.monitor.log_every == 0 or evaluating or saving:
+            records = recorder.flush()  # the only place where the host waits for the device
+            check_skips(records, recorder.skips_in_a_row, run.max_skips, run_dir)
+            if metrics is not None:
+                metrics.write(records)
+            progress.update(records[-1], bits_per_nat)
+        if evaluating:
+            for name, split in splits:
+                evaluation = in_loop_evaluation(model, average, split, name, config, tokenizer.mask_id, world)
+                progress.note(f"step {step}  {evaluation}")
+                if metrics is not None:
+                    metrics.write([{"step": step, **asdict(evaluation)}])
+        if saving:
+            if metrics is not None:
+                metrics.sync()
+            tensors = store.training_tensors(model, optimizer, average)
+            meta = {
+                "tokens": step * plan.tokens_per_step,
+                "identity": identity,
+                "has_average": average is not None,
+                "config": config.model_dump(mode="json"),
+            }
+            folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
+            progress.note(f"step {step}  checkpoint {folder}")
+        if evaluating or saving:
+            recorder.resume_clock()
+
+    stop.drain()
+    progress.close()
+    if metrics is not None:
+        metrics.close()
+    if stopped and step < run.steps:
+        say(
+            world,
+            f"stopped by signal {stopped} after step {step}, checkpoint saved; the same command goes on from there",
+        )
+    del lock
+
+
+def forward(
+    model: Transformer, batch: Batch, rates: StepRates, mask_id: int, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """The weighted loss of each row, float32 [B] (sum_i weight_i CE_i), and the number of masked positions."""
+    corruption = corrupt(batch.ids, batch.lengths, batch.uniforms, rates, mask_id).to(device)
+    segments = None if batch.segments is None else batch.segments.to(device, non_blocking=True)
+    ce = model(corruption.noisy, corruption.positions, corruption.targets, segments)
+    return row_losses(ce, corruption), len(corruption.positions)
+
+
+def in_loop_evaluation(
+    model, average: WeightAverage | None, split, name: str, config: Config, mask_id: int, world: World
+):
+    """The validation NELBO of the weights that count: the average where the run keeps one."""
+    model.eval()
+    arguments = (split, name, config.eval, config.data.sequence_length, config.data.document_mask, mask_id, world)
+    if average is None:
+        evaluation = evaluate_split(model, *arguments)
+    else:
+        with average.swapped_into(model):
+            evaluation = evaluate_split(model, *arguments)
+    model.train()
+    return evaluation
+
+
+# ---- resuming
+
+
+def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
+    """What a checkpoint and the run that continues it must have in common."""
+    weights = [source.weight for source in config.data.sources]
+    return {
+        "model": asdict(shape),
+        "tokenizer": tokenizer.sha256,
+        "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
+        "sequence_length": config.data.sequence_length,
+        "global_batch": config.run.global_batch,
+        "seed": config.run.seed,
+        "diffusion": config.diffusion.model_dump(),
+    }
+
+
+def find_resume(config: Config, run_dir: Path, identity: dict) -> Path | None:
+    """The checkpoint to go on from, or None for a new run. Raises ValueError where it belongs to a different run."""
+    folder = store.newest(run_dir)
+    if folder is None:
+        return None
+    if config.checkpoint.resume == "never":
+        raise ValueError(f"{run_dir} holds a run already and checkpoint.resume=never: choose another run.dir")
+    meta = store.read_meta(folder)
+    for name, value in identity.items():
+        if meta["identity"].get(name) != value:
+            raise ValueError(
+                f"cannot resume {folder}: its {name} is {brief(meta['identity'].get(name), value)}: "
+                "use the settings it was trained with, or another run.dir"
+            )
+    if meta["has_average"] != (config.optim.ema_decay is not None):
+        raise ValueError(
+            f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
+        )
+    return folder
+
+
+def brief(saved, wanted) -> str:
+    """The difference between two values, named as 'X, not Y'."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        keys = [key for key in wanted if saved.get(key) != wanted[key]]
+        saved, wanted = {key: saved.get(key) for key in keys}, {key: wanted[key] for key in keys}
+    return f"{str(saved)[:200]}, not {str(wanted)[:200]}"
+
+
+def load_initial_weights(config: Config, identity: dict, model, world: World) -> Path:
+    """Fill the model with another run's weights (its average, where it kept one). Returns their folder."""
+    folder = world.agree(lambda: store.find(Path(config.checkpoint.init_from)), main_only=True)
+    meta = world.agree(lambda: store.read_meta(folder))
+    for name in ("model", "tokenizer"):
+        if meta["identity"][name] != identity[name]:
+            raise AgreedError(
+                f"checkpoint.init_from={folder}: its {name} is {brief(meta['identity'][name], identity[name])}"
+            )
+    source = "average" if meta["has_average"] else "model"
+    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
+    return folder
+
+
+# ---- small things
+
+
+def check_skips(records: list[dict], in_a_row: int, most: int, run_dir: Path) -> None:
+    """Report skipped steps; raise ValueError when there were too many in a row."""
+    for record in records:
+        if record["skipped"]:
+            log.warning("step %d skipped: its loss or gradient was not finite", record["step"])
+    if in_a_row >= most:
+        raise AgreedError(
+            f"{in_a_row} steps in a row had a non-finite loss or gradient: lower optim.lr or raise optim.warmup_steps; "
+            f"{run_dir} goes on from its last checkpoint"
+        )
+
+
+def say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mdmtrain.train",
+        description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
+        "Started again with the same arguments, a run goes on from its newest checkpoint.",
+    )
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
+    )
+    config = configuration.load(parser.parse_args(arguments).config)
+    train(config, init_world())
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,53 @@
+"""Run a function on the ranks of a real gloo world, each rank a process of its own."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_world(function: Callable, size: int, *arguments) -> list:
+    """Call function(world, *arguments) on every rank and return the results in the order of the ranks.
+
+    `function` must be importable (defined at the top of a module). A failure on any rank fails the caller with that
+    rank's traceback.
+    """
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_rank, args=(function, rank, size, port, arguments, results)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    collected, failure = {}, None
+    while len(collected) < size and failure is None:
+        rank, result, failure = results.get()
+        collected[rank] = result
+    for process in processes:
+        if failure is not None:
+            process.kill()
+        process.join()
+    if failure is not None:
+        raise AssertionError(f"rank {rank} of {size} failed:\n{failure}")
+    return [collected[rank] for rank in range(size)]
+
+
+def _rank(function, rank, size, port, arguments, results) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    from mdmtrain.parallel.world import init_world
+
+    try:
+        world = init_world()
+        results.put((rank, function(world, *arguments), None))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))

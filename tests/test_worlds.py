@@ -1,0 +1,129 @@
+"""One run on 1, 2 and 4 ranks is the same run (DESIGN.md, law 1)."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdmtrain import config as configuration
+from tests.conftest import read_metrics
+from tests.spawn import run_world
+
+
+def trace_and_train(world, tree: dict) -> dict:
+    """On one rank: what each of its slots reads and masks in the first 20 steps, the initial weights, then a real run."""
+    from mdmtrain.config import resolve
+    from mdmtrain.data.loader import open_sources, train_loader
+    from mdmtrain.diffusion.objective import corrupt, step_rates
+    from mdmtrain.model.presets import model_shape
+    from mdmtrain.parallel.wrap import build_model, init_weights
+    from mdmtrain.train import train
+
+    config = configuration.validate(tree, "test")
+    plan = resolve(config, world.size)
+    batches = iter(train_loader(config, plan, world.rank, open_sources(config.data, "train"), 0, pin_memory=False))
+    slots = {}
+    for step in range(config.run.steps):
+        rates = step_rates(config.diffusion, config.run.seed, step, config.run.global_batch)
+        for _ in range(plan.accumulation):
+            batch = next(batches)
+            drawn = rates.at(batch.slots.numpy())
+            noisy = corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, mask_id=4).noisy
+            for row, slot in enumerate(batch.slots.tolist()):
+                content = hashlib.sha256(noisy[row].numpy().tobytes() + drawn.rates[row].tobytes()).hexdigest()
+                slots[step, slot] = (tuple(batch.samples[row].tolist()), content)
+
+    model = build_model(model_shape(config.model, 512), config.parallel, world)
+    init_weights(model, config.run.seed)
+    weights = {
+        n: hashlib.sha256(p.full_tensor().detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()
+    }
+    train(config, world)
+    return {"slots": slots, "weights": weights}
+
+
+def resume_and_train(world, tree: dict) -> None:
+    from mdmtrain.train import train
+
+    train(configuration.validate(tree, "test"), world)
+
+
+def close(a: list[dict], b: list[dict], relative: float) -> None:
+    """Equal records, floats within a relative tolerance."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name, value in x.items():
+            assert y[name] == pytest.approx(value, rel=relative), (x["step"], name)
+
+
+def test_the_same_run_on_1_2_and_4_ranks(small_run, tmp_path):
+    """Samples, rates, masks and initial weights bit for bit; losses to 1e-5; and a run saved on 2 ranks resumes on any."""
+    results, metrics, trees = {}, {}, {}
+    # The loader processes differ too: they must not matter.
+    for size, micro, workers in ((1, 16, 0), (2, 8, 1), (2, 4, 0), (4, 2, 0)):
+        run_dir = str(tmp_path / f"ranks-{size}-micro-{micro}")
+        tree = small_run({"run": {"dir": run_dir, "steps": 20, "global_batch": 16, "micro_batch": micro, "seed": 5}})
+        tree["data"]["workers"] = workers
+        ranks = run_world(trace_and_train, size, tree)
+        merged = {}
+        for rank in ranks:
+            assert not merged.keys() & rank["slots"].keys(), "two ranks drew the same slot"
+            merged.update(rank["slots"])
+        results[size, micro] = (merged, ranks[0]["weights"])
+        metrics[size, micro], trees[size, micro] = read_metrics(run_dir), tree
+    slots, weights = results[1, 16]
+    assert len(slots) == 20 * 16
+    assert len({content for _, content in slots.values()}) == len(slots), "two slots share their noise and data"
+    for other_slots, other_weights in results.values():
+        assert other_slots == slots
+        assert other_weights == weights
+    for other in metrics.values():
+        close(metrics[1, 16], other, 1e-5)
+    assert metrics[1, 16][-1]["nelbo"] < 0.95 * metrics[1, 16][0]["nelbo"], "it does not learn"
+
+    # From the checkpoint of step 10, written by 2 ranks.
+    saved = Path(trees[2, 8]["run"]["dir"])
+    for size in (1, 2, 4):
+        tree = small_run({"run": {"dir": str(tmp_path / f"resumed-{size}"), "steps": 20, "global_batch": 16}})
+        tree["run"]["micro_batch"] = 4
+        tree["run"]["seed"] = 5
+        if size == 2:
+            tree["run"]["micro_batch"] = 8
+        run_dir = Path(tree["run"]["dir"])
+        shutil.copytree(saved, run_dir)
+        shutil.rmtree(run_dir / "checkpoints/step-00000020")
+        run_world(resume_and_train, size, tree)
+        resumed = read_metrics(run_dir)
+        if size == 2:
+            assert resumed == metrics[2, 8], "the same world must continue bit for bit"
+        close(metrics[2, 8], resumed, 1e-4)
+
+
+def gradients(world, shape_values: dict, copies: int) -> torch.Tensor:
+    """The gradient of a fixed global batch of 4 rows, dealt to the ranks."""
+    from mdmtrain.config import ParallelConfig
+    from mdmtrain.model.presets import ModelShape
+    from mdmtrain.parallel.wrap import build_model, init_weights
+
+    model = build_model(ModelShape(**shape_values), ParallelConfig(), world)
+    init_weights(model, 1)
+    ids = torch.arange(4 * 8).view(4, 8) % 60
+    mine = ids.chunk(world.size)[world.rank]
+    # Rank 0 alone has masked positions: the others take part in every collective all the same.
+    positions = torch.arange(5) if world.rank == 0 else torch.arange(0)
+    ce = model(mine, positions, mine.flatten()[positions])
+    (ce.sum() / 32).backward()
+    return torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_add_up_and_a_rank_without_masks_is_legal(tied):
+    shape = dict(vocab_size=64, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, tied_embeddings=tied)
+    alone = run_world(gradients, 1, shape, 1)[0]
+    both = run_world(gradients, 2, shape, 1)
+    assert torch.equal(both[0], both[1])
+    torch.testing.assert_close(both[0], alone, rtol=1e-5, atol=1e-8)  # an average over ranks would be half of it
+    assert alone.abs().max() > 1e-3

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Turn text into a prepared folder that mdmtrain trains on: a tokenizer, memory-mapped token shards and a manifest.
+
+Examples:
+  tools/prepare_data.py corpus/ --include '*.txt' --vocab-size 32768 --out data/corpus
+  tools/prepare_data.py 'dumps/*.jsonl.gz' notes.txt --tokenizer data/corpus --out data/dumps
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+# Worker processes import this file: what they do not need is imported in main.
+from mdmtrain.data.prepare import LONGEST_TEXT, Options, Summary, find_inputs, prepare
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0 prepared (or prepared before, from the same inputs and options), 2 nothing was written: the "
+        "error line says why.",
+    )
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="text file, folder, quoted glob (** for any depth), .jsonl or .jsonl.gz (one object with a 'text' field a "
+        f"line = one document), or other .gz (text); a text file is one document, cut at line ends every {LONGEST_TEXT:,} "
+        "bytes; hidden files in folders are not read",
+    )
+    add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tokenizer", metavar="PATH", help="use this sentencepiece model, or that of a prepared folder")
+    kind.add_argument(
+        "--vocab-size",
+        type=int,
+        default=Options.vocab_size,
+        metavar="N",
+        help="train a tokenizer of N pieces on the text (default %(default)s)",
+    )
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="within folders, only files with such names ('*.py')")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="within folders, no files or folders with such names")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=Options.validation_fraction,
+        metavar="F",
+        help="share of the documents, chosen by their hash, that is kept for validation (default %(default)s)",
+    )
+    add(
+        "--shard-tokens",
+        type=int,
+        default=Options.shard_tokens,
+        metavar="N",
+        help="most tokens in a shard file (default %(default)s)",
+    )
+    add(
+        "--bad-utf8",
+        choices=("error", "skip"),
+        default=Options.bad_utf8,
+        help="a document that is not UTF-8: stop, or leave it out and count it (default %(default)s)",
+    )
+    workers = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=workers, metavar="N", help="tokenizing processes (default: cores, here %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    args = arguments(argv)
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers} is not positive")
+    options = Options(args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.bad_utf8)
+    inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(phase: str, done: int, total: int) -> None:
+            bar.update(task, description=phase, completed=done, total=total)
+
+        summary = prepare(inputs, args.out, options, args.workers, show)
+    describe(summary)
+
+
+def describe(summary: Summary) -> None:
+    """A few lines for a person: what was made, how big, how fast."""
+    manifest = summary.manifest
+    if summary.already:
+        print(f"already prepared: {summary.out} (same inputs and options; fingerprint {manifest['fingerprint'][:12]})")
+        return
+    for split, content in manifest["splits"].items():
+        print(
+            f"{split:<10} {content['tokens']:>15,} tokens  {content['bytes']:>15,} bytes  "
+            f"{content['bytes'] / (content['tokens'] - 2 * content['documents']):.2f} bytes/token  "
+            f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
+        )
+    for reason, count in sorted(summary.skipped.items()):
+        print(f"left out   {count:,} documents: {reason}")
+    times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items())
+    print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}; {times}")
+    print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]})")
+
+
+def _stop(number: int, _frame: object) -> None:
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(again, signal.SIG_IGN)  # let the clean-up finish
+    print("stopped: nothing was written", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(_number, _stop)
+    from mdmtrain.monitor.logs import user_errors
+
+    with user_errors():
+        main()

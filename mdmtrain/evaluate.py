@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import EvalConfig
@@ -28,8 +28,10 @@ from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import corrupt_counted, row_losses
+from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import user_errors
 from mdmtrain.parallel.world import World, init_world
+from mdmtrain.parallel.wrap import reshard
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Evaluation:
 
 @torch.no_grad()
 def row_values(
-    model: nn.Module,
+    model: Transformer,
     ids: Tensor,
     segments: Tensor | None,
     config: EvalConfig,
@@ -83,12 +85,13 @@ def row_values(
         ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
         mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
         on_batch()
+    reshard(model)
     gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
     return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
 
 
 def evaluate_split(
-    model: nn.Module,
+    model: Transformer,
     split: PreparedSplit,
     name: str,
     config: EvalConfig,

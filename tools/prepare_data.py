@@ -21,8 +21,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="prepare_data.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status: 0 prepared (or prepared before, from the same inputs and options), 2 nothing was written: the "
-        "error line says why.",
+        epilog="Exit status: 0 prepared (or prepared before, from the same inputs and options), 2 nothing was written: "
+        "the error line says why.",
     )
     add = parser.add_argument
     add(
@@ -30,8 +30,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="INPUT",
         help="text file, folder, quoted glob (** for any depth), .jsonl or .jsonl.gz (one object with a 'text' field a "
-        f"line = one document), or other .gz (text); a text file is one document, cut at line ends every {LONGEST_TEXT:,} "
-        "bytes; hidden files in folders are not read",
+        f"line = one document), or other .gz (text); a text file is one document, cut at line ends every "
+        f"{LONGEST_TEXT:,} bytes; hidden files in folders are not read",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
@@ -43,8 +43,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="train a tokenizer of N pieces on the text (default %(default)s)",
     )
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="within folders, only files with such names ('*.py')")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="within folders, no files or folders with such names")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, only files with such names ('*.py')")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, no files or folders with such names")
     add(
         "--validation-fraction",
         type=float,
@@ -65,8 +65,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=Options.bad_utf8,
         help="a document that is not UTF-8: stop, or leave it out and count it (default %(default)s)",
     )
-    workers = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=workers, metavar="N", help="tokenizing processes (default: cores, here %(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, metavar="N", help="tokenizing processes (default: cores, %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--workers {args.workers} is not positive")
     options = Options(args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.bad_utf8)
     inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
         task = bar.add_task("", total=None)
 

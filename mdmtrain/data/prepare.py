@@ -1,7 +1,7 @@
 """Text -> prepared folder: find the inputs, stream their documents, tokenize in parallel, write shards.
 
-Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands at the
-destination is complete. The content does not depend on the number of workers.
+Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands
+at the destination is complete. The content does not depend on the number of workers.
 """
 
 import fcntl
@@ -80,7 +80,9 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["made_from"] != made_from:
-            raise ValueError(f"{out} holds data prepared from other inputs or options: remove it, or choose another --out")
+            raise ValueError(
+                f"{out} holds data made from other inputs or options: remove it or choose another --out"
+            )
         for split in manifest["splits"]:
             PreparedSplit(out, split)
         return Summary(out, manifest, True, Counter(), {})
@@ -124,7 +126,7 @@ def _identity(inputs: list[Path], options: Options) -> str:
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder beside `out`, removed at the end however it comes, save by SIGKILL: then by the next run."""
+    """A locked empty folder beside `out`, removed at the end, however it comes (by SIGKILL: by the next run)."""
     folder = out.parent / f".{out.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -233,7 +235,7 @@ def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator
 
 
 def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, content) of a text file in pieces of at most LONGEST_TEXT bytes that end at line ends, or at characters."""
+    """(offset, content) of a text file in pieces of at most LONGEST_TEXT bytes, cut at line ends or at characters."""
     offset, rest = 0, b""
     while True:
         block = rest + stream.read(LONGEST_TEXT - len(rest))
@@ -315,7 +317,9 @@ def _encode(texts: list[str]) -> list[_Encoded]:
     return encoded
 
 
-def _encode_all(batches: Iterable[tuple[list[str], int]], model: Path, workers: int) -> Iterator[tuple[list[_Encoded], int]]:
+def _encode_all(
+    batches: Iterable[tuple[list[str], int]], model: Path, workers: int
+) -> Iterator[tuple[list[_Encoded], int]]:
     """The batches encoded, in their order; a few per worker are in flight, so memory stays bounded."""
     if workers == 1:
         _start_worker(model)

@@ -131,8 +131,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 class PreparedSplit:
     """One split of a prepared folder as one stream of tokens. Holds no open file, so that it goes to any process.
 
-    `tokens` (positions, bos and eos included), `documents`, `bytes` (UTF-8, of the source text), `vocab_size`, `bos_id`,
-    `eos_id`, `pad_id`, `mask_id`, `tokenizer_sha256`, `fingerprint` (of the whole folder).
+    `tokens` (positions, bos and eos included), `documents`, `bytes` (UTF-8, of the source text), `vocab_size`,
+    `bos_id`, `eos_id`, `pad_id`, `mask_id`, `tokenizer_sha256`, `fingerprint` (of the whole folder).
     """
 
     def __init__(self, folder: str | Path, split: str, verify: Literal["size", "sha256"] = "size"):

@@ -1,7 +1,7 @@
 """Text <-> token ids: a sentencepiece BPE model that loses nothing.
 
-Any text comes back byte for byte (byte fallback, no normalisation), and no text ever becomes a reserved id: bos, eos, pad
-and mask are control pieces, which sentencepiece does not match in its input.
+Any text comes back byte for byte (byte fallback, no normalisation), and no text ever becomes a reserved id: bos, eos,
+pad and mask are control pieces, which sentencepiece does not match in its input.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ import sentencepiece
 MODEL_FILE = "tokenizer.model"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
 
-# sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a private-use
-# character that next to no text contains; the escape itself is escaped too, so every string has one escaped form.
+# sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
+# private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
 _SPACE_MARK, _ESCAPE = "\u2581", "\U0010f581"
-_PROBE = f"a  b \n\n\t\r\n\0 {_SPACE_MARK}{_ESCAPE}0 <s></s><pad><mask><unk><0x41> \u00e9\u4e16\U0001f600 "
+_PROBE = f"a  b \n\n\t\r\n\0 {_SPACE_MARK}{_ESCAPE}0 <s></s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
 
 
 def _escape(text: str) -> str:
@@ -56,8 +56,8 @@ class Tokenizer:
         ids = self.encode(_PROBE)
         if self.decode(ids) != _PROBE or set(ids) & {*reserved.values(), self._pieces.unk_id()}:
             raise ValueError(
-                f"tokenizer {name} does not give text back byte for byte: it needs byte_fallback, identity normalisation, "
-                "add_dummy_prefix=false and remove_extra_whitespaces=false; or train one with --vocab-size"
+                f"tokenizer {name} does not give text back byte for byte: it needs byte_fallback, identity "
+                "normalisation, add_dummy_prefix and remove_extra_whitespaces false; or train one with --vocab-size"
             )
 
     @classmethod
@@ -68,13 +68,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
-        """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model file to `path`.
+        """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model to `path`.
 
-        Raises ValueError where the vocabulary is too small for the bytes and reserved pieces or too large for the texts.
+        Raises ValueError where `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
         """
         smallest = 5 + 256 + 3
         if vocab_size < smallest:
-            raise ValueError(f"vocabulary of {vocab_size} is too small: 256 bytes and the reserved pieces need {smallest}")
+            raise ValueError(f"vocabulary of {vocab_size} is too small: bytes and reserved pieces need {smallest}")
         sample = bounded_sample(texts, SAMPLE_CHARACTERS)
         rare = _rare_characters(sample, (vocab_size - smallest) // 2)
         model = io.BytesIO()
@@ -124,7 +124,7 @@ class Tokenizer:
 
 
 def model_file(path: str | Path) -> Path:
-    """The model file that `path` (itself, or a folder that contains it) names. Raises ValueError where there is none."""
+    """The model file that `path` (itself, or a folder with one in it) names. Raises ValueError where there is none."""
     file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"no tokenizer at {file}: give a sentencepiece model file or a prepared folder")

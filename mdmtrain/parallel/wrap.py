@@ -42,6 +42,17 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     return model.to_empty(device=world.device)
 
 
+def reshard(model: Transformer) -> None:
+    """Free gathered parameters after a forward pass without a backward pass.
+
+    FSDP keeps the head's and the root's parameters gathered until the backward pass. Without one they would be what
+    `named_parameters` shows, and what the next forward pass uses, whatever happened to the shards in between.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
     """Initial weights as a pure function of (seed, parameter name): the same for any number of ranks, bit for bit."""

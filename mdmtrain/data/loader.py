@@ -1,0 +1,169 @@
+"""Prepared folders -> clean batches. Every row is a function of (seed, step, slot), whatever the ranks and workers.
+
+The loader's processes prefetch and nothing more: its position is the step, so none of its state is ever saved.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from mdmtrain.config import Config, DataConfig, RunPlan
+from mdmtrain.data.order import Mixture
+from mdmtrain.data.processes import follow_parent
+from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.diffusion import noise
+
+LENGTHS = 16  # different lengths of rows: tables per length stay few
+
+
+class Batch(NamedTuple):
+    """The clean rows of one micro-batch (a named tuple of tensors: the loader pins it as it is)."""
+
+    ids: Tensor  # int64 [B, L], pad_id after a row's length
+    lengths: Tensor  # int64 [B], tokens before the padding
+    segments: Tensor | None  # int32 [B, L], document of each position, -1 at pads; None: all attend to all
+    uniforms: Tensor  # float32 [B, L], the masking noise U of each position, in [0, 1)
+    slots: Tensor  # int64 [B], place of each row in the global batch
+    samples: Tensor  # int64 [B, 2], (source, window), for reports
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`, copied without waiting (from pinned memory)."""
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+def open_sources(
+    config: DataConfig, split: str, verify: Literal["size", "sha256"] | None = None
+) -> list[PreparedSplit]:
+    """The sources' splits, checked (`verify`, default data.verify): unaltered, one tokenizer, at least one row.
+
+    Raises ValueError naming the folder.
+    """
+    sources = [PreparedSplit(source.path, split, verify or config.verify) for source in config.sources]
+    for source in sources:
+        if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
+            raise ValueError(
+                f"{source.folder} and {sources[0].folder} have different tokenizers: "
+                f"prepare one of them again with --tokenizer {sources[0].folder}"
+            )
+        windows(source, config.sequence_length)
+    return sources
+
+
+def windows(source: PreparedSplit, length: int) -> int:
+    """Rows of `length` tokens in a split (a last, shorter one is left out). Raises ValueError where there is none."""
+    if source.tokens < length:
+        raise ValueError(
+            f"{source.folder}: the {source.split} split has {source.tokens:,} tokens, not one row of "
+            f"data.sequence_length={length}: shorten the rows or prepare more text"
+        )
+    return source.tokens // length
+
+
+class Dataset(torch.utils.data.Dataset):
+    """Map-style over (step, slot); fetches a micro-batch at a time."""
+
+    def __init__(self, config: Config, sources: list[PreparedSplit]):
+        self._sources, self._data = sources, config.data
+        self._seed, self._global_batch = config.run.seed, config.run.global_batch
+        sizes = [windows(source, config.data.sequence_length) for source in sources]
+        self._mixture = Mixture([source.weight for source in config.data.sources], sizes, config.run.seed)
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        return self.__getitems__([place])
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
+        """The micro-batch of (step, slot) pairs, all of one step."""
+        step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
+        assert all(one == step for one, _ in places), places
+        L = self._data.sequence_length
+        source, window = self._mixture(step * self._global_batch + slots)
+        lengths = np.array([self._row_length(step, slot) for slot in slots])
+        ids = np.full((len(slots), L), self._sources[0].pad_id, dtype=np.int64)
+        segments = np.full((len(slots), L), -1, dtype=np.int32)
+        for row, (one, first, length) in enumerate(zip(source, window * L, lengths, strict=True)):
+            split = self._sources[one]
+            ids[row, :length] = split.read(int(first), int(length))
+            segments[row, :length] = split.documents_in(int(first), int(length)) if self._data.document_mask else 0
+        masked = self._data.document_mask or (lengths < L).any()
+        return Batch(
+            ids=torch.from_numpy(ids),
+            lengths=torch.from_numpy(lengths),
+            segments=torch.from_numpy(segments) if masked else None,
+            uniforms=torch.from_numpy(noise.position_uniforms(self._seed, step, slots, L)),
+            slots=torch.from_numpy(slots),
+            samples=torch.from_numpy(np.stack([source, window], axis=1)),
+        )
+
+    def _row_length(self, step: int, slot: int) -> int:
+        """Tokens of a row: all, or (for random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+        L, fraction = self._data.sequence_length, self._data.random_length_fraction
+        if not fraction:
+            return L
+        cut, which = noise.uniforms(noise.philox(self._seed, noise.Stream.LENGTH, step, int(slot)), 2)
+        return max(1, L * (1 + int(which * LENGTHS)) // LENGTHS) if cut < fraction else L
+
+
+class _MicroBatches:
+    """The (step, slot) lists of one rank, from `first_step` to the end of the run."""
+
+    def __init__(self, config: Config, plan: RunPlan, rank: int, first_step: int):
+        self._steps, self._plan, self._rank = range(first_step, config.run.steps), plan, rank
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            for micro_step in range(self._plan.accumulation):
+                yield [(step, slot) for slot in self._plan.slots(self._rank, micro_step)]
+
+
+def train_loader(
+    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool
+) -> Iterable[Batch]:
+    """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
+    workers = config.data.workers
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+        return StatefulDataLoader(
+            Dataset(config, sources),
+            batch_sampler=_MicroBatches(config, plan, rank, first_step),
+            collate_fn=_as_it_is,  # __getitems__ has made the batch
+            num_workers=workers,
+            prefetch_factor=config.data.prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=pin_memory,
+            snapshot_every_n_steps=1 << 62,  # its state is never asked for
+        )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    torch.set_num_threads(1)
+    follow_parent()
+
+
+def validation_rows(
+    split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`rows` windows (or all, where there are fewer) spread evenly over a split, always the same.
+
+    Returns ids int64 [R, L] and segments int32 [R, L] (None without `document_mask`). Raises ValueError where the split
+    is shorter than one row.
+    """
+    count = windows(split, sequence_length)
+    rows = min(rows, count)
+    starts = [row * count // rows * sequence_length for row in range(rows)]
+    ids = np.stack([split.read(start, sequence_length) for start in starts])
+    if not document_mask:
+        return torch.from_numpy(ids), None
+    segments = np.stack([split.documents_in(start, sequence_length) for start in starts])
+    return torch.from_numpy(ids), torch.from_numpy(segments)

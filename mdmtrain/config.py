@@ -135,7 +135,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False)
 
 
 @dataclass(frozen=True)
@@ -186,33 +186,45 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 # ---- reading
 
 
+_CORE = [  # YAML 1.2's core schema, which is also what JSON can say: tag, how a plain scalar of it looks, first characters
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+]
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Yaml12Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema, and no silent duplicate keys."""
+    """SafeLoader with the core schema's types and nothing else, and no silent duplicate keys."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute)
+    yaml_constructors = {  # noqa: RUF012
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_TAG) in ("bool", "int", "float", "null", "str", "seq", "map")
+    }
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
-for _tag, _pattern, _first in [
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        "-+.0123456789",
-    ),
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-]:
-    _Yaml12Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list(_first))
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as a string."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012
+
+
+for _name, _pattern, _first in _CORE:
+    for _class in (_Yaml12Loader, _Yaml12Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
 # YAML 1.1 reads 010 as octal and 1:30 in base 60; the core schema knows neither.
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Yaml12Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -221,7 +233,8 @@ def _parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{where}{line}: not valid YAML: {problem}") from None
 
 
 def _overlay(below: dict, above: dict) -> dict:
@@ -283,7 +296,11 @@ def validate(tree: dict, where: str) -> Config:
         # Through JSON: strict about types, and a list is the natural form of a tuple.
         return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ValueError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        errors = error.errors()
+        inner = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}  # wrong only because of what is inside
+        raise ValueError(f"{where}: " + "; ".join(_explain(e) for e in errors if e["loc"] not in inner)) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: cannot be written as JSON: {error}") from None
 
 
 def load(arguments: list[str]) -> Config:
@@ -291,13 +308,13 @@ def load(arguments: list[str]) -> Config:
 
     Raises ValueError with one line that says what is wrong, where, and what to do.
     """
-    files = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    files = [a for a in arguments if a not in overrides]
     if not files:
         raise ValueError("no configuration file given: name at least one, such as configs/quickstart.yaml")
     tree: dict = {}
     for path in files:
         tree = _overlay(tree, _read_file(path))
-    for argument in arguments:
-        if "=" in argument:
-            tree = _overlay(tree, _read_override(argument))
+    for argument in overrides:
+        tree = _overlay(tree, _read_override(argument))
     return validate(tree, "configuration " + " + ".join(files))

@@ -7,10 +7,9 @@ an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.se
 samples.
 """
 
-import argparse
-import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +28,11 @@ from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import corrupt_counted, row_losses
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import user_errors
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.parallel.wrap import reshard
+
+BASELINE_PART = 1 << 20  # tokens read at once
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,20 @@ class Baselines:
 
 
 def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    ids = split.read(0, split.tokens)
-    share = np.bincount(ids) / len(ids)
-    share = share[share > 0]
+    """One pass over the split, a part at a time. decode: token ids -> text."""
+    counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
+    for start in range(0, split.tokens, BASELINE_PART):
+        ids = split.read(start, min(BASELINE_PART, split.tokens - start))
+        counts += np.bincount(ids, minlength=split.vocab_size)
+        packed += len(packer.compress(decode(ids.tolist()).encode("utf-8")))
+    share = counts[counts > 0] / split.tokens
     entropy = float(-(share * np.log(share)).sum())
-    text = decode(ids.tolist()).encode("utf-8")
-    return Baselines(
-        entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * len(gzip.compress(text, 9)) / len(text)
-    )
+    packed += len(packer.flush())
+    return Baselines(entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
 
 
 def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:
-    table = Table(title=f"{where}: {evaluation.split}, {evaluation.rows} rows x {evaluation.samples} noise draws")
+    table = Table(title=f"{evaluation.split}: {evaluation.rows} rows x {evaluation.samples} noise draws")
     for column in ("", "nats/token", "bits/byte", "perplexity"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row(
@@ -155,15 +158,14 @@ def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:
     table.add_row("unigram", f"{unigram:.4f}", f"{base.unigram_bits_per_byte:.4f}", f"{math.exp(unigram):.2f}")
     table.add_row("gzip -9", "", f"{base.gzip_bits_per_byte:.4f}", "")
     console = Console()
+    console.print(str(where), highlight=False)
     console.print(table)
     better = 1 - evaluation.nelbo / unigram
     console.print(f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text."
-    )
+    parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     parser.add_argument(
         "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
     )
@@ -172,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, help="sequences per folder (default: the run's eval.rows)")
     parser.add_argument("--samples", type=int, help="noise draws per sequence (default: the run's eval.samples)")
     parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
     for option in ("rows", "samples"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
@@ -196,10 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
             loaded.tokenizer.mask_id,
             world,
         )
-        base = baselines(split, loaded.tokenizer.decode)
-        results.append({**asdict(evaluation), **asdict(base)})
         if world.is_main:
+            base = baselines(split, loaded.tokenizer.decode)
             _show(evaluation, base, loaded.folder)
+            results.append({**asdict(evaluation), **asdict(base)})
     if args.json and world.is_main:
         store.write_atomically(
             args.json, json.dumps({"checkpoint": str(loaded.folder), "results": results}, indent=1) + "\n"

@@ -6,7 +6,6 @@ The sampler is LLaDA's (arXiv 2502.09992, section 2.4): at each step every maske
 most confident proposals (or random ones) stay. Attention is bidirectional, so text before and after a gap both count.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from mdmtrain.checkpoint import store
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.monitor.logs import user_errors
-from mdmtrain.parallel.world import World, init_world
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.parallel.world import AgreedError, World, init_world
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def infill(
     before, after = [tokenizer.bos_id, *tokenizer.encode(prefix)], tokenizer.encode(suffix)
     longest = loaded.config.data.sequence_length
     if len(before) + length + len(after) > longest:
-        raise ValueError(
+        raise AgreedError(
             f"prefix ({len(before)} tokens with bos), --length {length} and suffix ({len(after)}) exceed the "
             f"{longest} tokens that the model was trained on: shorten them"
         )
@@ -110,7 +109,7 @@ def infill(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
+    parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
     parser.add_argument(
         "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
     )
@@ -123,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=1, help="texts to generate (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the texts here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the texts here")
     args = parser.parse_args(arguments)
     for option in ("length", "samples"):
         if getattr(args, option) < 1:
@@ -132,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--steps must be at least 1")
     if not 0 <= args.temperature < math.inf:
         raise ValueError("--temperature must be 0 or more")
-    if args.seed < 0:
-        raise ValueError("--seed must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
     loaded = store.load_model(args.checkpoint, args.weights, world)
     sampling = Sampling(args.steps or args.length, args.temperature, args.remasking, args.seed)

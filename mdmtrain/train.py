@@ -6,7 +6,6 @@
 Read `train` from top to bottom: that is the whole run. To change what a step does, change it there.
 """
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from mdmtrain.diffusion.objective import StepRates, corrupt, row_losses, step_ra
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import log, log_to_file, user_errors
+from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
 from mdmtrain.monitor.metrics import MetricsLog
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
@@ -35,7 +34,8 @@ from mdmtrain.parallel.wrap import build_model, init_weights
 
 def train(config: Config, world: World) -> None:
     """One run, from where its folder stands to its last step, or to an agreed stop. Raises ValueError."""
-    run, plan, run_dir = config.run, resolve(config, world.size), Path(config.run.dir)
+    run, run_dir = config.run, Path(config.run.dir)
+    plan = world.agree(lambda: resolve(config, world.size))
     stop = AgreedStop(world)
 
     # ---- what there is: folder, data, tokenizer, model
@@ -45,7 +45,7 @@ def train(config: Config, world: World) -> None:
     validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
     tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
     tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
-    shape = model_shape(config.model, tokenizer.vocab_size)
+    shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
     model = build_model(shape, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     average = None
@@ -69,6 +69,7 @@ def train(config: Config, world: World) -> None:
     if step >= run.steps:
         say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
         return
+    loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, world.device.type == "cuda"))
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
     for line in (f"run folder {run_dir}", origin, describe(shape), *plan.reasons):
@@ -77,8 +78,8 @@ def train(config: Config, world: World) -> None:
     # ---- the loop
     device = world.device
     splits = list(zip(split_names(validation, [s.path for s in config.data.sources]), validation, strict=True))
-    batches = iter(train_loader(config, plan, world.rank, sources, step, pin_memory=device.type == "cuda"))
-    recorder = StepRecorder(config, plan, step, world.device)
+    batches = iter(loader)
+    recorder = StepRecorder(config, plan, world.device)
     progress = TrainingProgress(step, run.steps, world.is_main)
     bits_per_nat = sum(v.tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     stopped = 0
@@ -106,10 +107,10 @@ def train(config: Config, world: World) -> None:
         saving = step % config.checkpoint.save_every == 0 or last
         if step % config.monitor.log_every == 0 or evaluating or saving:
             records = recorder.flush()  # the only place where the host waits for the device
-            check_skips(records, recorder.skips_in_a_row, run.max_skips, run_dir)
             if metrics is not None:
                 metrics.write(records)
             progress.update(records[-1], bits_per_nat)
+            check_skips(records, recorder.skips_in_a_row, run.max_skips, run_dir)
         if evaluating:
             for name, split in splits:
                 evaluation = in_loop_evaluation(model, average, split, name, config, tokenizer.mask_id, world)
@@ -221,7 +222,8 @@ def load_initial_weights(config: Config, identity: dict, model, world: World) ->
     for name in ("model", "tokenizer"):
         if meta["identity"][name] != identity[name]:
             raise AgreedError(
-                f"checkpoint.init_from={folder}: its {name} is {brief(meta['identity'][name], identity[name])}"
+                f"checkpoint.init_from={folder}: its {name} is {brief(meta['identity'][name], identity[name])}: "
+                "start from weights of the same model and tokenizer"
             )
     source = "average" if meta["has_average"] else "model"
     store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
@@ -249,7 +251,7 @@ def say(world: World, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mdmtrain.train",
         description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
         "Started again with the same arguments, a run goes on from its newest checkpoint.",

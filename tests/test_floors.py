@@ -37,7 +37,7 @@ def imports(source: str, module: str) -> set[str]:
 
 def unit(module: str) -> str:
     """The part of the package that a module belongs to: mdmtrain.data.loader -> data."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def violations(module: str, source: str) -> list[str]:
@@ -47,11 +47,11 @@ def violations(module: str, source: str) -> list[str]:
         top, theirs = name.split(".")[0], unit(name)
         if top in ("launchers", "tools", "tests"):
             bad.append(f"{module} imports {name}, which stands above the package")
-        elif top == "mdmtrain" and theirs != mine and theirs not in FLOORS:
-            if theirs != "__version__":
-                bad.append(f"{module} imports {name}, which is on no floor")
-        elif top == "mdmtrain" and theirs != mine and theirs in FLOORS:
-            if FLOORS[theirs] >= FLOORS[mine] and (mine, theirs) not in ARROWS:
+        elif top == "mdmtrain" and theirs not in {*FLOORS, mine, "__version__"}:
+            bad.append(f"{module} imports {name}, which is on no floor")
+        elif theirs != mine and top == "mdmtrain" and theirs in FLOORS:
+            down = FLOORS[theirs] < FLOORS[mine]
+            if not down and (mine, theirs) not in ARROWS:
                 bad.append(f"{module} imports {name}, which is not below it")
         if mine == "diffusion" and (top not in DIFFUSION_MAY_IMPORT or name.startswith("torch.distributed")):
             bad.append(f"{module} imports {name}: diffusion/ knows torch, numpy, scipy, and no rank")

@@ -23,9 +23,12 @@ class RunLock:
     """The right to write a run folder. The operating system takes it back when the process ends, however it ends."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError when another live process holds the folder, OSError when it cannot be written."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / ".lock", "a+")
+        """Raises ValueError when another live process holds the folder, or when it cannot be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / ".lock", "a+")  # noqa: SIM115 (held for life)
+        except OSError as error:
+            raise ValueError(f"cannot write run folder {folder}: {error.strerror}: choose another run.dir") from None
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:

@@ -73,7 +73,7 @@ def save(
         _dcp_save(folder, tensors, world)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
         world.agree(lambda: _clear(folder, create=False), main_only=True)
-        raise ValueError(
+        raise AgreedError(
             f"cannot write checkpoint {folder}: {_root_cause(error)}: free the disk and start again"
         ) from None
     world.agree(lambda: _commit(folder, step, meta, tokenizer), main_only=True)
@@ -132,22 +132,28 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint whose files are all there in full; broken ones are passed over with a warning."""
-    for folder in reversed(complete_checkpoints(run_dir)):
+    """The newest complete checkpoint whose files are all there in full; broken ones are passed over with a warning.
+
+    None where there is none at all. Raises ValueError where all are broken: starting anew would cut the metrics away.
+    """
+    folders = complete_checkpoints(run_dir)
+    for folder in reversed(folders):
         try:
             read_meta(folder)
         except ValueError as error:
             log.warning("passing over a broken checkpoint: %s", error)
         else:
             return folder
+    if folders:
+        raise ValueError(f"{run_dir}: all its checkpoints are damaged: bring one back, or choose another run.dir")
     return None
 
 
 def find(path: Path) -> Path:
     """The checkpoint that a user means: itself, or the newest of a run folder. Raises ValueError."""
     if not path.exists():
-        raise ValueError(f"{path}: no such run or checkpoint folder")
-    if (path / "checkpoints").is_dir():
+        raise ValueError(f"{path}: no such run or checkpoint folder: check the path")
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         folder = newest(path)
         if folder is None:
             raise ValueError(f"{path}: no complete checkpoint in this run; train it first")
@@ -168,6 +174,8 @@ def read_meta(folder: Path) -> dict:
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{marker}: format version {version}, this mdmtrain reads {FORMAT_VERSION}")
+    if not {"step", "identity", "has_average", "config"} <= meta.keys():
+        raise ValueError(f"{marker}: incomplete; use another checkpoint")
     for name, size in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
@@ -183,7 +191,7 @@ def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=folder, process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        raise ValueError(f"cannot read checkpoint {folder}: {_root_cause(error)}") from None
+        raise AgreedError(f"cannot read checkpoint {folder}: {_root_cause(error)}: use another one") from None
 
 
 @dataclass(frozen=True)
@@ -206,10 +214,10 @@ def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
     meta = world.agree(lambda: read_meta(folder))
     if weights == "average" and not meta["has_average"]:
         raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
-    config = validate(meta["config"], str(folder / "meta.json"))
+    config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     tokenizer = world.agree(lambda: Tokenizer.load(folder / TOKENIZER_FILE))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer that this checkpoint was trained with")
+        raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer it was trained with; use another checkpoint")
     model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
     source = "average" if weights != "raw" and meta["has_average"] else "model"
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)

@@ -80,9 +80,7 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["made_from"] != made_from:
-            raise ValueError(
-                f"{out} holds data made from other inputs or options: remove it or choose another --out"
-            )
+            raise ValueError(f"{out} holds data made from other inputs or options: remove it or choose another --out")
         for split in manifest["splits"]:
             PreparedSplit(out, split)
         return Summary(out, manifest, True, Counter(), {})
@@ -372,7 +370,7 @@ def _write_splits(
     splits = {split: writer.close() for split, writer in writers.items()}
     count = sum(split["documents"] for split in splits.values())
     if not count:
-        raise ValueError(f"the {len(inputs)} input files hold no text: give files with text in them")
+        raise ValueError(f"no text in the {len(inputs)} input files: give files with text in them")
     for split, hint in (
         ("validation", f"give --validation-fraction {math.ceil(lowest * 1e4 + 1) / 1e4} or more"),
         ("train", f"give --validation-fraction {math.floor(highest * 1e4) / 1e4} or less"),

@@ -19,7 +19,7 @@ SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time a
 # sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
 # private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
 _SPACE_MARK, _ESCAPE = "\u2581", "\U0010f581"
-_PROBE = f"a  b \n\n\t\r\n\0 {_SPACE_MARK}{_ESCAPE}0 <s></s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
+_PROBE = f"a  b \n\n\t\r\n\0 {_SPACE_MARK}{_ESCAPE}0 </s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
 
 
 def _escape(text: str) -> str:
@@ -76,6 +76,8 @@ class Tokenizer:
         if vocab_size < smallest:
             raise ValueError(f"vocabulary of {vocab_size} is too small: bytes and reserved pieces need {smallest}")
         sample = bounded_sample(texts, SAMPLE_CHARACTERS)
+        if not sample:
+            raise ValueError("no text to train a tokenizer on: give files with text in them")
         rare = _rare_characters(sample, (vocab_size - smallest) // 2)
         model = io.BytesIO()
         try:

@@ -1,17 +1,34 @@
 """What a person reads when something goes wrong: one line on the terminal, everything in the rank's log."""
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from mdmtrain.parallel.world import AgreedError, describe
 
 log = logging.getLogger("mdmtrain")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+def output_file(argument: str) -> Path:
+    """The type of an argument that names a file to write: refused at once where it cannot be, not after the work."""
+    path = Path(argument)
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {path}: it is a folder, or its folder is missing or read-only")
+    return path
 
 
 @contextmanager
@@ -21,13 +38,16 @@ def user_errors() -> Iterator[None]:
     The traceback goes to the log file where there is one (DEBUG level), and to the terminal with MDMTRAIN_DEBUG=1.
     Identical errors of several ranks on a node are printed once; an error of a single rank names the rank.
     """
+    # Libraries may speak up about errors alone: DCP warns of every unreadable file, with its traceback.
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    log.setLevel(logging.WARNING)
     try:
         yield
     except (ValueError, OSError) as error:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
         log.debug("the command failed", exc_info=True)
-        everywhere = isinstance(error, AgreedError) or not dist.is_initialized()
+        everywhere = isinstance(error, AgreedError) or not dist.is_initialized() or dist.get_world_size() == 1
         if not everywhere:
             print(f"error: rank {dist.get_rank()}: {describe(error)}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK", "0") == "0":

@@ -1,6 +1,7 @@
 """metrics.jsonl, the truth about a run, and TensorBoard, drawn from the same records. Rank 0 writes both."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class MetricsLog:
     def write(self, records: list[dict]) -> None:
         """Append records and hand them to the operating system."""
         for record in records:
-            self._file.write(json.dumps(record) + "\n")
+            record = {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             if self._board is not None:
                 self._draw(record)
         self._file.flush()
@@ -80,3 +82,8 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no NaN and no infinity: a number that is not finite is written as null."""
+    return float(value) if math.isfinite(value) else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdmtrain.config import Config, RunPlan
 from mdmtrain.diffusion.objective import StepRates
-from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES
+from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES, finite
 
 MASKED, ELIGIBLE = OCTILES, OCTILES + 1  # places after the octiles in the vector of sums
 
@@ -32,7 +32,7 @@ class StepRecorder:
     octile of the masking rate, then the masked and the eligible positions.
     """
 
-    def __init__(self, config: Config, plan: RunPlan, first_step: int, device: torch.device):
+    def __init__(self, config: Config, plan: RunPlan, device: torch.device):
         self.skips_in_a_row = 0
         self._eps = config.diffusion.eps
         self._clip_norm = config.optim.clip_norm
@@ -107,8 +107,3 @@ class StepRecorder:
             "data_wait": wait,
             "time": time.time(),
         }
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no NaN: a number that is not finite is written as null."""
-    return float(value) if np.isfinite(value) else None

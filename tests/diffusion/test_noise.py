@@ -8,7 +8,6 @@ from scipy import stats
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
 
-
 # ---- golden values: they pin the streams for ever. A change here means that old runs can no longer be continued.
 
 

@@ -1,5 +1,7 @@
 """A schedule is a sampler of the masking rate: whatever its density, the importance weight brings U[eps, 1] back."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def expectation(h, schedule, eps, reweigh=lambda t, iw: iw):
 def average(h, eps):
     """h averaged over U[eps, 1], in pieces that grow with t: right for 1/t too."""
     edges = np.geomspace(eps, 1, 9)
-    return sum((b - a) * float(h(a + (b - a) * U) @ DU) for a, b in zip(edges, edges[1:], strict=False)) / (1 - eps)
+    return sum((b - a) * float(h(a + (b - a) * U) @ DU) for a, b in pairwise(edges)) / (1 - eps)
 
 
 TESTS = {

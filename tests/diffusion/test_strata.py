@@ -1,4 +1,4 @@
-"""One stratification of the global batch: in strata at every scale, uniform for every slot, worth what the theory says."""
+"""One stratification of the global batch: strata at every scale, uniform for every slot, worth what theory says."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def shuffled(seed, step, count):
 @settings(deadline=None, derandomize=True, max_examples=150)
 def test_every_batch_and_every_aligned_power_of_two_block_is_stratified(seed, step, count):
     u = draw(seed, step, count)
-    assert u.shape == (count,) and u.dtype == np.float64 and 0 <= u.min() and u.max() < 1
+    assert u.shape == (count,) and u.dtype == np.float64 and u.min() >= 0 and u.max() < 1
     assert is_stratified(u, count)
     block = 2
     while count % block == 0:

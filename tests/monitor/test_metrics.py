@@ -1,0 +1,257 @@
+"""metrics.jsonl is the truth: cut to the checkpoint on resume, drawn as it is, with numbers that a naive sum gives."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mdmtrain import config
+from mdmtrain.diffusion.objective import StepRates
+from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES, MetricsLog
+from mdmtrain.monitor.recorder import ELIGIBLE, MASKED, StepRecorder, finite
+
+EPS, ROWS, LENGTH = 0.2, 4, 10
+
+
+def record(step, **more):
+    return {"step": step, "loss": 1.0 / step, **more}
+
+
+def read(path):
+    """The records, by a reader that knows JSON and nothing more."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the cut
+
+
+def write(folder, text):
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def lines(steps):
+    return "".join(json.dumps(record(step)) + "\n" for step in steps)
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 3, "loss": 0.3}', "{"])
+def test_a_resume_keeps_what_the_checkpoint_knows_and_drops_a_torn_line(tmp_path, torn):
+    evaluation = json.dumps({"step": 3, "split": "validation", "nelbo": 2.0}) + "\n"
+    kept = lines([1, 2, 3]) + evaluation
+    write(tmp_path, kept + lines([4, 5]) + torn)
+    for _ in range(2):  # idempotent: a resume that is itself killed and resumed
+        MetricsLog(tmp_path, 3, tensorboard=False).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_steps_from_another_course_are_cut_in_whatever_order_they_stand(tmp_path):
+    write(tmp_path, lines([1, 2, 3, 4, 2, 3]))
+    MetricsLog(tmp_path, 2, tensorboard=False).close()
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 2]
+
+
+def test_a_run_that_starts_anew_has_no_records_before(tmp_path):
+    write(tmp_path, lines([1, 2]))
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    assert read(tmp_path) == []
+    log.write([record(1)])
+    log.close()
+    assert read(tmp_path) == [record(1)]
+
+
+def test_records_reach_the_file_when_written_not_when_closed(tmp_path):
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.write([record(1), record(2)])
+    assert read(tmp_path) == [record(1), record(2)]
+    log.sync()
+    log.close()
+
+
+def test_an_interrupted_cut_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    write(tmp_path, lines([1, 2, 3]))
+
+    def killed(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(OSError):
+        MetricsLog(tmp_path, 1, tensorboard=False)
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 3]
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path):
+    """JSON has no NaN and no Infinity: jq, pandas and JavaScript stop at them. A single validation row has se = inf."""
+    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log.write([{"step": 1, "split": "validation", "nelbo": math.nan, "nelbo_se": math.inf}])
+    log.close()
+    assert read(tmp_path) == [{"step": 1, "split": "validation", "nelbo": None, "nelbo_se": None}]
+
+
+# ---- TensorBoard
+
+
+def training_record(step, loss, counts):
+    octiles = [loss * (k + 1) if count else None for k, count in enumerate(counts)]
+    more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "time": 1e9}
+    return {"step": step, "loss": loss, **more, BY_OCTILE: octiles, HISTOGRAM: counts}
+
+
+def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
+    """Killed after step 5, resumed from step 3: the events are those of the file, the lost course is gone."""
+    counts = [1, 0, 2, 1, 0, 0, 3, 1]
+    first = MetricsLog(tmp_path, 0, tensorboard=True)
+    for step in range(1, 6):
+        first.write([training_record(step, 10.0 + step, counts)])
+    first.write([{"step": 5, "split": "validation", "nelbo": 9.0}])
+    first.close()
+    second = MetricsLog(tmp_path, 3, tensorboard=True)
+    for step in (4, 5, 6):
+        second.write([training_record(step, 20.0 + step, counts)])
+    second.write([{"step": 6, "split": "validation", "nelbo": 2.5, "nelbo_se": 0.125}])
+    second.sync()
+    second.close()
+
+    expected = {}
+    for r in read(tmp_path):
+        group = r.get("split", "train")
+        for name, value in r.items():
+            if name == BY_OCTILE:
+                for k, mean in enumerate(value):
+                    if mean is not None:
+                        expected.setdefault(f"loss_by_rate/octile_{k}", []).append((r["step"], mean))
+            elif name not in ("step", "time", "split", HISTOGRAM) and value is not None:
+                expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
+    board = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    drawn = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert drawn == expected
+    assert [loss for _, loss in drawn["train/loss"]] == [11, 12, 13, 24, 25, 26]
+    assert "train/step" not in drawn and drawn["validation/nelbo"] == [(6, 2.5)]
+    assert [step for step, _ in drawn["train/grad_norm"]] == [1, 3, 4, 5, 6]  # null is a gap, not a zero
+    histograms = board.Histograms("train/masking_rate")
+    assert [h.step for h in histograms] == [1, 2, 3, 4, 5, 6]
+    shown = histograms[-1].histogram_value
+    assert shown.num == sum(counts) and list(shown.bucket) == counts
+    assert shown.sum == pytest.approx(sum((k + 0.5) / 8 * c for k, c in enumerate(counts)))
+
+
+# ---- the recorder
+
+
+def make_recorder(clip=1.0, world=1):
+    tree = {
+        "run": {"dir": "r", "steps": 9, "global_batch": ROWS, "micro_batch": 2},
+        "model": {"preset": "2m"},
+        "data": {"sources": [{"path": "p"}], "sequence_length": LENGTH},
+        "optim": {"lr": 0.1, "clip_norm": clip},
+        "diffusion": {"eps": EPS},
+    }
+    settings = config.validate(tree, "test")
+    return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"))
+
+
+def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0):
+    """As the loop does it: micro-steps of two rows."""
+    sums = recorder.new_sums()
+    for k in range(0, ROWS, 2):
+        two = slice(k, k + 2)
+        recorder.add_micro_step(sums, torch.tensor(losses[two]), rates[two], sum(masked[two]), sum(eligible[two]))
+    drawn = StepRates(rates, np.ones(ROWS))
+    recorder.add_step(step, drawn, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
+    return sums
+
+
+RATES = np.array([0.2, 0.99, 0.25, 1.0])  # octiles of [.2, 1]: 0, 7, 0, 7
+LOSSES = [3.0, 5.0, 8.0, 6.5]
+
+
+def test_a_record_is_the_naive_sum():
+    recorder = make_recorder()
+    sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
+    assert sums[MASKED] == 22 and sums[ELIGIBLE] == 38
+    (shown,) = recorder.flush()
+    by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
+    for rate, loss in zip(RATES, LOSSES, strict=True):
+        octile = min(OCTILES - 1, math.floor((rate - EPS) / (1 - EPS) * OCTILES + 1e-12))
+        by_octile[octile] += loss / LENGTH
+        histogram[octile] += 1
+    assert shown[HISTOGRAM] == histogram == [2, 0, 0, 0, 0, 0, 0, 2]
+    assert shown[BY_OCTILE] == [pytest.approx(s / c) if c else None for s, c in zip(by_octile, histogram, strict=True)]
+    assert shown["loss"] == pytest.approx(sum(LOSSES) / (ROWS * LENGTH))  # the constant
+    assert shown["nelbo"] == pytest.approx(sum(LOSSES) / 38)  # per eligible token
+    assert shown["masked_fraction"] == pytest.approx(22 / 38)
+    assert shown["step"] == 3 and shown["tokens"] == 3 * ROWS * LENGTH and shown["lr"] == 0.25
+    assert shown["grad_norm"] == 0.5 and shown["clipped"] is False and shown["skipped"] is False
+    assert shown["data_wait"] >= 0 and shown["tokens_per_second"] > 0
+    # Without eps the octiles would be others: .25 * 8 is 2.
+    assert [math.floor(rate * OCTILES) for rate in RATES[[0, 2]]] != [0, 0]
+
+
+def test_octiles_have_eight_equal_parts_and_closed_ends():
+    edges = EPS + (1 - EPS) * np.arange(OCTILES + 1) / OCTILES
+    recorder = make_recorder()
+    middles, inside = (edges[1:] + edges[:-1]) / 2, edges + np.r_[1e-9, np.zeros(7), 0]
+    assert recorder._octiles(middles).tolist() == list(range(8))
+    assert recorder._octiles(inside[[0, -1]]).tolist() == [0, 7]  # a rate of 1 is in the last, not in a ninth
+    assert recorder._octiles(np.array([EPS * (1 - 1e-15)])).tolist() == [0]  # eps, rounded down
+
+
+def test_octile_means_weigh_into_the_loss():
+    """sum_k rows_k * mean_k / rows = loss: the curve by rate and the curve agree."""
+    generator = np.random.default_rng(0)
+    recorder = make_recorder()
+    for step in range(1, 4):
+        rates = EPS + (1 - EPS) * generator.random(ROWS)
+        run_step(recorder, step, rates, generator.random(ROWS).tolist(), [1] * ROWS, [LENGTH] * ROWS)
+    records = recorder.flush()
+    assert [r["step"] for r in records] == [1, 2, 3]
+    for r in records:
+        whole = sum(c * m for c, m in zip(r[HISTOGRAM], r[BY_OCTILE], strict=True) if c) / ROWS
+        assert whole == pytest.approx(r["loss"])
+    assert len({r["loss"] for r in records}) == 3  # each step has its own sums
+
+
+def test_a_step_that_is_not_finite_is_null_and_counted():
+    recorder = make_recorder()
+    bad = [3.0, float("nan"), 8.0, 6.5]
+    run_step(recorder, 1, RATES, bad, [1] * 4, [10] * 4, norm=float("nan"), skipped=1.0)
+    run_step(recorder, 2, RATES, [3.0, float("inf"), 8.0, 6.5], [1] * 4, [10] * 4, norm=float("inf"), skipped=1.0)
+    first, second = recorder.flush()
+    for r in (first, second):
+        assert r["loss"] is None and r["nelbo"] is None and r["grad_norm"] is None and r["skipped"] is True
+        assert r[BY_OCTILE][0] == pytest.approx(11 / 2 / LENGTH) and r[BY_OCTILE][7] is None
+        json.dumps(r, allow_nan=False)
+    assert recorder.skips_in_a_row == 2
+    run_step(recorder, 3, RATES, LOSSES, [1] * 4, [10] * 4)
+    recorder.flush()
+    assert recorder.skips_in_a_row == 0
+
+
+def test_skips_in_a_row_are_counted_over_flushes():
+    recorder = make_recorder()
+    for step, skipped in enumerate([1.0, 0.0, 1.0], 1):
+        run_step(recorder, step, RATES, LOSSES, [1] * 4, [10] * 4, skipped=skipped)
+    recorder.flush()
+    assert recorder.skips_in_a_row == 1
+    run_step(recorder, 4, RATES, LOSSES, [1] * 4, [10] * 4, skipped=1.0)
+    recorder.flush()
+    assert recorder.skips_in_a_row == 2
+
+
+@pytest.mark.parametrize(("clip", "norm", "clipped"), [(1.0, 1.5, True), (1.0, 0.9, False), (None, 99.0, False)])
+def test_clipped_says_whether_the_norm_was_over_the_limit(clip, norm, clipped):
+    recorder = make_recorder(clip)
+    run_step(recorder, 1, RATES, LOSSES, [1] * 4, [10] * 4, norm=norm)
+    assert recorder.flush()[0]["clipped"] is clipped
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float64("nan"), np.float32("inf")])
+def test_finite_turns_what_json_cannot_say_into_null(value):
+    assert finite(value) is None
+    assert json.dumps(finite(np.float32(1.5))) == "1.5"

@@ -174,6 +174,14 @@ def resolve(config: Config, world_size: int) -> RunPlan:
             f"run.micro_batch={micro} does not divide the {rows} rows of a rank "
             f"(run.global_batch={run.global_batch} / {world_size} ranks): choose one of {divisors}"
         )
+    optim, stable = config.optim, run.steps
+    if optim.schedule == "wsd":
+        stable -= round(run.steps * optim.decay_fraction)
+    if optim.warmup_steps > stable:
+        raise ValueError(
+            f"optim.warmup_steps={optim.warmup_steps} does not fit before the decay of a run of {run.steps} steps "
+            f"(at most {stable}): lower it, or raise run.steps"
+        )
     tokens = run.global_batch * config.data.sequence_length
     plan = f"accumulation {rows // micro} = {run.global_batch} / ({world_size} ranks x {micro})"
     if micro < run.micro_batch:
@@ -186,10 +194,11 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 # ---- reading
 
 
-_CORE = [  # YAML 1.2's core schema, which is also what JSON can say: tag, how a plain scalar of it looks, first characters
+# The types of YAML 1.2's core schema (decimal numbers only): tag, look of a plain scalar, its first characters.
+_CORE = [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ]
 _TAG = "tag:yaml.org,2002:"
@@ -281,13 +290,15 @@ def _explain(error: dict) -> str:
     path = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            close = difflib.get_close_matches(str(error["loc"][-1]), _field_names(error["loc"]), n=1, cutoff=0.5)
-            names = ", ".join(_field_names(error["loc"]))
-            return f"unknown key '{path}'" + (f": did you mean '{close[0]}'?" if close else f": there are {names}")
+            names = _field_names(error["loc"])
+            close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
+            meant = ".".join([*path.split(".")[:-1], *close])
+            hint = f"did you mean '{meant}'?" if close else f"there are {', '.join(names)}"
+            return f"unknown key '{path}': {hint}"
         case "missing":
             return f"'{path}' is missing: give it in a file or as {path}=VALUE"
         case _:
-            return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+            return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, got {json.dumps(error['input'])}"
 
 
 def validate(tree: dict, where: str) -> Config:

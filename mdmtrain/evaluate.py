@@ -108,7 +108,7 @@ def evaluate_split(
     nelbo = float(per_row.mean())
     se = float(per_row.std(ddof=1) / math.sqrt(len(per_row))) if len(per_row) > 1 else math.inf
     bits = split.tokens / split.bytes / math.log(2)
-    perplexity = math.exp(nelbo)
+    perplexity = math.exp(min(nelbo, 700.0))  # a diverged model is reported, not a reason to stop
     return Evaluation(
         name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(per_row), config.samples
     )

@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_run(corpus, tmp_path):
-    """A function that gives the configuration tree of a run of seconds, with changes: small_run({"run": {"steps": 3}})."""
+    """A function that gives the configuration tree of a short run, with changes: small_run({"run": {"steps": 3}})."""
 
     def tree(changes: dict | None = None) -> dict:
         base = {

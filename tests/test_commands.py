@@ -121,7 +121,7 @@ def test_init_from_starts_a_new_run_from_other_weights(trained, tmp_path):
     changes = [f"run.dir={tmp_path / 'new'}", f"checkpoint.init_from={trained}", "run.steps=15", "optim.lr=1e-9"]
     output = run("mdmtrain.train", str(trained.parent / "config.yaml"), *changes)
     assert f"weights of {trained / 'checkpoints/step-00000030'}" in output
-    new = [r for r in read_metrics(tmp_path / "new") if r.get("split") == "validation"][0]
+    new = next(r for r in read_metrics(tmp_path / "new") if r.get("split") == "validation")
     old = [r for r in read_metrics(trained) if r.get("split") == "validation"][-1]
     assert new["step"] == 15
     assert new["nelbo"] == pytest.approx(old["nelbo"], rel=1e-4), "it does not start where the other run ended"

@@ -152,9 +152,11 @@ def test_nothing_can_be_changed_afterwards(base):
 
 
 def test_unknown_keys_name_the_nearest(base):
-    assert refused(base, "run.step=5").endswith("unknown key 'run.step': did you mean 'steps'?")
-    assert "'optim.warmup_step': did you mean 'warmup_steps'?" in refused(base, "optim.warmup_step=5")
-    assert "'data.sources.0.wieght': did you mean 'weight'?" in refused(base, "data.sources=[{path: p, wieght: 2}]")
+    assert refused(base, "run.step=5").endswith("unknown key 'run.step': did you mean 'run.steps'?")
+    assert "'optim.warmup_step': did you mean 'optim.warmup_steps'?" in refused(base, "optim.warmup_step=5")
+    assert "'data.sources.0.wieght': did you mean 'data.sources.0.weight'?" in refused(
+        base, "data.sources=[{path: p, wieght: 2}]"
+    )
     assert "unknown key 'optimizer': did you mean 'optim'?" in refused(base, "optimizer={lr: 1}")
     message = refused(base, "run.zzz=5")
     assert "unknown key 'run.zzz'" in message and "there are dir, seed, steps" in message
@@ -163,17 +165,17 @@ def test_unknown_keys_name_the_nearest(base):
 @pytest.mark.parametrize(
     ("override", "key", "got"),
     [
-        *(("run.steps=ten", "run.steps", "'ten'"), ("run.steps=1.5", "run.steps", "1.5")),
-        *(("run.steps=true", "run.steps", "True"), ("run.steps=0", "run.steps", "0")),
-        *(("run.steps='10'", "run.steps", "'10'"), ("data.document_mask=yes", "data.document_mask", "'yes'")),
+        *(("run.steps=ten", "run.steps", '"ten"'), ("run.steps=1.5", "run.steps", "1.5")),
+        *(("run.steps=true", "run.steps", "true"), ("run.steps=0", "run.steps", "0")),
+        *(("run.steps='10'", "run.steps", '"10"'), ("data.document_mask=yes", "data.document_mask", '"yes"')),
         *(("data.document_mask=1", "data.document_mask", "1"), ("run.dir=7", "run.dir", "7")),
         *(
-            ("optim.lr=.nan", "optim.lr", "nan"),
-            ("optim.lr=.inf", "optim.lr", "inf"),
-            ("optim.lr=1e999", "optim.lr", "inf"),
+            ("optim.lr=.nan", "optim.lr", "NaN"),
+            ("optim.lr=.inf", "optim.lr", "Infinity"),
+            ("optim.lr=1e999", "optim.lr", "Infinity"),
         ),
         *(("run.seed=9223372036854775808", "run.seed", "9223372036854775808"), ("run=5", "run", "5")),
-        *(("optim.schedule=linear", "optim.schedule", "'linear'"), ("diffusion.eps=1", "diffusion.eps", "1")),
+        *(("optim.schedule=linear", "optim.schedule", '"linear"'), ("diffusion.eps=1", "diffusion.eps", "1")),
     ],
 )
 def test_wrong_types_and_ranges_name_the_key_and_the_value(base, override, key, got):

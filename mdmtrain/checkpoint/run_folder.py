@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config
+from mdmtrain.parallel.world import writing
 
 LOCK_PATIENCE = 10.0  # seconds: a killed predecessor may need a moment to go
 PACKAGES = ("mdmtrain", "torch", "torchdata", "numpy", "scipy", "sentencepiece", "pydantic", "tensorboard")
@@ -24,11 +25,9 @@ class RunLock:
 
     def __init__(self, folder: Path):
         """Raises ValueError when another live process holds the folder, or when it cannot be written."""
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / ".lock", "a+")  # noqa: SIM115 (held for life)
-        except OSError as error:
-            raise ValueError(f"cannot write run folder {folder}: {error.strerror}: choose another run.dir") from None
+            self._file = open(folder / ".lock", "a+")  # noqa: SIM115 (held, and locked, for the whole run)
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
             try:

@@ -23,7 +23,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import WeightAverage
-from mdmtrain.parallel.world import AgreedError, World
+from mdmtrain.parallel.world import AgreedError, World, writing
 from mdmtrain.parallel.wrap import build_model
 
 FORMAT_VERSION = 1
@@ -116,7 +116,7 @@ def _root_cause(error: BaseException) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a crash leaves the old text or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with writing(path), open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -65,8 +65,8 @@ def corrupt(ids: Tensor, lengths: Tensor, uniforms: Tensor, drawn: StepRates, ma
 def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
-    k = ceil(u L), u on (0, 1]; k positions, uniformly; each masked position weighs L/(L k), that is: the row's value
-    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U(0, 1] its expectation is
+    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/(L k), that is: the row's value
+    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is
     (1/L) sum_k c_k, the exact NELBO per token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
     """
     length = ids.shape[1]

@@ -1,6 +1,6 @@
 """Model shapes, from a laptop's 2M to LLaDA's 8B, and the one place where a configuration becomes a shape."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 from mdmtrain.config import ModelConfig
 
@@ -65,7 +65,7 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
     values["vocab_size"] = -(-tokenizer_size // 64) * 64
     given = {name: value for name, value in config.model_dump(exclude={"preset"}).items() if value is not None}
     values.update(given)
-    missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is f.default_factory and f.name not in values]
+    missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")
     shape = ModelShape(**values)

@@ -18,7 +18,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
         self._cut(resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._board = SummaryWriter(str(run_dir / "events"), purge_step=resume_step + 1) if tensorboard else None
 
     def _cut(self, step: int) -> None:

@@ -4,8 +4,10 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -69,6 +71,18 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say where a write failed: the operating system names a file that it cannot open, not one that it cannot fill."""
+    try:
+        yield
+    except OSError as error:
+        problem = error.strerror or error
+        raise ValueError(
+            f"cannot write {place}: {problem}: make room or choose another place, then start again"
+        ) from None
 
 
 def init_world() -> World:

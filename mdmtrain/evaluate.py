@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import EvalConfig
-from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.loader import validation_rows, windows
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {name: getattr(args, name) for name in ("rows", "samples") if getattr(args, name) is not None}
     settings = config.eval.model_copy(update=chosen)
     folders = args.data or [source.path for source in config.data.sources]
-    splits = world.agree(lambda: [open_split(folder, args.split, loaded.tokenizer.sha256) for folder in folders])
+    splits = world.agree(lambda: [open_split(folder, args.split, loaded) for folder in folders])
     results = []
     for split, name in zip(splits, split_names(splits, folders), strict=True):
         evaluation = evaluate_split(
@@ -208,10 +208,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
-def open_split(folder: str, split: str, tokenizer_sha256: str) -> PreparedSplit:
-    """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
+def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:
+    """A prepared split that was made with the model's own tokenizer and holds a row. Raises ValueError."""
     opened = PreparedSplit(folder, split)
-    if opened.tokenizer_sha256 != tokenizer_sha256:
+    windows(opened, loaded.config.data.sequence_length)
+    if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
             f"{folder}: prepared with another tokenizer than the model's: "
             "prepare it again with --tokenizer and the folder that the model was trained on"

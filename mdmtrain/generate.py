@@ -108,13 +108,19 @@ def infill(
     return tokenizer.decode(gap)
 
 
+def utf8_text(argument: str) -> str:
+    """The type of an argument that is text: bytes that are not UTF-8 reach Python as surrogates, which are none."""
+    argument.encode()
+    return argument
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
     parser.add_argument(
         "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
     )
-    parser.add_argument("--prefix", default="", help="text before the gap")
-    parser.add_argument("--suffix", default="", help="text after the gap")
+    parser.add_argument("--prefix", type=utf8_text, default="", help="text before the gap")
+    parser.add_argument("--suffix", type=utf8_text, default="", help="text after the gap")
     parser.add_argument("--length", type=int, default=32, help="tokens in the gap (default: 32)")
     parser.add_argument("--steps", type=int, help="forward passes (default: one for each token)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: most probable token (default)")

@@ -173,6 +173,10 @@ def flip(file: Path) -> Path:
     return file
 
 
+def blank(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
 def edit_json(file: Path, edit: Callable[[dict], None]) -> Path:
     content = json.loads(file.read_text())
     edit(content)
@@ -209,12 +213,12 @@ def case(module: str, *words: str, start=warm):
 # -- configuration
 
 
-@case("train", "unknown key 'optim.lrr'", "did you mean 'lr'?", "config.yaml", start=cold)
+@case("train", "unknown key 'optim.lrr'", "did you mean 'optim.lr'?", "config.yaml", start=cold)
 def key_with_a_typing_mistake(lab):
     return lab.train("optim.lrr=1")
 
 
-@case("train", "'run.steps'", "valid integer", "got 'many'")
+@case("train", "'run.steps'", "valid integer", 'got "many"')
 def value_of_a_wrong_type(lab):
     return lab.train("run.steps=many")
 
@@ -364,7 +368,7 @@ def run_folder_in_use(lab):
     return lab.train("run.steps=8")
 
 
-@case("train", "{lab}/file/run", "Not a directory", "choose another run.dir")
+@case("train", "{lab}/file/run: cannot write: Not a directory", "choose another place")
 def run_folder_below_a_file(lab):
     return lab.train(f"run.dir={lab.file('file', '') / 'run'}")
 
@@ -439,9 +443,8 @@ def checkpoint_truncated(lab):
 
 
 @case("evaluate", "cannot read checkpoint {lab}/checkpoint", "use another")
-def checkpoint_with_rubbish_inside(lab):
-    file = lab.copy_checkpoint() / ".metadata"
-    file.write_bytes(bytes(file.stat().st_size))
+def checkpoint_with_a_rubbish_index(lab):
+    blank(lab.copy_checkpoint() / ".metadata")
     return [str(lab.folder / "checkpoint")]
 
 
@@ -471,6 +474,13 @@ def checkpoint_with_another_tokenizer(lab):
     return [str(lab.folder / "checkpoint")]
 
 
+@case("train", "cannot read checkpoint {lab}/run/checkpoints/step-00000006", "without this one", "the one before")
+def checkpoint_with_rubbish_inside(lab):
+    arguments = lab.resume()
+    blank(shard(lab.run / lab.newest))
+    return arguments
+
+
 # -- evaluate
 
 
@@ -487,6 +497,15 @@ def rows_that_are_no_number(lab):
 @case("evaluate", "no split 'tset'", "train, validation")
 def unknown_split(lab):
     return [str(lab.finished), "--split", "tset"]
+
+
+@case("evaluate", "the validation split has", "not one row of data.sequence_length=200000", "prepare more text")
+def rows_longer_than_the_split_to_evaluate(lab):
+    def lengthen(meta):
+        meta["config"]["data"]["sequence_length"] = 200_000
+
+    edit_json(lab.copy_checkpoint() / "meta.json", lengthen)
+    return [str(lab.folder / "checkpoint")]
 
 
 @case("evaluate", "other", "another tokenizer than the model's", "prepare it again with --tokenizer")
@@ -516,6 +535,11 @@ def prefix_too_long(lab):
 @case("generate", "--length must be at least 1")
 def nothing_to_generate(lab):
     return [str(lab.finished), "--length", "0"]
+
+
+@case("generate", "--prefix", "utf8_text", "'a\\udcff'", "--help")
+def prefix_that_is_no_text(lab):
+    return [str(lab.finished), "--prefix", os.fsdecode(b"a\xff"), "--length", "4"]
 
 
 @case("generate", "--steps must be at least 1")
@@ -643,3 +667,12 @@ def test_a_full_disk_loses_nothing(lab, small_disk, tmp_path):
     done = warm("train", arguments, tmp_path / "large.out")
     assert done.status == 0 and "step-00000002" in done.out, done.err
     assert read_metrics(disk / "run") == read_metrics(lab.finished)
+
+
+def test_a_full_disk_between_checkpoints_names_the_run_folder(lab, small_disk, tmp_path):
+    """Something else fills the disk while metrics are written."""
+    disk, _ = small_disk
+    (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (1 << 15)))
+    arguments = lab.train(f"run.dir={disk / 'run'}", "run.steps=200", "checkpoint.save_every=200", "eval.every=200")
+    line = warm("train", arguments, tmp_path / "full.out").refusal()
+    assert f"{disk / 'run'}: cannot write: No space left on device: make room" in line

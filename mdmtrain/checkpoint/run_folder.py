@@ -24,7 +24,7 @@ class RunLock:
     """The right to write a run folder. The operating system takes it back when the process ends, however it ends."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError when another live process holds the folder, or when it cannot be written."""
+        """Raises ValueError when another live process holds the folder, OSError when it cannot be written."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / ".lock", "a+")  # noqa: SIM115 (held, and locked, for the whole run)

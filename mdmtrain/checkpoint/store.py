@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def _clear(folder: Path, create: bool = True) -> None:
 
 
 def _commit(folder: Path, step: int, meta: dict, tokenizer: Path) -> None:
-    shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+    with writing(folder):
+        shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
     files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
     whole = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
@@ -110,7 +112,7 @@ def _retain(run_dir: Path, keep_last: int) -> None:
 def _root_cause(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return textwrap.shorten(str(error), 120)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -191,7 +193,10 @@ def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=folder, process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        raise AgreedError(f"cannot read checkpoint {folder}: {_root_cause(error)}: use another one") from None
+        raise AgreedError(
+            f"cannot read checkpoint {folder}: {_root_cause(error)}: "
+            "use another one; without this one, its run goes on from the one before"
+        ) from None
 
 
 @dataclass(frozen=True)

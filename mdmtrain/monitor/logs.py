@@ -65,6 +65,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
+    logging.raiseExceptions = False  # a full disk fails the run elsewhere, with one line: no report for each record
     log.propagate = False
     file = logging.FileHandler(folder / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mdmtrain.monitor.logs import log
+from mdmtrain.parallel.world import writing
+
 OCTILES = 8
 BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 HISTOGRAM = "rate_histogram"  # rows of the global batch in each eighth
@@ -17,7 +20,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
-        self._cut(resume_step)
+        with writing(run_dir):
+            self._cut(resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._board = SummaryWriter(str(run_dir / "events"), purge_step=resume_step + 1) if tensorboard else None
 
@@ -27,28 +31,33 @@ class MetricsLog:
             return
         temporary = self.path.with_suffix(".tmp")
         with open(self.path, encoding="utf-8") as old, open(temporary, "w", encoding="utf-8") as new:
-            for line in old:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    new.write(line)
+            for number, line in enumerate(old, 1):
+                try:
+                    if line.endswith("\n") and json.loads(line)["step"] <= step:
+                        new.write(line)
+                except json.JSONDecodeError:  # a power cut may leave zeros behind what was brought to the disk
+                    log.warning("%s line %d was damaged and is left out", self.path, number)
             new.flush()
             os.fsync(new.fileno())
         os.replace(temporary, self.path)
 
     def write(self, records: list[dict]) -> None:
         """Append records and hand them to the operating system."""
-        for record in records:
-            record = {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            if self._board is not None:
-                self._draw(record)
-        self._file.flush()
+        with writing(self.path.parent):
+            for record in records:
+                record = {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                if self._board is not None:
+                    self._draw(record)
+            self._file.flush()
 
     def sync(self) -> None:
         """Bring everything to the disk itself: before a checkpoint is committed."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        with writing(self.path.parent):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.flush()
 
     def _draw(self, record: dict) -> None:
         step = record["step"]

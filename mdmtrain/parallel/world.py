@@ -79,10 +79,8 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = error.strerror or error
-        raise ValueError(
-            f"cannot write {place}: {problem}: make room or choose another place, then start again"
-        ) from None
+        problem = f"cannot write: {error.strerror or error}: make room or choose another place, then start again"
+        raise OSError(error.errno, problem, str(place)) from None
 
 
 def init_world() -> World:

@@ -23,12 +23,13 @@ quickstart: setup
 		--include '*.py' --exclude test tests idle_test site-packages dist-packages lib2to3 \
 		--vocab-size 512 --validation-fraction 0.05 --out $(CORPUS)
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m mdmtrain.train configs/quickstart.yaml
-	@$(PY) -m mdmtrain.evaluate $(RUN)
+	@$(PY) -m mdmtrain.evaluate $(RUN) --rows 1000
 	@echo "run folder   $(RUN)"
 	@echo "TensorBoard  .venv/bin/tensorboard --logdir $(RUN)/events"
 	@echo "infilled by the model, between its prefix and suffix:"
-	@$(PY) -m mdmtrain.generate $(RUN) --length 24 --prefix "$$(printf 'import os\n\n\ndef read_lines(path):\n    ')" \
-		--suffix "$$(printf '\n    return lines\n')"
+	@$(PY) -m mdmtrain.generate $(RUN) --length 12 --temperature 0.5 \
+		--prefix "$$(printf 'import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self')" \
+		--suffix "$$(printf ' = path\n\n    def close(self):\n        return None\n')"
 
 test: setup
 	$(PY) -m pytest

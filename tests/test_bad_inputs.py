@@ -673,6 +673,7 @@ def test_a_full_disk_between_checkpoints_names_the_run_folder(lab, small_disk, t
     """Something else fills the disk while metrics are written."""
     disk, _ = small_disk
     (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - (1 << 15)))
-    arguments = lab.train(f"run.dir={disk / 'run'}", "run.steps=200", "checkpoint.save_every=200", "eval.every=200")
+    rare = ["run.steps=200", "checkpoint.save_every=200", "eval.every=200"]
+    arguments = lab.train(f"run.dir={disk / 'run'}", "monitor.tensorboard=true", *rare)
     line = warm("train", arguments, tmp_path / "full.out").refusal()
     assert f"{disk / 'run'}: cannot write: No space left on device: make room" in line

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,8 @@ def log_to_file(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
+    # A thread that fails (TensorBoard's, on a full disk) tells the one that uses it, and that one the user.
+    threading.excepthook = lambda failure: log.debug("a thread failed", exc_info=failure[:3])
     logging.raiseExceptions = False  # a full disk fails the run elsewhere, with one line: no report for each record
     log.propagate = False
     file = logging.FileHandler(folder / f"rank-{rank}.log")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -69,11 +69,61 @@ class DataConfig(Section):
 
 
 class DiffusionConfig(Section):
-    eps: float = Field(1e-3, gt=0, lt=1, description="smallest masking rate")
-    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule: how masking rates are drawn")
-    strata: Literal["global", "none"] = Field(
-        "global", description="masking rates: one stratification of the global batch, or independent draws"
+    """How rates and masks are drawn and weighed. VARIANCE.md in docs/ has the laws behind the names."""
+
+    eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks: counted has none)")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule, where the sampler is uniform")
+    strata: Literal["none", "rank", "global"] = Field(
+        "global", description="StraTS: rates as one stratification of the global batch; rank: each rank by itself"
     )
+    sampler: Literal["uniform", "ppots"] = Field("uniform", description="density of the masking rate; ppots is fitted")
+    target: Literal["loss", "gradient"] = Field("gradient", description="ppots: whose second moment is fitted")
+    form: Literal["histogram", "epr"] = Field("histogram", description="ppots: bins, or the paper's parametric family")
+    when: Literal["online", "once"] = Field("online", description="ppots: refit during training, or fit once")
+    bins: int = Field(64, ge=8, le=1024, multiple_of=8, description="cells of the sampler and of the statistics")
+    floor: float = Field(0.2, gt=0, le=1, description="ppots: share of the uniform; no importance weight over 1/floor")
+    refit_every: int = Field(25, gt=0, description="ppots: steps between fits")
+    statistics_decay: float = Field(0.99, ge=0, lt=1, description="per-step decay of the statistics by bin")
+    min_hits: int = Field(50, gt=0, description="ppots: uniform until every bin has this many rows (once: the last fit)")
+    masks: Literal["independent", "counted"] = Field(
+        "independent", description="each position by itself with rate t, or exactly ceil(t P) of P positions"
+    )
+    views: Literal["single", "mirror", "mirror_dedup", "complement"] = Field(
+        "single", description="rows per sequence: one, or a pair that shares its noise (MIRROR, or a set and its rest)"
+    )
+    weights: Literal["rate", "count"] = Field(
+        "rate", description="weight of a masked token: 1/t, or its mean given the number of masks (counted always has it)"
+    )
+    objective: Literal["nelbo", "plain", "bell"] = Field(
+        "nelbo", description="omega(t): 1, 2t/(1+eps) (plain cross-entropy), or the density of Beta(bell, bell)"
+    )
+    bell: float = Field(3.0, ge=1, description="bell: a of Beta(a, a)")
+    anneal_fraction: float = Field(0.0, ge=0, le=1, description="last fraction of the run in which omega moves to 1")
+    isad_tokens: tuple[str | int, ...] = Field((), description="ISAD: ids or pieces masked more often; biased, see docs")
+    isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
+
+    @property
+    def rows_per_slot(self) -> int:
+        return 1 if self.views == "single" else 2
+
+    @model_validator(mode="after")
+    def _has_a_law(self) -> "DiffusionConfig":
+        if self.schedule == "cosine" and (
+            self.sampler == "ppots" or self.counts or self.views == "complement"
+        ):
+            raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
+        if self.weights == "count" and self.masks == "independent" and self.views != "single":
+            raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
+        if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
+            raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
+        if self.anneal_fraction > 0 and self.objective == "nelbo":
+            raise ValueError("anneal_fraction moves another objective to the NELBO: objective=nelbo is there already")
+        return self
+
+    @property
+    def counts(self) -> bool:
+        """Do tokens weigh by the number of masks in their row?"""
+        return self.masks == "counted" or self.weights == "count"
 
 
 class OptimConfig(Section):
@@ -134,6 +184,11 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig = EvalConfig()
 
+    @property
+    def slots_per_step(self) -> int:
+        """Sequences that a step reads: a paired arm has two rows of each."""
+        return self.run.global_batch // self.diffusion.rows_per_slot
+
     def to_yaml(self) -> str:
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False)
 
@@ -145,14 +200,15 @@ class RunPlan:
     world_size: int
     rows_per_rank: int  # rows of one step that belong to one rank
     micro_batch: int  # rows in one forward pass
+    rows_per_slot: int  # views of one sequence, which stay together
     accumulation: int  # micro-steps per step
     tokens_per_step: int  # positions, padding included
     reasons: tuple[str, ...]  # one sentence per derived number
 
     def slots(self, rank: int, micro_step: int) -> range:
-        """The slots of the global batch in one micro-batch: rank-major, so a rank owns one contiguous block."""
-        first = rank * self.rows_per_rank + micro_step * self.micro_batch
-        return range(first, first + self.micro_batch)
+        """The slots (sequences) in one micro-batch: rank-major, so a rank owns one contiguous block of them."""
+        first = (rank * self.rows_per_rank + micro_step * self.micro_batch) // self.rows_per_slot
+        return range(first, first + self.micro_batch // self.rows_per_slot)
 
 
 def resolve(config: Config, world_size: int) -> RunPlan:
@@ -160,16 +216,17 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 
     Raises ValueError where the global batch cannot be split evenly.
     """
-    run = config.run
-    if run.global_batch % world_size:
+    run, views = config.run, config.diffusion.rows_per_slot
+    if run.global_batch % (world_size * views):
         raise ValueError(
-            f"run.global_batch={run.global_batch} does not divide over {world_size} ranks: "
-            f"make it a multiple of {world_size}, or start another number of ranks"
+            f"run.global_batch={run.global_batch} does not divide over {world_size} ranks"
+            + (f" in rows that come in {views}s" if views > 1 else "")
+            + f": make it a multiple of {world_size * views}, or start another number of ranks"
         )
     rows = run.global_batch // world_size
     micro = min(run.micro_batch, rows)
-    if rows % micro:
-        divisors = [d for d in range(1, rows + 1) if rows % d == 0]
+    if rows % micro or micro % views:
+        divisors = [d for d in range(views, rows + 1, views) if rows % d == 0]
         raise ValueError(
             f"run.micro_batch={micro} does not divide the {rows} rows of a rank "
             f"(run.global_batch={run.global_batch} / {world_size} ranks): choose one of {divisors}"
@@ -188,7 +245,7 @@ def resolve(config: Config, world_size: int) -> RunPlan:
         plan += f"; micro-batch {micro}, not {run.micro_batch}: a rank has only {rows} rows"
     size = f"tokens per step {tokens:,} = {run.global_batch} rows x {config.data.sequence_length}"
     total = f"tokens in the run {tokens * run.steps:,} = {run.steps:,} steps x {tokens:,}"
-    return RunPlan(world_size, rows, micro, rows // micro, tokens, (plan, size, total))
+    return RunPlan(world_size, rows, micro, views, rows // micro, tokens, (plan, size, total))
 
 
 # ---- reading

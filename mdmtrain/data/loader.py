@@ -69,7 +69,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, config: Config, sources: list[PreparedSplit]):
         self._sources, self._data = sources, config.data
-        self._seed, self._global_batch = config.run.seed, config.run.global_batch
+        self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._mixture = Mixture([source.weight for source in config.data.sources], sizes, config.run.seed)
 
@@ -81,7 +81,7 @@ class Dataset(torch.utils.data.Dataset):
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
-        source, window = self._mixture(step * self._global_batch + slots)
+        source, window = self._mixture(step * self._slots_per_step + slots)
         lengths = np.array([self._row_length(step, slot) for slot in slots])
         ids = np.full((len(slots), L), self._sources[0].pad_id, dtype=np.int64)
         segments = np.full((len(slots), L), -1, dtype=np.int32)

@@ -1,49 +1,48 @@
-"""The training objective: clean rows and noise in, masked rows and loss weights out (VARIANCE.md sections 1 and 6).
+"""The training objective: clean rows and noise in, masked rows and loss weights out (VARIANCE.md).
 
     l(x0, t, M) = 1/(P t) sum_i M_i CE_i        P eligible positions, masking rate t, masked set M
 
-The step's loss is the sum of importance_weight * l over the rows, each times P/L, over the FIXED number of rows N of
-the global batch: sum_j sum_i weight_ij M_ij CE_ij / (N L). A row without a mask counts as 0; nothing is divided by a
-count that a rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps.
+The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the global batch and their masked positions i, with
+N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a count that a
+rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a method changes is
+where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`; its expectation is
+always the average of omega(t) l over t, except where `isad` says otherwise.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+from scipy.special import betainc
 from torch import Tensor
 
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.diffusion import masks, strata
-from mdmtrain.diffusion.schedule import draw_rates
+from mdmtrain.diffusion.rates import Density, uniform_density
+from mdmtrain.diffusion.schedule import draw_cosine
+from mdmtrain.diffusion.weighting import Omega
 
 
 @dataclass(frozen=True)
-class StepRates:
-    """Masking rates of the slots of a global batch, float64 [N], and their importance weights, float64 [N]."""
+class Draws:
+    """What the slots of a global batch drew, or some of them."""
 
-    rates: np.ndarray
-    importance: np.ndarray
+    rates: np.ndarray  # float64 [n], t
+    density: np.ndarray  # float64 [n], p(t) relative to uniform
 
-    def at(self, slots: np.ndarray) -> "StepRates":
-        """Those of the given slots."""
-        return StepRates(self.rates[slots], self.importance[slots])
-
-
-def step_rates(config: DiffusionConfig, seed: int, step: int, slots: int) -> StepRates:
-    """The rates of step `step`, the same on every rank: a pure function of the arguments."""
-    u = strata.uniforms(seed, step, slots, config.strata)
-    return StepRates(*draw_rates(u, config.schedule, config.eps))
+    def at(self, slots: np.ndarray) -> "Draws":
+        return Draws(self.rates[slots], self.density[slots])
 
 
 @dataclass(frozen=True)
 class Corruption:
     """One micro-batch as the model sees it. K masked positions in B rows of L tokens."""
 
-    noisy: Tensor  # int64 [B, L], mask_id at masked positions
+    noisy: Tensor  # int64 [B, L], mask_id at masked positions; the views of a slot are neighbours
     positions: Tensor  # int64 [K], flat index b * L + i of each masked position, ascending
     targets: Tensor  # int64 [K], the clean tokens there
     weights: Tensor  # float32 [K], weight of each position's cross-entropy in the loss
+    unit: Tensor  # float32 [K], 1/(masking rate x row length) or 1/count: what the loss would weigh it without p and omega
 
     def to(self, device: torch.device) -> "Corruption":
         """Copy to the device; from pinned memory where it is a GPU, so that the host goes on without waiting."""
@@ -53,42 +52,199 @@ class Corruption:
         return Corruption(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
-def corrupt(ids: Tensor, lengths: Tensor, uniforms: Tensor, drawn: StepRates, mask_id: int) -> Corruption:
-    """Mask a micro-batch on the host, where the number of masked positions costs no device synchronisation.
+@dataclass(frozen=True)
+class Law:
+    """How one step draws rates and masks and weighs them: the configuration, the sampler and the weighting as they stand.
 
-    ids: int64 [B, L]; lengths: int64 [B]; uniforms: float32 [B, L]; drawn: those of the B rows.
+    Pure: every method is a function of its arguments. A new density makes a new Law.
     """
-    masked = masks.bernoulli(uniforms.numpy(), drawn.rates, lengths.numpy())
-    return _apply(ids, masked, drawn.importance / drawn.rates, mask_id)
+
+    config: DiffusionConfig
+    density: Density
+    omega: Omega
+    delimiters: Tensor | None = None  # bool [vocabulary], isad's listed tokens
+    _tables: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+
+    def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> Draws:
+        """Rates of all slots of a step, the same on every rank. `blocks`: ranks, used by `strata: rank` alone."""
+        u = strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks)
+        if self.config.schedule == "cosine":
+            return Draws(*draw_cosine(u, self.config.eps))
+        return Draws(*self.density.draw(u))
+
+    def row_rates(self, draws: Draws) -> np.ndarray:
+        """The masking rate of each row: float64 [slots * views], the views of a slot side by side."""
+        match self.config.views:
+            case "single":
+                return draws.rates
+            case "complement":
+                return np.stack([draws.rates, 1.0 - draws.rates], axis=1).reshape(-1)
+            case _:
+                return draws.rates.repeat(2)
+
+    def corrupt(self, ids: Tensor, lengths: Tensor, uniforms: Tensor, draws: Draws, mask_id: int) -> Corruption:
+        """Mask a micro-batch on the host, where the number of masked positions costs no device synchronisation.
+
+        ids: int64 [S, L] of S slots; lengths: int64 [S]; uniforms: float32 [S, L]; draws: those of the slots.
+        """
+        U, P = uniforms.numpy(), lengths.numpy()
+        if self.config.masks == "counted":
+            views, weights, units = self._counted(U, P, draws)
+        elif self.config.weights == "count":
+            views, weights, units = self._weighed_by_count(U, P, draws)
+        else:
+            views, weights, units = self._weighed_by_rate(ids, U, P, draws)
+        rows = _interleave(views)
+        return assemble(
+            ids.repeat_interleave(len(views), dim=0), rows, _interleave(weights), _interleave(units), mask_id
+        )
+
+    # ---- Bernoulli masks, each position by itself with probability t
+
+    def _weighed_by_rate(self, ids: Tensor, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+        """Weight omega(t)/(p(t) t), and what pairs make of it."""
+        t, P_column = draws.rates[:, None], P[:, None]
+        weight = self.omega(t) / draws.density[:, None]
+        if self.config.views == "complement":  # one weight for the pair: each of the two rates could have drawn it
+            first, opposite = masks.bernoulli(U, draws.rates, P), 1.0 - t
+            pair = 2.0 / (draws.density[:, None] + self.density.at(opposite))
+            weights = [pair * self.omega(t) / t, pair * self.omega(opposite) / opposite]
+            return [first, masks.complement(first, P)], weights, [1 / (P_column * t), 1 / (P_column * opposite)]
+        q = t if self.delimiters is None else np.where(self.delimiters[ids].numpy(), np.minimum(1.0, t + self.config.isad_delta), t)
+        first, unit = masks.bernoulli(U, q, P), 1 / (P_column * q)
+        if self.config.views == "single":
+            return [first], [weight / q], [unit]
+        second = masks.mirrored(U, q, P)
+        if self.config.views == "mirror":
+            return [first, second], [weight / q] * 2, [unit] * 2
+        # dedup: each position once per pair, wherever it is masked; half of it in each view where it is in both
+        once = 2.0 * weight / np.minimum(1.0, 2.0 * t) * np.where(first & second, 0.5, 1.0)
+        return [first, second], [once, once], [unit] * 2
+
+    def _weighed_by_count(self, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+        """omega_k / (q(k) k) for a row with k masks: the mean of the rate weight given the count (Rao-Blackwell)."""
+        masked = masks.bernoulli(U, draws.rates, P)
+        counts = masked.sum(axis=1)
+        return [masked], [self._count_weights(P, counts)], [1 / (P * draws.rates)[:, None]]
+
+    # ---- the number of masks itself is drawn
+
+    def _counted(self, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+        """k = ceil(t P) of P positions, uniformly; for a pair of complements k is drawn on 0 .. P."""
+        if self.config.views == "complement":
+            counts = np.minimum(np.floor(draws.rates * (P + 1)).astype(np.int64), P)
+        else:
+            counts = np.clip(np.ceil(draws.rates * P).astype(np.int64), 1, P)
+        first, weight = masks.counted(U, counts, P), self._count_weights(P, counts)
+        unit = 1 / np.maximum(counts, 1)[:, None]
+        if self.config.views == "single":
+            return [first], [weight], [unit]
+        if self.config.views == "complement":
+            weights = [weight, self._count_weights(P, counts, P - counts)]
+            return [first, masks.complement(first, P)], weights, [unit, 1 / np.maximum(P - counts, 1)[:, None]]
+        second = masks.counted_mirrored(U, counts, P)
+        if self.config.views == "mirror":
+            return [first, second], [weight, weight], [unit, unit]
+        share = (counts / np.minimum(P, 2 * counts))[:, None]
+        once = 2.0 * weight * share * np.where(first & second, 0.5, 1.0)
+        return [first, second], [once, once], [unit, unit]
+
+    def _count_weights(self, P: np.ndarray, counts: np.ndarray, shown: np.ndarray | None = None) -> np.ndarray:
+        """omega_k / (q(drawn) k) per row, k the masks of the view (default: as many as were drawn): float64 [rows, 1]."""
+        shown = counts if shown is None else shown
+        weights = np.zeros(len(P))
+        for length in np.unique(P):
+            rows = P == length
+            law, omega = self.count_law(int(length))
+            k = shown[rows]
+            weights[rows] = omega[k] / (law[counts[rows]] * np.maximum(k, 1))
+        return weights[:, None]
+
+    def count_law(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(q(k), omega_k) for k = 0 .. length masked of `length` positions: two float64 [length + 1]."""
+        if length not in self._tables:
+            self._tables[length] = (self._count_probabilities(length), self.omega.of_counts(length))
+        return self._tables[length]
+
+    def _count_probabilities(self, length: int) -> np.ndarray:
+        k = np.arange(length + 1)
+        if self.config.masks == "counted":
+            if self.config.views == "complement":
+                return np.diff(self.density.cdf(np.arange(length + 2) / (length + 1)))
+            return np.concatenate([[0.0], np.diff(self.density.cdf(k / length))])
+        edges, p = self.density.edges, self.density.p
+        below = betainc(k[:, None] + 1.0, length - k[:, None] + 1.0, edges[None, :])
+        return (p * np.diff(below, axis=1)).sum(axis=1) / ((edges[-1] - edges[0]) * (length + 1))
+
+
+def rate_range(config: DiffusionConfig) -> tuple[float, float]:
+    """Between which rates t is drawn: counts need no cut, and a complement must not be empty."""
+    if config.masks == "counted":
+        return 0.0, 1.0
+    return config.eps, 1.0 - config.eps if config.views == "complement" else 1.0
+
+
+def omega_at(config: DiffusionConfig, progress: float) -> Omega:
+    """The weighting at a point of the run, progress in [0, 1]: annealed to the NELBO over the last anneal_fraction."""
+    anneal = 0.0
+    if config.anneal_fraction > 0:
+        anneal = min(1.0, max(0.0, (progress - (1 - config.anneal_fraction)) / config.anneal_fraction))
+    return Omega(config.objective, config.bell, *rate_range(config), anneal)
+
+
+def plain_law(config: DiffusionConfig, delimiters: Tensor | None = None) -> Law:
+    """The law of a run's first step: uniform rates."""
+    return Law(config, uniform_density(*rate_range(config), config.bins), omega_at(config, 0.0), delimiters)
+
+
+def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.ndarray, mask_id: int) -> Corruption:
+    """Gather the masked positions. ids: int64 [B, L]; masked: bool [B, L]; weights, units: float64 [B, L] or [B, 1]."""
+    flat = torch.from_numpy(masked)
+    positions = flat.flatten().nonzero().squeeze(1)
+
+    def gather(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.broadcast_to(values, masked.shape)[masked].astype(np.float32))
+
+    return Corruption(
+        ids.masked_fill(flat, mask_id), positions, ids.flatten()[positions], gather(weights), gather(units)
+    )
 
 
 def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
-    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/(L k), that is: the row's value
-    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is
-    (1/L) sum_k c_k, the exact NELBO per token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
+    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/k, that is: the row's value sum(weights * CE) / L
+    is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is (1/L) sum_k c_k, the exact NELBO per
+    token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
     """
     length = ids.shape[1]
     counts = np.floor(u * length).astype(np.int64) + 1
     masked = masks.counted(uniforms.numpy(), counts, np.full(len(u), length))
-    return _apply(ids, masked, length / counts, mask_id)
+    return assemble(ids, masked, (length / counts)[:, None], (1 / counts)[:, None], mask_id)
 
 
-def _apply(ids: Tensor, masked: np.ndarray, row_weights: np.ndarray, mask_id: int) -> Corruption:
-    flat = torch.from_numpy(masked)
-    positions = flat.flatten().nonzero().squeeze(1)
-    weights = torch.from_numpy(row_weights.astype(np.float32))[positions // ids.shape[1]]
-    return Corruption(
-        noisy=ids.masked_fill(flat, mask_id),
-        positions=positions,
-        targets=ids.flatten()[positions],
-        weights=weights,
-    )
+def _interleave(views: list[np.ndarray]) -> np.ndarray:
+    """[S, ...] of each view -> [S * views, ...] with the views of a slot side by side."""
+    return np.stack(np.broadcast_arrays(*views), axis=1).reshape(-1, views[0].shape[-1]) if len(views) > 1 else views[0]
 
 
 def row_losses(ce: Tensor, corruption: Corruption) -> Tensor:
     """sum_i weight_ij CE_ij of each row: float32 [B], from the cross-entropies [K] of the masked positions."""
+    return _row_sums(corruption.weights * ce, corruption)
+
+
+def row_statistics(ce: Tensor, corruption: Corruption, target: str) -> Tensor:
+    """P-POTS' statistic of each row, without p and omega: float32 [B] (VARIANCE.md section 3).
+
+    "loss": l^2. "gradient": sum_i unit_i^2 (1 - p_y,i)^2, p_y = exp(-CE) the probability of the right token: up to a
+    factor between 1 and 2, and |h_i|^2, the same-token part of the head's squared gradient norm.
+    """
+    if target == "loss":
+        return _row_sums(corruption.unit * ce, corruption).square()
+    return _row_sums((corruption.unit * -torch.expm1(-ce)).square(), corruption)
+
+
+def _row_sums(values: Tensor, corruption: Corruption) -> Tensor:
     rows, length = corruption.noisy.shape
-    sums = torch.zeros(rows, dtype=torch.float32, device=ce.device)
-    return sums.index_add(0, corruption.positions // length, corruption.weights * ce)
+    sums = torch.zeros(rows, dtype=torch.float32, device=values.device)
+    return sums.index_add(0, corruption.positions // length, values)

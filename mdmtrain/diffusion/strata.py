@@ -10,12 +10,15 @@ from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
 
 
-def uniforms(seed: int, step: int, count: int, strata: str, stream: Stream = Stream.STRATA) -> np.ndarray:
+def uniforms(
+    seed: int, step: int, count: int, strata: str, stream: Stream = Stream.STRATA, blocks: int = 1
+) -> np.ndarray:
     """One uniform per slot of a step: float64 [count] on [0, 1).
 
     strata: "global" puts exactly one slot into each of `count` equal strata, and spreads every aligned block of 2^j
     slots (2^j dividing count) over 2^j equal strata, so that each rank and each micro-batch is balanced too; "none"
-    draws independently.
+    draws independently; "rank" stratifies each of `blocks` equal blocks by itself, which is what a trainer without
+    coordination does, and is here to be compared against.
     """
     bits = noise.philox(seed, stream, step)
     match strata:
@@ -23,6 +26,9 @@ def uniforms(seed: int, step: int, count: int, strata: str, stream: Stream = Str
             return noise.uniforms(bits, count).astype(np.float64)
         case "global":
             return _stratified(bits, count)
+        case "rank":
+            parts = [noise.philox(seed, stream, step, block + 1) for block in range(blocks)]
+            return np.concatenate([_stratified(part, count // blocks) for part in parts])
     raise AssertionError(strata)
 
 

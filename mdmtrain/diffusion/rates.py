@@ -1,0 +1,83 @@
+"""Samplers of the masking rate t: from a stratified uniform to (t, density), and the fit of P-POTS.
+
+Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (VARIANCE.md section 1). P-POTS is
+the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training and to gradients too (VARIANCE.md section 3).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+
+
+@dataclass(frozen=True)
+class Density:
+    """A piecewise-constant density of t. The importance weight 1/p is then exact, not an interpolation."""
+
+    edges: np.ndarray  # float64 [cells + 1], increasing
+    p: np.ndarray  # float64 [cells], with mean 1 over the range
+
+    @property
+    def masses(self) -> np.ndarray:
+        """Probability of each cell: float64 [cells]."""
+        return self.p * np.diff(self.edges) / (self.edges[-1] - self.edges[0])
+
+    def draw(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(t, p(t)) of uniforms on [0, 1): two float64 of the same shape. The inverse CDF, so strata of u are kept."""
+        before = np.concatenate([[0.0], np.cumsum(self.masses)])[:-1]
+        cell = np.maximum(np.searchsorted(before, u, side="right") - 1, 0)
+        t = self.edges[cell] + (u - before[cell]) * (self.edges[-1] - self.edges[0]) / self.p[cell]
+        return np.minimum(t, self.edges[cell + 1]), self.p[cell]
+
+    def cell(self, t: np.ndarray) -> np.ndarray:
+        """The cell of each t in the range: int64."""
+        return np.clip(np.searchsorted(self.edges, t, side="right") - 1, 0, len(self.p) - 1)
+
+    def at(self, t: np.ndarray) -> np.ndarray:
+        return self.p[self.cell(t)]
+
+    def cdf(self, t: np.ndarray) -> np.ndarray:
+        """Probability of a rate up to t, for t anywhere."""
+        before = np.concatenate([[0.0], np.cumsum(self.masses)])
+        return np.interp(t, self.edges, before / before[-1])
+
+
+def uniform_density(low: float, high: float, cells: int = 1) -> Density:
+    return Density(np.linspace(low, high, cells + 1), np.ones(cells))
+
+
+def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: float, form: str) -> Density:
+    """The sampler that has least variance for given second moments: p ~ omega sqrt(E[statistic | t]), mixed with uniform.
+
+    second_moment, omega: float64 [cells], per cell. `floor` is the share of the uniform, so no importance weight exceeds
+    omega/floor: a bounded weight instead of a clamped one. form: "histogram", or "epr", the paper's parametric family
+    fitted to the cells. Any outcome is unbiased; only its variance depends on how good the fit is.
+    """
+    widths = np.diff(edges) / (edges[-1] - edges[0])
+    p = omega * np.sqrt(np.maximum(second_moment, 0.0))
+    if not p.sum() > 0:
+        return Density(edges, np.ones_like(p))
+    p = p / (p * widths).sum()
+    if form == "epr":
+        p = _fit_epr((edges[:-1] + edges[1:]) / 2, p, widths)
+    return Density(edges, (1.0 - floor) * p + floor)
+
+
+def _epr(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """sqrt(a t^r + b (1-t)^q + A^2 exp(2 kappa t^m)), with a, b, A, kappa > 0 and r, q, m >= 1 (arXiv 2511.18159)."""
+    a, b, amplitude, kappa = np.exp(parameters[:4])
+    r, q, m = 1.0 + np.exp(parameters[4:])
+    return np.sqrt(a * t**r + b * (1 - t) ** q + amplitude**2 * np.exp(2 * kappa * t**m))
+
+
+def _fit_epr(t: np.ndarray, target: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """The family's member nearest to `target` in KL divergence, of several starts."""
+
+    def divergence(parameters: np.ndarray) -> float:
+        p = _epr(parameters, t)
+        return -float((target * widths * np.log(p / (p * widths).sum())).sum())
+
+    starts = [np.array([a, b, 0.0, k, 0.0, 0.0, 0.0]) for a in (-3.0, 2.0) for b in (-3.0, 2.0) for k in (-3.0, 0.0)]
+    fits = [minimize(divergence, start, method="L-BFGS-B", bounds=[(-12, 12)] * 4 + [(-8, 4)] * 3) for start in starts]
+    p = _epr(min(fits, key=lambda fit: fit.fun).x, t)
+    return p / (p * widths).sum()

@@ -79,12 +79,14 @@ class DiffusionConfig(Section):
     sampler: Literal["uniform", "ppots"] = Field("uniform", description="density of the masking rate; ppots is fitted")
     target: Literal["loss", "gradient"] = Field("gradient", description="ppots: whose second moment is fitted")
     form: Literal["histogram", "epr"] = Field("histogram", description="ppots: bins, or the paper's parametric family")
-    when: Literal["online", "once"] = Field("online", description="ppots: refit during training, or fit once")
+    when: Literal["online", "once"] = Field(
+        "online", description="ppots: refit during training, or fit only once, early"
+    )
     bins: int = Field(64, ge=8, le=1024, multiple_of=8, description="cells of the sampler and of the statistics")
     floor: float = Field(0.2, gt=0, le=1, description="ppots: share of the uniform; no importance weight over 1/floor")
     refit_every: int = Field(25, gt=0, description="ppots: steps between fits")
     statistics_decay: float = Field(0.99, ge=0, lt=1, description="per-step decay of the statistics by bin")
-    min_hits: int = Field(50, gt=0, description="ppots: uniform until every bin has this many rows (once: the last fit)")
+    min_hits: int = Field(50, gt=0, description="ppots: uniform until every bin has had this many rows")
     masks: Literal["independent", "counted"] = Field(
         "independent", description="each position by itself with rate t, or exactly ceil(t P) of P positions"
     )
@@ -92,14 +94,17 @@ class DiffusionConfig(Section):
         "single", description="rows per sequence: one, or a pair that shares its noise (MIRROR, or a set and its rest)"
     )
     weights: Literal["rate", "count"] = Field(
-        "rate", description="weight of a masked token: 1/t, or its mean given the number of masks (counted always has it)"
+        "rate",
+        description="weight of a masked token: 1/t, or its mean given the number of masks (counted always has it)",
     )
     objective: Literal["nelbo", "plain", "bell"] = Field(
         "nelbo", description="omega(t): 1, 2t/(1+eps) (plain cross-entropy), or the density of Beta(bell, bell)"
     )
     bell: float = Field(3.0, ge=1, description="bell: a of Beta(a, a)")
     anneal_fraction: float = Field(0.0, ge=0, le=1, description="last fraction of the run in which omega moves to 1")
-    isad_tokens: tuple[str | int, ...] = Field((), description="ISAD: ids or pieces masked more often; biased, see docs")
+    isad_tokens: tuple[str | int, ...] = Field(
+        (), description="ISAD: ids or pieces masked more often; biased, see docs"
+    )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
 
     @property
@@ -108,9 +113,7 @@ class DiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_law(self) -> "DiffusionConfig":
-        if self.schedule == "cosine" and (
-            self.sampler == "ppots" or self.counts or self.views == "complement"
-        ):
+        if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")

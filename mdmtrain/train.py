@@ -17,9 +17,10 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.loader import Batch, open_sources, train_loader
+from mdmtrain.data.loader import open_sources, train_loader
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.diffusion.objective import StepRates, corrupt, row_losses, step_rates
+from mdmtrain.diffusion.objective import Corruption, row_losses, row_statistics
+from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.model.transformer import Transformer
@@ -49,6 +50,9 @@ def train(config: Config, world: World) -> None:
     model = build_model(shape, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     average = None
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    delimiters = world.agree(lambda: token_table(config.diffusion.isad_tokens, pieces))
+    sampler = RateSampler(config.diffusion, world.device, delimiters)
 
     # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start
     identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
@@ -60,11 +64,14 @@ def train(config: Config, world: World) -> None:
         origin = f"weights of {load_initial_weights(config, identity, model, world)}"
     if config.optim.ema_decay is not None:
         average = WeightAverage(model, config.optim.ema_decay)
-    step = 0
+    step, recorder = 0, StepRecorder(config, plan, world.device)
     if resumed is not None:
-        store.load(resumed, store.training_tensors(model, optimizer, average), world)
+        store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
-        step = world.agree(lambda: store.read_meta(resumed)["step"])
+        sampler.restored()
+        meta = world.agree(lambda: store.read_meta(resumed))
+        step = meta["step"]
+        recorder.restore(meta["recorder"])
         origin = f"resumed from {resumed}"
     if step >= run.steps:
         say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
@@ -79,27 +86,36 @@ def train(config: Config, world: World) -> None:
     device = world.device
     splits = list(zip(split_names(validation, [s.path for s in config.data.sources]), validation, strict=True))
     batches = iter(loader)
-    recorder = StepRecorder(config, plan, world.device)
+    recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
     bits_per_nat = sum(v.tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     stopped = 0
     model.train()
     while step < run.steps and not stopped:
-        rates = step_rates(config.diffusion, run.seed, step, run.global_batch)
+        law = sampler.law(step / run.steps)
+        draws = law.draw(run.seed, step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
         for _ in range(plan.accumulation):
             batch = recorder.wait_for(batches)
-            row_rates = rates.at(batch.slots.numpy())
-            losses, masked = forward(model, batch, row_rates, tokenizer.mask_id, device)
+            drawn = draws.at(batch.slots.numpy())
+            corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)
+            ce = forward(model, corruption, batch.segments, plan.rows_per_slot)
+            losses = row_losses(ce, corruption)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
-            recorder.add_micro_step(sums, losses.detach(), row_rates.rates, masked, int(batch.lengths.sum()))
+            statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
+            eligible = int(batch.lengths.sum()) * plan.rows_per_slot
+            recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)
         norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
         if average is not None:
             average.update(model, skipped)
         step += 1
-        recorder.add_step(step, rates, sums, norm, skipped, lr)
+        row_counts = np.bincount(law.row_cells(draws), minlength=config.diffusion.bins)
+        sampler.add(recorder.statistics(sums), row_counts, skipped)
+        recorder.add_step(step, law, draws, row_counts, sums, norm, skipped, lr)
+        if sampler.due(step):
+            sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
 
         stopped = stop.poll()
         last = step == run.steps or bool(stopped)
@@ -120,11 +136,12 @@ def train(config: Config, world: World) -> None:
         if saving:
             if metrics is not None:
                 metrics.sync()
-            tensors = store.training_tensors(model, optimizer, average)
+            tensors = store.training_tensors(model, optimizer, average, sampler)
             meta = {
                 "tokens": step * plan.tokens_per_step,
                 "identity": identity,
                 "has_average": average is not None,
+                "recorder": recorder.state(),
                 "config": config.model_dump(mode="json"),
             }
             folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
@@ -145,13 +162,12 @@ def train(config: Config, world: World) -> None:
 
 
 def forward(
-    model: Transformer, batch: Batch, rates: StepRates, mask_id: int, device: torch.device
-) -> tuple[torch.Tensor, int]:
-    """The weighted loss of each row, float32 [B] (sum_i weight_i CE_i), and the number of masked positions."""
-    corruption = corrupt(batch.ids, batch.lengths, batch.uniforms, rates, mask_id).to(device)
-    segments = None if batch.segments is None else batch.segments.to(device, non_blocking=True)
-    ce = model(corruption.noisy, corruption.positions, corruption.targets, segments)
-    return row_losses(ce, corruption), len(corruption.positions)
+    model: Transformer, corruption: Corruption, segments: torch.Tensor | None, rows_per_slot: int
+) -> torch.Tensor:
+    """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
+    if segments is not None:
+        segments = segments.repeat_interleave(rows_per_slot, dim=0).to(corruption.noisy.device, non_blocking=True)
+    return model(corruption.noisy, corruption.positions, corruption.targets, segments)
 
 
 def in_loop_evaluation(

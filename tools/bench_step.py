@@ -29,7 +29,7 @@ from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import masks, noise
-from mdmtrain.diffusion.objective import Corruption, corrupt, row_losses, step_rates
+from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.monitor.logs import user_errors
 from mdmtrain.parallel.world import World, init_world
@@ -44,16 +44,17 @@ def random_batch(config: Config, shape: ModelShape, mask_id: int) -> Corruption:
     slots = np.arange(rows)
     ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
     ids = torch.from_numpy((ids * (shape.vocab_size - 1)).astype(np.int64))
-    drawn = step_rates(config.diffusion, config.run.seed, 0, rows)
+    law = plain_law(DiffusionConfig(eps=config.diffusion.eps))
+    drawn = law.draw(config.run.seed, 0, rows)
     uniforms = torch.from_numpy(noise.position_uniforms(config.run.seed, 0, slots, length))
-    return corrupt(ids, torch.full((rows,), length), uniforms, drawn, mask_id)
+    return law.corrupt(ids, torch.full((rows,), length), uniforms, drawn, mask_id)
 
 
 def all_positions(batch: Corruption, clean_targets: Tensor) -> Corruption:
     """The same batch with every position through the head; those that are not masked weigh 0."""
     count = batch.noisy.numel()
     weights = torch.zeros(count, device=batch.noisy.device).index_copy(0, batch.positions, batch.weights)
-    return Corruption(batch.noisy, torch.arange(count, device=batch.noisy.device), clean_targets, weights)
+    return Corruption(batch.noisy, torch.arange(count, device=batch.noisy.device), clean_targets, weights, weights)
 
 
 class Meter:
@@ -143,10 +144,10 @@ def simulate_balance(length: int, eps: float, micro_rows: int) -> dict:
     per_rank = SIMULATED_BATCH // SIMULATED_RANKS
     result = {}
     for strata in ("global", "none"):
-        diffusion = DiffusionConfig(eps=eps, strata=strata)
+        law = plain_law(DiffusionConfig(eps=eps, strata=strata))
         by_rank, by_micro = [], []
         for step in track(range(SIMULATED_STEPS), f"strata {strata}"):
-            drawn = step_rates(diffusion, 0, step, SIMULATED_BATCH)
+            drawn = law.draw(0, step, SIMULATED_BATCH)
             slots = np.arange(SIMULATED_BATCH)
             uniforms = noise.position_uniforms(0, step, slots, length)
             counts = masks.bernoulli(uniforms, drawn.rates, np.full(SIMULATED_BATCH, length)).sum(axis=1)

@@ -3,7 +3,7 @@
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with torch.distributed.checkpoint files and `meta.json`, which is
 written last: a folder without it does not count. It holds its tokenizer too, so it can be used by itself. Nothing in it
 is keyed by rank, so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `average.*` and `adam_step`.
+`exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import WeightAverage
@@ -37,7 +38,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, sampler: RateSampler
 ) -> dict[str, Tensor]:
     """Every tensor that a run needs to go on: the live ones, so that loading into them restores the run."""
     tensors = model_tensors(model)
@@ -46,6 +47,7 @@ def training_tensors(
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     # All parameters have taken the same number of steps; each has its own counter, and the first one is saved.
     tensors["adam_step"] = next(iter(optimizer.state.values()))["step"]
+    tensors.update({f"sampler.{name}": tensor for name, tensor in sampler.tensors.items()})
     if average is not None:
         tensors.update({f"average.{name}": tensor for name, tensor in average.tensors.items()})
     return tensors

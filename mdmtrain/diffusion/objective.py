@@ -2,8 +2,8 @@
 
     l(x0, t, M) = 1/(P t) sum_i M_i CE_i        P eligible positions, masking rate t, masked set M
 
-The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the global batch and their masked positions i, with
-N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a count that a
+The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the global batch and their masked positions
+i, with N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a count that a
 rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a method changes is
 where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`; its expectation is
 always the average of omega(t) l over t, except where `isad` says otherwise.
@@ -42,7 +42,7 @@ class Corruption:
     positions: Tensor  # int64 [K], flat index b * L + i of each masked position, ascending
     targets: Tensor  # int64 [K], the clean tokens there
     weights: Tensor  # float32 [K], weight of each position's cross-entropy in the loss
-    unit: Tensor  # float32 [K], 1/(masking rate x row length) or 1/count: what the loss would weigh it without p and omega
+    unit: Tensor  # float32 [K], its weight in l: 1/(P t), or 1/k where the count was drawn; neither p nor omega
 
     def to(self, device: torch.device) -> "Corruption":
         """Copy to the device; from pinned memory where it is a GPU, so that the host goes on without waiting."""
@@ -72,15 +72,14 @@ class Law:
             return Draws(*draw_cosine(u, self.config.eps))
         return Draws(*self.density.draw(u))
 
-    def row_rates(self, draws: Draws) -> np.ndarray:
-        """The masking rate of each row: float64 [slots * views], the views of a slot side by side."""
-        match self.config.views:
-            case "single":
-                return draws.rates
-            case "complement":
-                return np.stack([draws.rates, 1.0 - draws.rates], axis=1).reshape(-1)
-            case _:
-                return draws.rates.repeat(2)
+    def row_cells(self, draws: Draws) -> np.ndarray:
+        """The sampler's cell that each row's rate lies in: int64 [slots * views], the views of a slot side by side."""
+        rates = draws.rates
+        if self.config.views == "complement":
+            rates = np.stack([rates, 1.0 - rates], axis=1).reshape(-1)
+        elif self.config.views != "single":
+            rates = rates.repeat(2)
+        return self.density.cell(rates)
 
     def corrupt(self, ids: Tensor, lengths: Tensor, uniforms: Tensor, draws: Draws, mask_id: int) -> Corruption:
         """Mask a micro-batch on the host, where the number of masked positions costs no device synchronisation.
@@ -110,7 +109,11 @@ class Law:
             pair = 2.0 / (draws.density[:, None] + self.density.at(opposite))
             weights = [pair * self.omega(t) / t, pair * self.omega(opposite) / opposite]
             return [first, masks.complement(first, P)], weights, [1 / (P_column * t), 1 / (P_column * opposite)]
-        q = t if self.delimiters is None else np.where(self.delimiters[ids].numpy(), np.minimum(1.0, t + self.config.isad_delta), t)
+        q = (
+            t
+            if self.delimiters is None
+            else np.where(self.delimiters[ids].numpy(), np.minimum(1.0, t + self.config.isad_delta), t)
+        )
         first, unit = masks.bernoulli(U, q, P), 1 / (P_column * q)
         if self.config.views == "single":
             return [first], [weight / q], [unit]
@@ -154,7 +157,7 @@ class Law:
         shown = counts if shown is None else shown
         weights = np.zeros(len(P))
         for length in np.unique(P):
-            rows = P == length
+            rows = length == P
             law, omega = self.count_law(int(length))
             k = shown[rows]
             weights[rows] = omega[k] / (law[counts[rows]] * np.maximum(k, 1))

@@ -1,7 +1,7 @@
 """Samplers of the masking rate t: from a stratified uniform to (t, density), and the fit of P-POTS.
 
-Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (VARIANCE.md section 1). P-POTS is
-the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training and to gradients too (VARIANCE.md section 3).
+Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (VARIANCE.md section 1). P-POTS
+is the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training, and to gradients too (section 3).
 """
 
 from dataclasses import dataclass
@@ -49,9 +49,9 @@ def uniform_density(low: float, high: float, cells: int = 1) -> Density:
 def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: float, form: str) -> Density:
     """The sampler that has least variance for given second moments: p ~ omega sqrt(E[statistic | t]), mixed with uniform.
 
-    second_moment, omega: float64 [cells], per cell. `floor` is the share of the uniform, so no importance weight exceeds
-    omega/floor: a bounded weight instead of a clamped one. form: "histogram", or "epr", the paper's parametric family
-    fitted to the cells. Any outcome is unbiased; only its variance depends on how good the fit is.
+    second_moment, omega: float64 [cells], per cell. `floor` is the share of the uniform, so no importance weight
+    exceeds omega/floor: a bounded weight, not a clamped one. form: "histogram", or "epr", the paper's parametric
+    family fitted to the cells. Any outcome is unbiased; only its variance depends on how good the fit is.
     """
     widths = np.diff(edges) / (edges[-1] - edges[0])
     p = omega * np.sqrt(np.maximum(second_moment, 0.0))

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def draw_cosine(u: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """(t, p(t)) of uniforms on [0, 1), float64 [n]: t = sin(pi s / 2) in [eps, 1], s uniform, 1 - alpha of the schedule.
+    """(t, p(t)) of uniforms on [0, 1), float64 [n]: t = sin(pi s / 2) in [eps, 1], s uniform.
 
     p is relative to U[eps, 1], so E[h(t)/p(t)] is the average of h over U[eps, 1] for any h.
     """

@@ -1,7 +1,7 @@
 """The objective's weight of a masking rate, omega(t): which average over t is trained (VARIANCE.md section 8).
 
-Target: the average of omega(t) l over t uniform on [low, high], where omega itself averages to 1. omega = 1 is the NELBO;
-everything else is another objective, named so. Whatever is trained, evaluation is the NELBO.
+Target: the average of omega(t) l over t uniform on [low, high], where omega itself averages to 1. omega = 1 is the
+NELBO; everything else is another objective, named so. Whatever is trained, evaluation is the NELBO.
 """
 
 from dataclasses import dataclass

@@ -40,6 +40,7 @@ class ModelConfig(Section):
         None, gt=0, description="rows of the embedding; default: the tokenizer's size rounded up to a multiple of 64"
     )
     qk_norm: bool | None = Field(None, description="RMSNorm on queries and keys, per head")
+    causal: bool | None = Field(None, description="autoregressive attention, for the reference line (objective: ar)")
     tied_embeddings: bool | None = Field(None, description="one matrix for embedding and output head")
     rope_theta: float | None = Field(None, gt=0, description="base of the rotary position frequencies")
     norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
@@ -97,8 +98,10 @@ class DiffusionConfig(Section):
         "rate",
         description="weight of a masked token: 1/t, or its mean given the number of masks (counted always has it)",
     )
-    objective: Literal["nelbo", "plain", "bell"] = Field(
-        "nelbo", description="omega(t): 1, 2t/(1+eps) (plain cross-entropy), or the density of Beta(bell, bell)"
+    objective: Literal["nelbo", "plain", "bell", "ar"] = Field(
+        "nelbo",
+        description="omega(t): 1, 2t/(1+eps) (plain cross-entropy), the density of Beta(bell, bell); "
+        "or ar: next-token loss of a causal model, for comparison",
     )
     bell: float = Field(3.0, ge=1, description="bell: a of Beta(a, a)")
     anneal_fraction: float = Field(0.0, ge=0, le=1, description="last fraction of the run in which omega moves to 1")
@@ -119,8 +122,10 @@ class DiffusionConfig(Section):
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
             raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
-        if self.anneal_fraction > 0 and self.objective == "nelbo":
-            raise ValueError("anneal_fraction moves another objective to the NELBO: objective=nelbo is there already")
+        if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
+            raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
+        if self.objective == "ar" and (self.sampler == "ppots" or self.counts or self.views != "single"):
+            raise ValueError("objective=ar masks nothing: it goes with no sampler, masks, views or weights")
         return self
 
     @property
@@ -186,6 +191,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _causal_is_ar(self) -> "Config":
+        if bool(self.model.causal) != (self.diffusion.objective == "ar"):
+            raise ValueError("model.causal=true and diffusion.objective=ar go together: set both, or neither")
+        return self
 
     @property
     def slots_per_step(self) -> int:

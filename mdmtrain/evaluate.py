@@ -26,7 +26,7 @@ from mdmtrain.data.loader import validation_rows, windows
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import corrupt_counted, row_losses
+from mdmtrain.diffusion.objective import corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
@@ -81,7 +81,10 @@ def row_values(
         chosen = batches[number]
         row = torch.from_numpy(chosen // config.samples)
         positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
-        corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
+        if model.shape.causal:
+            corrupted = next_token(ids[row], np.full(len(row), length)).to(world.device)
+        else:
+            corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
         visible = None if segments is None else segments[row].to(world.device)
         ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
         mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length

@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
     loaded = store.load_model(args.checkpoint, args.weights, world)
+    if loaded.model.shape.causal:
+        raise AgreedError(f"{loaded.folder} is a causal model, the autoregressive reference: it has no masks to fill")
     sampling = Sampling(args.steps or args.length, args.temperature, args.remasking, args.seed)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     texts = []

@@ -3,8 +3,8 @@
     l(x0, t, M) = 1/(P t) sum_i M_i CE_i        P eligible positions, masking rate t, masked set M
 
 The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the global batch and their masked positions
-i, with N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a count that a
-rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a method changes is
+i, with N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a
+count that a rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a method changes is
 where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`; its expectation is
 always the average of omega(t) l over t, except where `isad` says otherwise.
 """
@@ -54,7 +54,7 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Law:
-    """How one step draws rates and masks and weighs them: the configuration, the sampler and the weighting as they stand.
+    """How one step draws rates and masks and weighs them: configuration, sampler and weighting as they stand.
 
     Pure: every method is a function of its arguments. A new density makes a new Law.
     """
@@ -87,6 +87,8 @@ class Law:
         ids: int64 [S, L] of S slots; lengths: int64 [S]; uniforms: float32 [S, L]; draws: those of the slots.
         """
         U, P = uniforms.numpy(), lengths.numpy()
+        if self.config.objective == "ar":
+            return next_token(ids, P)
         if self.config.masks == "counted":
             views, weights, units = self._counted(U, P, draws)
         elif self.config.weights == "count":
@@ -153,7 +155,7 @@ class Law:
         return [first, second], [once, once], [unit, unit]
 
     def _count_weights(self, P: np.ndarray, counts: np.ndarray, shown: np.ndarray | None = None) -> np.ndarray:
-        """omega_k / (q(drawn) k) per row, k the masks of the view (default: as many as were drawn): float64 [rows, 1]."""
+        """omega_k / (q(drawn) k) per row, k the masks of the view (default: those drawn): float64 [rows, 1]."""
         shown = counts if shown is None else shown
         weights = np.zeros(len(P))
         for length in np.unique(P):
@@ -192,7 +194,8 @@ def omega_at(config: DiffusionConfig, progress: float) -> Omega:
     anneal = 0.0
     if config.anneal_fraction > 0:
         anneal = min(1.0, max(0.0, (progress - (1 - config.anneal_fraction)) / config.anneal_fraction))
-    return Omega(config.objective, config.bell, *rate_range(config), anneal)
+    name = "nelbo" if config.objective == "ar" else config.objective
+    return Omega(name, config.bell, *rate_range(config), anneal)
 
 
 def plain_law(config: DiffusionConfig, delimiters: Tensor | None = None) -> Law:
@@ -211,6 +214,18 @@ def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.nda
     return Corruption(
         ids.masked_fill(flat, mask_id), positions, ids.flatten()[positions], gather(weights), gather(units)
     )
+
+
+def next_token(ids: Tensor, lengths: np.ndarray) -> Corruption:
+    """The autoregressive reference: nothing is masked, position i predicts token i + 1, and all weigh the same.
+
+    ids: int64 [B, L]; lengths: int64 [B]. The weight L/(L - 1) makes a full row's sum / L its mean cross-entropy.
+    """
+    length = ids.shape[1]
+    known = torch.from_numpy(masks.eligible(ids.shape, lengths - 1))
+    positions = known.flatten().nonzero().squeeze(1)
+    ones = torch.ones(len(positions))
+    return Corruption(ids, positions, ids.flatten()[positions + 1], ones * length / (length - 1), ones / (length - 1))
 
 
 def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:

@@ -47,7 +47,7 @@ def uniform_density(low: float, high: float, cells: int = 1) -> Density:
 
 
 def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: float, form: str) -> Density:
-    """The sampler that has least variance for given second moments: p ~ omega sqrt(E[statistic | t]), mixed with uniform.
+    """The sampler of least variance for given second moments: p ~ omega sqrt(E[statistic | t]), mixed with uniform.
 
     second_moment, omega: float64 [cells], per cell. `floor` is the share of the uniform, so no importance weight
     exceeds omega/floor: a bounded weight, not a clamped one. form: "histogram", or "epr", the paper's parametric

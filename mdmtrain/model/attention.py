@@ -23,11 +23,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Every position sees every other one, or those that `mask` allows."""
+    """Every position sees every other one (a causal model: those before it), or those that `mask` allows."""
 
     def __init__(self, shape: ModelShape):
         super().__init__()
         self.head_dim = shape.head_dim
+        self.causal = shape.causal
         self.grouped = shape.n_kv_heads != shape.n_heads
         self.q_proj = nn.Linear(shape.d_model, shape.n_heads * shape.head_dim, bias=False)
         self.k_proj = nn.Linear(shape.d_model, shape.n_kv_heads * shape.head_dim, bias=False)
@@ -43,5 +44,6 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(B, L, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.grouped)
+        causal = self.causal and mask is None  # a mask says it already
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))

@@ -15,6 +15,7 @@ class ModelShape:
     n_heads: int
     n_kv_heads: int
     d_ff: int
+    causal: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
     rope_theta: float = 10_000.0

@@ -4,6 +4,7 @@ Llama's block (RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bi
 told the masking rate: the number of mask tokens that it sees says as much (arXiv 2406.03736).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ class Transformer(nn.Module):
         """
         cos, sin = rotary_angles(ids.shape[1], self.shape.head_dim, self.shape.rope_theta, ids.device)
         mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+        if mask is not None and self.shape.causal:
+            mask = mask & torch.ones_like(mask[:1]).tril()
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)

@@ -325,7 +325,7 @@ def _overlay(below: dict, above: dict) -> dict:
     return merged
 
 
-def _read_file(path: str) -> dict:
+def read_file(path: str) -> dict:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -396,7 +396,7 @@ def load(arguments: list[str]) -> Config:
         raise ValueError("no configuration file given: name at least one, such as configs/quickstart.yaml")
     tree: dict = {}
     for path in files:
-        tree = _overlay(tree, _read_file(path))
+        tree = _overlay(tree, read_file(path))
     for argument in overrides:
         tree = _overlay(tree, _read_override(argument))
     return validate(tree, "configuration " + " + ".join(files))

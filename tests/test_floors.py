@@ -13,7 +13,7 @@ MOST_LINES = 3200  # of the package, for what stands now; the whole design aims 
 
 FLOORS = {
     **dict.fromkeys(["train", "generate"], 5),
-    **dict.fromkeys(["evaluate"], 4),  # later: measure, plan
+    **dict.fromkeys(["evaluate", "measure"], 4),  # later: plan
     **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim"], 2),
     "diffusion": 1,

@@ -4,9 +4,9 @@
 
 The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the global batch and their masked positions
 i, with N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a
-count that a rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a method changes is
-where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`; its expectation is
-always the average of omega(t) l over t, except where `isad` says otherwise.
+count that a rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a
+method changes is where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`;
+its expectation is always the average of omega(t) l over t, except where `isad` says otherwise.
 """
 
 from dataclasses import dataclass, field, fields
@@ -63,7 +63,7 @@ class Law:
     density: Density
     omega: Omega
     delimiters: Tensor | None = None  # bool [vocabulary], isad's listed tokens
-    _tables: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
+    _tables: dict[int, tuple] = field(default_factory=dict, init=False, compare=False)
 
     def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> Draws:
         """Rates of all slots of a step, the same on every rank. `blocks`: ranks, used by `strata: rank` alone."""
@@ -231,9 +231,9 @@ def next_token(ids: Tensor, lengths: np.ndarray) -> Corruption:
 def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
-    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/k, that is: the row's value sum(weights * CE) / L
-    is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is (1/L) sum_k c_k, the exact NELBO per
-    token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
+    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/k, that is: the row's value
+    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is
+    (1/L) sum_k c_k, the exact NELBO per token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
     """
     length = ids.shape[1]
     counts = np.floor(u * length).astype(np.int64) + 1

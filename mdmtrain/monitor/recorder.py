@@ -34,8 +34,8 @@ class StepRecorder:
     weighted losses of the rows and their P-POTS statistics; then the masked and the eligible positions.
 
     It also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the running mean of
-    the weighted loss y in each cell. b is a constant to the step, so the gradient does not change by a bit: it is a quieter
-    curve of the same expectation (`loss_smooth`), nothing more, and under global strata little is left to quieten.
+    the weighted loss y in each cell. b is a constant to the step, so the gradient does not change by a bit: it is
+    a quieter curve of the same expectation (`loss_smooth`), no more; under global strata little is left to quieten.
     """
 
     def __init__(self, config: Config, plan: RunPlan, device: torch.device):

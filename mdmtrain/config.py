@@ -7,13 +7,13 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 
 import difflib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mdmtrain import yaml12
 
 
 class Section(BaseModel):
@@ -204,7 +204,7 @@ class Config(Section):
         return self.run.global_batch // self.diffusion.rows_per_slot
 
     def to_yaml(self) -> str:
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Yaml12Dumper, sort_keys=False)
+        return yaml12.dump(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -265,58 +265,6 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 # ---- reading
 
 
-# The types of YAML 1.2's core schema (decimal numbers only): tag, look of a plain scalar, its first characters.
-_CORE = [
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-]
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema's types and nothing else, and no silent duplicate keys."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute)
-    yaml_constructors = {  # noqa: RUF012
-        tag: build
-        for tag, build in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.removeprefix(_TAG) in ("bool", "int", "float", "null", "str", "seq", "map")
-    }
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _Yaml12Dumper(yaml.SafeDumper):
-    """Quotes what the loader would not read as a string."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012
-
-
-for _name, _pattern, _first in _CORE:
-    for _class in (_Yaml12Loader, _Yaml12Dumper):
-        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
-# YAML 1.1 reads 010 as octal and 1:30 in base 60; the core schema knows neither.
-_Yaml12Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ValueError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
 def _overlay(below: dict, above: dict) -> dict:
     merged = dict(below)
     for key, value in above.items():
@@ -332,7 +280,7 @@ def read_file(path: str) -> dict:
         raise ValueError(f"cannot read configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"cannot read configuration {path}: not UTF-8 text") from None
-    tree = _parse_yaml(text, path)
+    tree = yaml12.parse(text, path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections such as 'run:' at the top level, found {type(tree).__name__}")
     return tree
@@ -340,7 +288,7 @@ def read_file(path: str) -> dict:
 
 def _read_override(argument: str) -> dict:
     key, _, value = argument.partition("=")
-    tree = _parse_yaml(value, f"override {argument!r}")
+    tree = yaml12.parse(value, f"override {argument!r}")
     for part in reversed(key.split(".")):
         tree = {part: tree}
     return tree

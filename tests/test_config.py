@@ -8,7 +8,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mdmtrain import config
+from mdmtrain import config, yaml12
 from mdmtrain.config import Config, resolve
 
 BASE = """
@@ -28,7 +28,7 @@ def base(tmp_path):
 
 def built(**run) -> Config:
     """BASE with some fields of its run section changed, without a file."""
-    tree = config._parse_yaml(BASE, "BASE")
+    tree = yaml12.parse(BASE, "BASE")
     tree["run"].update(run)
     return config.validate(tree, "BASE")
 
@@ -57,7 +57,7 @@ def refused(*arguments: str) -> str:
     ],
 )
 def test_yaml_scalars_are_those_of_1_2(text, value):
-    read = config._parse_yaml(text, "here")
+    read = yaml12.parse(text, "here")
     assert read == value and type(read) is type(value)
 
 
@@ -69,14 +69,14 @@ def test_yaml_1_1_would_read_some_of_them_otherwise():
 @given(st.integers(-(10**30), 10**30))
 @settings(deadline=None, derandomize=True)
 def test_any_integer_keeps_its_type(number):
-    assert config._parse_yaml(str(number), "here") == number
-    assert isinstance(config._parse_yaml(f"{number:+05d}", "here"), int)
+    assert yaml12.parse(str(number), "here") == number
+    assert isinstance(yaml12.parse(f"{number:+05d}", "here"), int)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 @settings(deadline=None, derandomize=True)
 def test_any_float_survives_its_shortest_form(number):
-    read = config._parse_yaml(repr(number), "here")
+    read = yaml12.parse(repr(number), "here")
     assert isinstance(read, float) and read == number
 
 
@@ -136,7 +136,7 @@ NUMBER_LIKE = st.from_regex(r"[0-9+.:_-]{1,6}([eE][+-]?[0-9]{1,3})?", fullmatch=
 def test_any_string_survives_to_yaml(name):
     """Written by a YAML 1.1 dumper and read as 1.2, a folder called 1e3 must stay a string."""
     loaded = built(dir=name)
-    assert config.validate(config._parse_yaml(loaded.to_yaml(), "config.yaml"), "config.yaml") == loaded
+    assert config.validate(yaml12.parse(loaded.to_yaml(), "config.yaml"), "config.yaml") == loaded
 
 
 def test_nothing_can_be_changed_afterwards(base):

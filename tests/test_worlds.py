@@ -16,7 +16,7 @@ def trace_and_train(world, tree: dict) -> dict:
     """On one rank: what each of its slots reads and masks in 20 steps, the initial weights, then a real run."""
     from mdmtrain.config import resolve
     from mdmtrain.data.loader import open_sources, train_loader
-    from mdmtrain.diffusion.objective import corrupt, step_rates
+    from mdmtrain.diffusion.objective import plain_law
     from mdmtrain.model.presets import model_shape
     from mdmtrain.parallel.wrap import build_model, init_weights
     from mdmtrain.train import train
@@ -26,11 +26,12 @@ def trace_and_train(world, tree: dict) -> dict:
     batches = iter(train_loader(config, plan, world.rank, open_sources(config.data, "train"), 0, pin_memory=False))
     slots = {}
     for step in range(config.run.steps):
-        rates = step_rates(config.diffusion, config.run.seed, step, config.run.global_batch)
+        law = plain_law(config.diffusion)
+        draws = law.draw(config.run.seed, step, config.slots_per_step)
         for _ in range(plan.accumulation):
             batch = next(batches)
-            drawn = rates.at(batch.slots.numpy())
-            noisy = corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, mask_id=4).noisy
+            drawn = draws.at(batch.slots.numpy())
+            noisy = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, mask_id=4).noisy
             for row, slot in enumerate(batch.slots.tolist()):
                 content = hashlib.sha256(noisy[row].numpy().tobytes() + drawn.rates[row].tobytes()).hexdigest()
                 slots[step, slot] = (tuple(batch.samples[row].tolist()), content)

@@ -15,7 +15,7 @@ from scipy import stats
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import StepRates, corrupt, corrupt_counted, row_losses, step_rates
+from mdmtrain.diffusion.objective import Draws, corrupt_counted, plain_law, row_losses
 
 V, L, MASK = 3, 4, 3
 EPS = 0.05
@@ -57,6 +57,19 @@ def exact_any_order(row, length):
     return sum(np.mean(c) for c in sizes.values()) / length
 
 
+def step_rates(config, seed, step, slots):
+    return plain_law(config).draw(seed, step, slots)
+
+
+def corrupt(ids, lengths, uniforms, drawn, mask_id):
+    return plain_law(DiffusionConfig()).corrupt(ids, lengths, uniforms, drawn, mask_id)
+
+
+def weighed(rates, importance):
+    """Rates with given importance weights."""
+    return Draws(rates, 1 / importance)
+
+
 def z_score(values, expected):
     """Standard errors between the mean of independent values and its expectation."""
     return (np.mean(values) - expected) / (np.std(values) / np.sqrt(len(values)))
@@ -90,14 +103,14 @@ def test_training_estimator_has_its_exact_expectation(schedule, law):
 
 
 def per_rate(losses, drawn):
-    return losses.double().numpy() / drawn.importance * drawn.rates  # sum of CE over the masked
+    return losses.double().numpy() / drawn.density * drawn.rates  # sum of CE over the masked
 
 
 # Each of them is somewhere in a public trainer.
 WRONG_NORMALISATIONS = {
     "divided by the masked count": lambda losses, c, drawn, n: float(losses.sum()) / max(1, len(c.positions)),
     "rows without a mask left out": lambda losses, c, drawn, n: float(losses[losses > 0].mean()) / L,
-    "1/t dropped": lambda losses, c, drawn, n: float((per_rate(losses, drawn) * drawn.importance).mean()) / L,
+    "1/t dropped": lambda losses, c, drawn, n: float((per_rate(losses, drawn) * drawn.density).mean()) / L,
     "importance weight dropped": lambda losses, c, drawn, n: float(np.mean(per_rate(losses, drawn) / drawn.rates)) / L,
     "divided by the eligible count": lambda losses, c, drawn, n: float(losses.sum()) / (n * 11 / 3),
 }
@@ -169,7 +182,7 @@ def values_of(rates, uniforms, ce):
     """(1/L) row_losses of context-free or count-dependent models; ce(corruption, masked per row) -> [K]."""
     rows, length = uniforms.shape
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    corruption = corrupt(ids, torch.full((rows,), length), uniforms, StepRates(rates, np.ones(rows)), 1)
+    corruption = corrupt(ids, torch.full((rows,), length), uniforms, weighed(rates, np.ones(rows)), 1)
     counts = torch.bincount(corruption.positions // length, minlength=rows)
     return row_losses(ce(corruption, counts), corruption).double().numpy() / length
 
@@ -284,7 +297,7 @@ def micro_batches(draw):
     ids = torch.from_numpy(generator.integers(0, 50, (rows, length)))
     uniforms = torch.from_numpy(noise.position_uniforms(draw(st.integers(0, 99)), 0, np.arange(rows), length))
     rates = np.array(draw(st.lists(st.floats(1e-3, 1), min_size=rows, max_size=rows)))
-    return ids, lengths, uniforms, StepRates(rates, generator.random(rows) * 3)
+    return ids, lengths, uniforms, weighed(rates, generator.random(rows) * 3)
 
 
 @given(batch=micro_batches())
@@ -300,7 +313,7 @@ def test_corruption_against_a_naive_loop(batch):
             if uniforms[b, i] < drawn.rates[b]:
                 positions.append(b * ids.shape[1] + i)
                 targets.append(int(ids[b, i]))
-                weights.append(drawn.importance[b] / drawn.rates[b])
+                weights.append(1 / drawn.density[b] / drawn.rates[b])
                 noisy[b, i] = 50
     assert torch.equal(ids, untouched)
     assert torch.equal(corruption.noisy, noisy)
@@ -326,7 +339,7 @@ def test_row_losses_against_a_naive_loop(batch):
 
 def test_row_losses_carry_the_gradient_of_every_weight():
     ids, uniforms = torch.zeros(4, 16, dtype=torch.int64), bulk(4, 16, 9)
-    drawn = StepRates(np.array([0.3, 1e-3, 0.7, 1.0]), np.array([1.0, 1.0, 2.0, 0.5]))
+    drawn = weighed(np.array([0.3, 1e-3, 0.7, 1.0]), np.array([1.0, 1.0, 2.0, 0.5]))
     corruption = corrupt(ids, torch.full((4,), 16), uniforms, drawn, 1)
     ce = torch.rand(len(corruption.positions), requires_grad=True)
     row_losses(ce, corruption).sum().backward()
@@ -335,7 +348,7 @@ def test_row_losses_carry_the_gradient_of_every_weight():
 
 def test_a_batch_without_any_mask_is_legal():
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    corruption = corrupt(ids, torch.zeros(2, dtype=torch.int64), bulk(2, 5, 0), StepRates(np.ones(2), np.ones(2)), 1)
+    corruption = corrupt(ids, torch.zeros(2, dtype=torch.int64), bulk(2, 5, 0), weighed(np.ones(2), np.ones(2)), 1)
     assert len(corruption.positions) == len(corruption.targets) == len(corruption.weights) == 0
     assert row_losses(torch.zeros(0), corruption).tolist() == [0, 0]
 
@@ -346,7 +359,7 @@ def test_a_rate_of_one_masks_everything():
         torch.zeros(3, 999, dtype=torch.int64),
         torch.full((3,), 999),
         bulk(3, 999, 1),
-        StepRates(np.ones(3), np.ones(3)),
+        weighed(np.ones(3), np.ones(3)),
         1,
     )
     assert len(corruption.positions) == 3 * 999
@@ -357,7 +370,7 @@ def test_rates_of_a_step_are_those_of_its_slots_wherever_they_are_computed():
     whole = step_rates(config, 1, 7, 24)
     part = step_rates(config, 1, 7, 24).at(np.array([20, 3]))
     assert part.rates.tolist() == [whole.rates[20], whole.rates[3]]
-    assert part.importance.tolist() == [whole.importance[20], whole.importance[3]]
+    assert part.density.tolist() == [whole.density[20], whole.density[3]]
     # A rank that draws the strata of its own rows gets other ones.
     assert step_rates(config, 1, 7, 12).rates.tolist() != whole.rates[:12].tolist()
 
@@ -366,7 +379,7 @@ def test_no_two_slots_share_their_masks():
     """Neither within a step nor between steps: rows masked alike are the commonest silent bug of public trainers."""
     rows, length = 24, 256
     ids, lengths = torch.zeros(rows, length, dtype=torch.int64), torch.full((rows,), length)
-    half = StepRates(np.full(rows, 0.5), np.ones(rows))
+    half = weighed(np.full(rows, 0.5), np.ones(rows))
 
     def masks(slots):
         steps = [torch.from_numpy(noise.position_uniforms(2, step, slots, length)) for step in (0, 1)]

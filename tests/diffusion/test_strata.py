@@ -64,7 +64,7 @@ def test_golden_values():
 
 def test_unknown_law_is_refused():
     with pytest.raises(AssertionError):
-        draw(0, 0, 4, "rank")
+        draw(0, 0, 4, "blocks")
 
 
 @pytest.mark.parametrize("law", ["global", "none"])

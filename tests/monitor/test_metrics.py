@@ -9,9 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdmtrain import config
-from mdmtrain.diffusion.objective import StepRates
+from mdmtrain.diffusion.objective import Draws, plain_law
 from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES, MetricsLog
-from mdmtrain.monitor.recorder import ELIGIBLE, MASKED, StepRecorder, finite
+from mdmtrain.monitor.recorder import StepRecorder, finite
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
 
@@ -144,6 +144,9 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
 # ---- the recorder
 
 
+BINS = 64
+
+
 def make_recorder(clip=1.0, world=1):
     tree = {
         "run": {"dir": "r", "steps": 9, "global_batch": ROWS, "micro_batch": 2},
@@ -158,12 +161,14 @@ def make_recorder(clip=1.0, world=1):
 
 def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0):
     """As the loop does it: micro-steps of two rows."""
-    sums = recorder.new_sums()
+    sums, law, drawn = recorder.new_sums(), plain_law(config.DiffusionConfig(eps=EPS)), Draws(rates, np.ones(ROWS))
+    cells = law.row_cells(drawn)
     for k in range(0, ROWS, 2):
         two = slice(k, k + 2)
-        recorder.add_micro_step(sums, torch.tensor(losses[two]), rates[two], sum(masked[two]), sum(eligible[two]))
-    drawn = StepRates(rates, np.ones(ROWS))
-    recorder.add_step(step, drawn, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
+        mine = torch.tensor(losses[two])
+        recorder.add_micro_step(sums, mine, mine**2, cells[two], sum(masked[two]), sum(eligible[two]))
+    counts = np.bincount(cells, minlength=BINS)
+    recorder.add_step(step, law, drawn, counts, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
     return sums
 
 
@@ -174,7 +179,8 @@ LOSSES = [3.0, 5.0, 8.0, 6.5]
 def test_a_record_is_the_naive_sum():
     recorder = make_recorder()
     sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
-    assert sums[MASKED] == 22 and sums[ELIGIBLE] == 38
+    assert sums[2 * BINS :].tolist() == [22, 38]
+    assert recorder.statistics(sums).sum() == pytest.approx(sum(loss**2 for loss in LOSSES))
     (shown,) = recorder.flush()
     by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
     for rate, loss in zip(RATES, LOSSES, strict=True):
@@ -195,11 +201,14 @@ def test_a_record_is_the_naive_sum():
 
 def test_octiles_have_eight_equal_parts_and_closed_ends():
     edges = EPS + (1 - EPS) * np.arange(OCTILES + 1) / OCTILES
-    recorder = make_recorder()
-    middles, inside = (edges[1:] + edges[:-1]) / 2, edges + np.r_[1e-9, np.zeros(7), 0]
-    assert recorder._octiles(middles).tolist() == list(range(8))
-    assert recorder._octiles(inside[[0, -1]]).tolist() == [0, 7]  # a rate of 1 is in the last, not in a ninth
-    assert recorder._octiles(np.array([EPS * (1 - 1e-15)])).tolist() == [0]  # eps, rounded down
+    law = plain_law(config.DiffusionConfig(eps=EPS))
+    middles, ends = (edges[1:] + edges[:-1]) / 2, np.array([EPS, 1.0, EPS * (1 - 1e-15)])
+
+    def octile(rates):
+        return (law.row_cells(Draws(rates, np.ones(len(rates)))) // (BINS // OCTILES)).tolist()
+
+    assert octile(middles) == list(range(8))
+    assert octile(ends) == [0, 7, 0]  # a rate of 1 is in the last, not in a ninth; eps rounded down is in the first
 
 
 def test_octile_means_weigh_into_the_loss():
@@ -255,3 +264,29 @@ def test_clipped_says_whether_the_norm_was_over_the_limit(clip, norm, clipped):
 def test_finite_turns_what_json_cannot_say_into_null(value):
     assert finite(value) is None
     assert json.dumps(finite(np.float32(1.5))) == "1.5"
+
+
+def test_the_control_variate_keeps_the_mean_and_is_quieter():
+    """T8 of docs/VARIANCE.md: y = 1 + 5t; without the mean of each cell the curve varies less."""
+    recorder, generator = make_recorder(), np.random.default_rng(1)
+    for step in range(1, 3001):
+        rates = EPS + (1 - EPS) * generator.random(ROWS)
+        losses = ((1 + 5 * rates) * LENGTH).astype(np.float32).tolist()
+        run_step(recorder, step, rates, losses, [1] * ROWS, [LENGTH] * ROWS)
+    records = recorder.flush()[500:]
+    raw, smooth = (np.array([r[name] for r in records]) for name in ("loss", "loss_smooth"))
+    mean, se = 1 + 5 * (1 + EPS) / 2, raw.std() / np.sqrt(len(raw))
+    assert abs(raw.mean() - mean) < 5 * se and abs(smooth.mean() - mean) < 5 * se
+    assert smooth.var() < 0.05 * raw.var()
+    forgotten = smooth - 1.0  # without adding the baseline's mean back, the curve would be off
+    assert abs(forgotten.mean() - mean) > 5 * se
+
+
+def test_a_restored_recorder_goes_on_with_the_same_numbers():
+    one, other = make_recorder(), make_recorder()
+    run_step(one, 1, RATES, LOSSES, [1] * 4, [10] * 4, skipped=0.0)
+    one.flush()
+    other.restore(json.loads(json.dumps(one.state())))
+    for recorder in (one, other):
+        run_step(recorder, 2, RATES, LOSSES[::-1], [1] * 4, [10] * 4)
+    assert one.flush()[0]["loss_smooth"] == other.flush()[0]["loss_smooth"] != make_recorder().state()

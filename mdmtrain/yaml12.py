@@ -1,0 +1,63 @@
+"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only what JSON can say."""
+
+import re
+from typing import Any
+
+import yaml
+
+# The types of YAML 1.2's core schema (decimal numbers only): tag, look of a plain scalar, its first characters.
+_CORE = [
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+]
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the core schema's types and nothing else, and no silent duplicate keys."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute)
+    yaml_constructors = {  # noqa: RUF012
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_TAG) in ("bool", "int", "float", "null", "str", "seq", "map")
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would not read as a string."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012
+
+
+for _name, _pattern, _first in _CORE:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
+# YAML 1.1 reads 010 as octal and 1:30 in base 60; the core schema knows neither.
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def dump(tree: dict) -> str:
+    """Text that `parse` reads back as the same tree."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+def parse(text: str, where: str) -> Any:
+    """The tree that a text describes. Raises ValueError, one line that starts with `where`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{where}{line}: not valid YAML: {problem}") from None

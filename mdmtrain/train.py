@@ -198,7 +198,7 @@ def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, finger
         "sequence_length": config.data.sequence_length,
         "global_batch": config.run.global_batch,
         "seed": config.run.seed,
-        "diffusion": config.diffusion.model_dump(),
+        "diffusion": config.diffusion.model_dump(mode="json"),
     }
 
 

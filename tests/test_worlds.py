@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +132,36 @@ def test_gradients_add_up_and_a_rank_without_masks_is_legal(tied):
     assert torch.equal(both[0], both[1])
     torch.testing.assert_close(both[0], alone, rtol=1e-5, atol=1e-8)  # an average over ranks would be half of it
     assert alone.abs().max() > 1e-3
+
+
+def train_only(world, tree: dict) -> bytes:
+    """A real run; the bits of the density that this rank ends with."""
+    from mdmtrain.checkpoint import store
+    from mdmtrain.train import train
+
+    train(configuration.validate(tree, "test"), world)
+    folder = store.newest(Path(tree["run"]["dir"]))
+    p = {"sampler.p": torch.zeros(8, dtype=torch.float64)}
+    store.load(folder, p, world)
+    return p["sampler.p"].numpy().tobytes()
+
+
+def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run, tmp_path):
+    """P-POTS with MIRROR pairs: one density for all ranks, the same rates until the first fit, bitwise after a resume."""
+
+    def tree(name, micro):
+        changes = {
+            "run": {"dir": str(tmp_path / name), "seed": 5, "steps": 20, "global_batch": 16, "micro_batch": micro}
+        }
+        law = {"sampler": "ppots", "views": "mirror_dedup", "bins": 8, "min_hits": 2, "refit_every": 5}
+        return small_run({**changes, "diffusion": law})
+
+    alone, both = run_world(train_only, 1, tree("one", 8)), run_world(train_only, 2, tree("two", 4))
+    assert both[0] == both[1]
+    assert both[0] != torch.ones(8, dtype=torch.float64).numpy().tobytes(), "nothing was fitted"
+    assert np.frombuffer(alone[0]) == pytest.approx(np.frombuffer(both[0]), rel=1e-3)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    close(one, two, 1e-4)
+    shutil.rmtree(tmp_path / "two/checkpoints/step-00000020")
+    again = run_world(train_only, 2, tree("two", 4))
+    assert again == both and read_metrics(tmp_path / "two") == two

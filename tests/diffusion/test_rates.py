@@ -1,0 +1,163 @@
+"""Densities of the masking rate, their fit, and the sampler that learns one."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdmtrain.config import DiffusionConfig
+from mdmtrain.diffusion import rates, strata
+from mdmtrain.diffusion.rates import Density, fit, uniform_density
+from mdmtrain.diffusion.sampler import RateSampler, token_table
+
+
+@st.composite
+def densities(draw):
+    cells = draw(st.integers(1, 40))
+    p = np.array(draw(st.lists(st.floats(0.05, 20), min_size=cells, max_size=cells)))
+    low = draw(st.sampled_from([0.0, 1e-3, 0.05]))
+    edges = np.linspace(low, 1, cells + 1)
+    return Density(edges, p / p.mean())
+
+
+@given(density=densities(), u=st.floats(0, 1, exclude_max=True))
+@settings(deadline=None, derandomize=True)
+def test_drawing_is_the_inverse_of_the_distribution_function(density, u):
+    t, p = density.draw(np.array([u]))
+    assert density.edges[0] <= t[0] <= 1
+    assert density.cdf(t)[0] == pytest.approx(u, abs=1e-9)
+    assert p[0] in density.p and density.masses.sum() == pytest.approx(1.0)
+
+
+def test_uniform_weighs_exactly_one():
+    u = strata.uniforms(0, 0, 1000, "global")
+    t, p = uniform_density(1e-3, 1.0, 64).draw(u)
+    assert (p == 1.0).all()
+    np.testing.assert_allclose(t, 1e-3 + 0.999 * u, rtol=1e-12)
+
+
+@given(density=densities())
+@settings(deadline=None, derandomize=True, max_examples=30)
+def test_importance_weights_bring_the_average_back(density):
+    """T11: with one weight per cell the mean is exact; with an interpolated density it is not."""
+    edges = density.edges
+    nodes, dt = np.polynomial.legendre.leggauss(20)
+    total, high = 0.0, edges[-1] - edges[0]
+    for a, b, p in zip(edges[:-1], edges[1:], density.p, strict=True):
+        t = a + (b - a) * (nodes + 1) / 2
+        total += (dt / 2 * np.exp(t) / density.at(t) * p).sum() * (b - a) / high
+    assert total == pytest.approx((np.exp(edges[-1]) - np.exp(edges[0])) / high)
+
+
+@pytest.mark.parametrize(("ratio", "bias"), [(1.2, 1.002769), (1.5, 1.013663), (2.0, 1.039721)])
+def test_t11_interpolated_weights_are_biased(ratio, bias):
+    """The wrong way, for the record: t from an interpolated CDF, weighed by the interpolated density."""
+    t, dt = np.polynomial.legendre.leggauss(50)
+    t = (t + 1) / 2
+    slope = 1 + (ratio - 1) * t
+    assert float((dt / 2 * ((1 + ratio) / 2) / slope).sum()) == pytest.approx(bias, abs=1e-6)
+    density = Density(np.array([0.0, 0.5, 1.0]), np.array([2 / (1 + ratio), 2 * ratio / (1 + ratio)]))
+    assert (density.masses / density.p).sum() == pytest.approx(1.0, abs=1e-15)
+
+
+# ---- fitting
+
+
+def test_t7_the_gradient_optimum_is_the_inverse_root():
+    edges = np.linspace(0.05, 1, 65)
+    middles = (edges[1:] + edges[:-1]) / 2
+    density = fit(edges, 1 / middles, np.ones(64), 1e-9, "histogram")
+    assert np.polyfit(np.log(middles), np.log(density.p), 1)[0] == pytest.approx(-0.5, abs=1e-6)
+    omega = 2 * middles
+    weighed = fit(edges, 1 / middles, omega, 1e-9, "histogram")
+    np.testing.assert_allclose(weighed.p / density.p, omega * (weighed.p / density.p / omega)[0])
+
+
+@given(moments=st.lists(st.floats(0, 1e6), min_size=16, max_size=16), floor=st.floats(0.05, 1))
+@settings(deadline=None, derandomize=True)
+def test_the_floor_bounds_every_weight(moments, floor):
+    density = fit(np.linspace(1e-3, 1, 17), np.array(moments), np.ones(16), floor, "histogram")
+    assert density.masses.sum() == pytest.approx(1.0)
+    assert (1 / density.p).max() <= 1 / floor * (1 + 1e-12)
+
+
+def test_nothing_learned_is_uniform():
+    assert (fit(np.linspace(0, 1, 9), np.zeros(8), np.ones(8), 0.2, "histogram").p == 1).all()
+
+
+def test_epr_finds_its_own_family_and_does_not_echo_its_input():
+    edges = np.linspace(1e-3, 1, 513)
+    middles, widths = (edges[1:] + edges[:-1]) / 2, np.diff(edges) / 0.999
+    member = rates._epr(np.array([1.0, 0.5, -1.0, -0.5, 0.3, 0.2, 0.1]), middles)
+    member = member / (member * widths).sum()
+    found = fit(edges, member**2, np.ones(512), 1e-9, "epr").p
+    assert np.abs(found - member).max() < 0.02 * member.max()
+    noisy = member * np.random.default_rng(0).uniform(0.5, 1.5, 512)
+    smooth = fit(edges, noisy**2, np.ones(512), 1e-9, "epr").p
+    assert np.abs(np.diff(smooth)).max() < 0.1 * np.abs(np.diff(noisy)).max(), "it returned what it was given"
+
+
+# ---- the sampler of a run
+
+
+def learning(**more):
+    return RateSampler(DiffusionConfig(sampler="ppots", bins=8, min_hits=10, **more), torch.device("cpu"))
+
+
+def step(sampler, sums, skipped=0.0, counts=5):
+    sampler.add(torch.tensor(sums, dtype=torch.float64), np.full(8, counts), torch.tensor(skipped))
+
+
+RISING = [1.0, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_it_waits_for_enough_rows_then_fits_past_steps():
+    sampler = learning()
+    step(sampler, RISING)
+    assert (sampler.fitted() == 1).all()
+    step(sampler, RISING)
+    p = sampler.fitted()
+    raw = np.sqrt(RISING)
+    np.testing.assert_allclose(p, 0.8 * raw / raw.mean() + 0.2)
+    assert (sampler.density.p == 1).all(), "a fit counts from the next step on"
+    sampler.use(p)
+    assert (sampler.law(0.0).density.p == p).all()
+
+
+def test_a_skipped_step_leaves_no_trace():
+    sampler = learning()
+    step(sampler, RISING)
+    before = {name: tensor.clone() for name, tensor in sampler.tensors.items()}
+    step(sampler, [float("nan")] * 8, skipped=1.0)
+    assert all(torch.equal(sampler.tensors[name], tensor) for name, tensor in before.items())
+
+
+def test_once_fits_once():
+    sampler = learning(when="once")
+    for _ in range(3):
+        step(sampler, RISING)
+    sampler.use(sampler.fitted())
+    first = sampler.density.p
+    for _ in range(50):
+        step(sampler, RISING[::-1])
+    assert (sampler.fitted() == first).all() and not (first == 1).all()
+
+
+def test_a_restored_sampler_draws_the_same():
+    one, other = learning(), learning()
+    for _ in range(3):
+        step(one, RISING)
+    one.use(one.fitted())
+    for name, tensor in one.tensors.items():
+        other.tensors[name].copy_(tensor)
+    other.restored()
+    assert one.law(0.5).draw(0, 7, 64).rates.tobytes() == other.law(0.5).draw(0, 7, 64).rates.tobytes()
+
+
+def test_listed_tokens():
+    assert token_table((), ["a"]) is None
+    assert token_table(("b", 0), ["a", "b", "c"]).tolist() == [True, True, False]
+    for missing in ("z", 3, -1):
+        with pytest.raises(ValueError, match="no piece"):
+            token_table((missing,), ["a", "b", "c"])

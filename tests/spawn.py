@@ -1,6 +1,7 @@
 """Run a function on the ranks of a real gloo world, each rank a process of its own."""
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def run_world(function: Callable, size: int, *arguments) -> list:
         process.join()
     if failure is not None:
         raise AssertionError(f"rank {rank} of {size} failed:\n{failure}")
-    return [collected[rank] for rank in range(size)]
+    return [pickle.loads(collected[rank]) for rank in range(size)]
 
 
 def _rank(function, rank, size, port, arguments, results) -> None:
@@ -47,7 +48,8 @@ def _rank(function, rank, size, port, arguments, results) -> None:
 
     try:
         world = init_world()
-        results.put((rank, function(world, *arguments), None))
+        # As bytes: a tensor in a queue is a handle to memory that goes away with this process.
+        results.put((rank, pickle.dumps(function(world, *arguments)), None))
         torch.distributed.destroy_process_group()
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

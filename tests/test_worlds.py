@@ -147,7 +147,7 @@ def train_only(world, tree: dict) -> bytes:
 
 
 def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run, tmp_path):
-    """P-POTS with MIRROR pairs: one density for all ranks, the same rates until the first fit, bitwise after a resume."""
+    """P-POTS with MIRROR pairs: one density on all ranks; a resumed run goes on bit for bit."""
 
     def tree(name, micro):
         changes = {

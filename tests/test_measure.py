@@ -33,7 +33,7 @@ def measure(world, tree: dict) -> dict:
 
 
 def test_a_step_of_independent_rows_has_the_variance_of_a_row_over_their_number(small_run):
-    """Tr Cov of a step is (A + B + C)/N, for gradient and loss, on 1 and 2 ranks; |g - g'|^2 without its half is not."""
+    """Tr Cov of a step is (A + B + C)/N, for gradient and loss, on 1 and 2 ranks."""
     tree = small_run({"diffusion": {"eps": 0.2}})
     tree["data"]["random_length_fraction"] = 0.0
     alone, both = run_world(measure, 1, tree)[0], run_world(measure, 2, tree)[0]

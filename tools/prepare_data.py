@@ -7,13 +7,17 @@ Examples:
 """
 
 import argparse
+import glob
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 # Worker processes import this file: what they do not need is imported in main.
-from mdmtrain.data.prepare import LONGEST_TEXT, Options, Summary, find_inputs, prepare
+from mdmtrain.data.prepare import LONGEST_TEXT, Options, Summary, prepare
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +74,43 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def find_inputs(arguments: list[str], include: list[str], exclude: list[str], out: Path) -> list[Path]:
+    """The files that `arguments` (files, folders, globs) name, each once, in a fixed order, absolute.
+
+    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
+    names and `out` are left alone. Raises ValueError where an argument names nothing.
+    """
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        named = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        before = len(found)
+        for path in named:
+            files = _walk(path, include, exclude, out.resolve()) if os.path.isdir(path) else [path]
+            found.update((Path(file).resolve(), None) for file in files)
+        if not named:
+            raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
+        if len(found) == before and all(os.path.isdir(path) for path in named):
+            raise ValueError(f"no new file in {argument!r} matches --include and --exclude: widen the patterns")
+    return list(found)
+
+
+def _walk(root: str, include: list[str], exclude: list[str], out: Path) -> Iterator[str]:
+    def any_match(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith(".") and not any_match(name, exclude) and Path(folder, name).resolve() != out
+        )
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            wanted = any_match(name, include or ["*"]) and not any_match(name, exclude) and not name.startswith(".")
+            if wanted and os.path.isfile(path):
+                yield path
+
+
 def main(argv: list[str] | None = None) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -86,11 +127,12 @@ def main(argv: list[str] | None = None) -> None:
         def show(phase: str, done: int, total: int) -> None:
             bar.update(task, description=phase, completed=done, total=total)
 
+        begin = time.monotonic()
         summary = prepare(inputs, args.out, options, args.workers, show)
-    describe(summary)
+    describe(summary, time.monotonic() - begin)
 
 
-def describe(summary: Summary) -> None:
+def describe(summary: Summary, seconds: float) -> None:
     """A few lines for a person: what was made, how big, how fast."""
     manifest = summary.manifest
     if summary.already:
@@ -104,9 +146,8 @@ def describe(summary: Summary) -> None:
         )
     for reason, count in sorted(summary.skipped.items()):
         print(f"left out   {count:,} documents: {reason}")
-    times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in summary.seconds.items())
-    print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}; {times}")
-    print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]})")
+    print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}")
+    print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]}) in {seconds:.1f} s")
 
 
 def _stop(number: int, _frame: object) -> None:

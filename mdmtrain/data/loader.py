@@ -4,8 +4,8 @@ The loader's processes prefetch and nothing more: its position is the step, so n
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,18 +31,9 @@ class Batch(NamedTuple):
     slots: Tensor  # int64 [B], place of each row in the global batch
     samples: Tensor  # int64 [B, 2], (source, window), for reports
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`, copied without waiting (from pinned memory)."""
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 
-
-def open_sources(
-    config: DataConfig, split: str, verify: Literal["size", "sha256"] | None = None
-) -> list[PreparedSplit]:
-    """The sources' splits, checked (`verify`, default data.verify): unaltered, one tokenizer, at least one row.
-
-    Raises ValueError naming the folder.
-    """
+def open_sources(config: DataConfig, split: str, verify: str | None = None) -> list[PreparedSplit]:
+    """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder."""
     sources = [PreparedSplit(source.path, split, verify or config.verify) for source in config.sources]
     for source in sources:
         if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
@@ -72,9 +63,6 @@ class Dataset(torch.utils.data.Dataset):
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._mixture = Mixture([source.weight for source in config.data.sources], sizes, config.run.seed)
-
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        return self.__getitems__([place])
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
         """The micro-batch of (step, slot) pairs, all of one step."""
@@ -108,32 +96,22 @@ class Dataset(torch.utils.data.Dataset):
         return max(1, L * (1 + int(which * LENGTHS)) // LENGTHS) if cut < fraction else L
 
 
-class _MicroBatches:
-    """The (step, slot) lists of one rank, from `first_step` to the end of the run."""
-
-    def __init__(self, config: Config, plan: RunPlan, rank: int, first_step: int):
-        self._steps, self._plan, self._rank = range(first_step, config.run.steps), plan, rank
-
-    def __len__(self) -> int:
-        return len(self._steps) * self._plan.accumulation
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self._steps:
-            for micro_step in range(self._plan.accumulation):
-                yield [(step, slot) for slot in self._plan.slots(self._rank, micro_step)]
-
-
 def train_loader(
     config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool
 ) -> Iterable[Batch]:
     """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
     workers = config.data.workers
+    places = (
+        [(step, slot) for slot in plan.slots(rank, micro_step)]
+        for step in range(first_step, config.run.steps)
+        for micro_step in range(plan.accumulation)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         return StatefulDataLoader(
             Dataset(config, sources),
-            batch_sampler=_MicroBatches(config, plan, rank, first_step),
-            collate_fn=_as_it_is,  # __getitems__ has made the batch
+            batch_sampler=places,
+            collate_fn=_as_it_is,
             num_workers=workers,
             prefetch_factor=config.data.prefetch if workers else None,
             worker_init_fn=_start_worker,
@@ -143,7 +121,7 @@ def train_loader(
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    return batch
+    return batch  # __getitems__ has made it
 
 
 def _start_worker(_worker: int) -> None:
@@ -154,10 +132,9 @@ def _start_worker(_worker: int) -> None:
 def validation_rows(
     split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`rows` windows (or all, where there are fewer) spread evenly over a split, always the same.
+    """`rows` windows (or all, where there are fewer), always the same, spread evenly over a split.
 
-    Returns ids int64 [R, L] and segments int32 [R, L] (None without `document_mask`). Raises ValueError where the split
-    is shorter than one row.
+    Returns ids int64 [R, L] and segments int32 [R, L] (None without `document_mask`); ValueError from `windows`.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)

@@ -1,11 +1,10 @@
-"""Text -> prepared folder: find the inputs, stream their documents, tokenize in parallel, write shards.
+"""Text -> prepared folder: stream the documents of files, tokenize in parallel, write shards.
 
 Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands
 at the destination is complete. The content does not depend on the number of workers.
 """
 
 import fcntl
-import glob
 import gzip
 import hashlib
 import json
@@ -13,17 +12,15 @@ import math
 import multiprocessing
 import os
 import shutil
-import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -33,9 +30,8 @@ from mdmtrain.data.shards import (
     MANIFEST,
     PreparedSplit,
     ShardWriter,
+    dtype_for,
     read_manifest,
-    token_dtype,
-    write_durably,
     write_manifest,
 )
 from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
@@ -68,11 +64,10 @@ class Summary:
     manifest: dict[str, Any]
     already: bool  # nothing was done: the folder was there, made from the same inputs and options
     skipped: Counter[str]  # documents left out, by reason
-    seconds: dict[str, float]  # by phase
 
 
 def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progress: Progress | None = None) -> Summary:
-    """Prepare the files `inputs` (of `find_inputs`) into the folder `out`; does nothing where that was done before.
+    """Prepare the files `inputs` into the folder `out`; does nothing where that was done before.
 
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
@@ -83,34 +78,32 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
             raise ValueError(f"{out} holds data made from other inputs or options: remove it or choose another --out")
         for split in manifest["splits"]:
             PreparedSplit(out, split)
-        return Summary(out, manifest, True, Counter(), {})
+        return Summary(out, manifest, True, Counter())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
 
     skipped: Counter[str] = Counter()
-    seconds: dict[str, float] = {}
     report = progress or (lambda phase, done, total: None)
     try:
         with _staging(out) as folder:
-            begin = time.monotonic()
             model = folder / MODEL_FILE
             if options.tokenizer:
-                Tokenizer.load(options.tokenizer)
-                write_durably(model, model_file(options.tokenizer).read_bytes())
+                tokenizer = Tokenizer.load(options.tokenizer)
+                shutil.copyfile(model_file(options.tokenizer), model)
             else:
-                Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
-            seconds["tokenizer"] = time.monotonic() - begin
-            begin = time.monotonic()
+                tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
-            manifest = write_manifest(folder, Tokenizer.load(model), splits, made_from)
-            _publish(folder, out)
-            seconds["tokenization"] = time.monotonic() - begin
+            manifest = write_manifest(folder, tokenizer, splits, made_from)
+            for path in (*folder.iterdir(), folder):
+                _sync(path)
+            os.replace(folder, out)
+            _sync(out.parent)
     except OSError as error:
         where = error.filename or out
         raise ValueError(f"preparing {out} failed: {where}: {error.strerror or error}; nothing was written") from None
     except BrokenProcessPool:
         raise ValueError(f"preparing {out} failed: a worker was killed (out of memory?): use fewer --workers") from None
-    return Summary(out, manifest, False, skipped, seconds)
+    return Summary(out, manifest, False, skipped)
 
 
 def _identity(inputs: list[Path], options: Options) -> str:
@@ -128,84 +121,35 @@ def _staging(out: Path) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as at_the_end:
+        at_the_end.callback(os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out} is being prepared by another process: wait for it, or stop it") from None
-        try:
-            for leftover in folder.iterdir():
-                leftover.unlink()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
+        at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
+        for leftover in folder.iterdir():
+            leftover.unlink()
+        yield folder
 
 
-def _publish(folder: Path, out: Path) -> None:
-    _sync_folder(folder)
-    os.replace(folder, out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-# ---- inputs
+# ---- documents
 
 
-def find_inputs(arguments: list[str], include: list[str], exclude: list[str], out: Path) -> list[Path]:
-    """The files that `arguments` (files, folders, globs) name, each once, in a fixed order, absolute.
+def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
+    """The documents of one file, each with the bytes of the file (as it lies on disk) that were read so far.
 
-    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
-    names and `out` are left alone. Raises ValueError where an argument names nothing.
-    """
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        named = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        before = len(found)
-        for path in named:
-            files = _walk(path, include, exclude, out.resolve()) if os.path.isdir(path) else [path]
-            found.update((Path(file).resolve(), None) for file in files)
-        if not named:
-            raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
-        if len(found) == before and all(os.path.isdir(path) for path in named):
-            raise ValueError(f"no new file in {argument!r} matches --include and --exclude: widen the patterns")
-    return list(found)
-
-
-def _walk(root: str, include: list[str], exclude: list[str], out: Path) -> Iterator[str]:
-    def any_match(name: str, patterns: list[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and not any_match(name, exclude) and Path(folder, name).resolve() != out
-        )
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            wanted = any_match(name, include or ["*"]) and not any_match(name, exclude) and not name.startswith(".")
-            if wanted and os.path.isfile(path):
-                yield path
-
-
-class Document(NamedTuple):
-    text: str
-    position: int  # bytes of the file (as it lies on disk) read so far
-
-
-def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of one file: a jsonl file has one a line, a text file is one (or several where it is long).
-
-    Raises ValueError naming the file and the line or byte of what cannot be read; `skipped` counts what is left out.
+    A jsonl file has one a line, a text file is one (or several where it is long). Raises ValueError naming the file and
+    the line or byte of what cannot be read; `skipped` counts what is left out.
     """
     records = path.name.endswith((".jsonl", ".jsonl.gz"))
     with open(path, "rb") as raw:
@@ -225,7 +169,7 @@ def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator
                     skipped["not UTF-8"] += 1
                     continue
                 if text:
-                    yield Document(text, raw.tell())
+                    yield text, raw.tell()
                 else:
                     skipped["empty"] += 1
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -240,12 +184,10 @@ def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if len(block) < LONGEST_TEXT:
             break
         cut = block.rfind(b"\n") + 1
-        if not cut:
-            cut = len(block)
-            while cut > len(block) - 3 and block[cut - 1] & 0xC0 == 0x80:
+        if not cut:  # before the last character, which may go on in the next block
+            cut = len(block) - 1
+            while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
                 cut -= 1
-            if block[cut - 1] >= 0xC0:
-                cut -= 1  # the character may go on in the next block
         yield offset, block[:cut]
         offset, rest = offset + cut, block[cut:]
     if block or not offset:
@@ -280,22 +222,18 @@ def _training_texts(inputs: list[Path], options: Options, report: Progress) -> I
     done = 0
     for path in inputs:
         characters = 0
-        for document in read_documents(path, options.bad_utf8, Counter()):
-            if _draw(document.text.encode()) >= options.validation_fraction:
-                yield document.text
-            characters += len(document.text)
+        for text, _ in read_documents(path, options.bad_utf8, Counter()):
+            if _draw(text.encode()) >= options.validation_fraction:
+                yield text
+            characters += len(text)
             if characters >= share:
                 break
         done += path.stat().st_size
         report("reading for the tokenizer", done, total)
 
 
-class _Encoded(NamedTuple):
-    draw: float
-    bytes: int
-    tokens: np.ndarray  # bos + tokens + eos
-
-
+_Batch = tuple[list[str], int]  # documents, bytes of the input files read so far
+_Encoded = tuple[float, int, np.ndarray]  # of a document: its draw, its bytes, bos + tokens + eos
 _tokenizer: Tokenizer  # of this worker process
 
 
@@ -307,17 +245,15 @@ def _start_worker(model: Path) -> None:
 
 
 def _encode(texts: list[str]) -> list[_Encoded]:
-    encoded, dtype = [], token_dtype(_tokenizer.vocab_size)
+    encoded, dtype = [], dtype_for(_tokenizer.vocab_size)
     for text in texts:
         tokens = np.array([_tokenizer.bos_id, *_tokenizer.encode(text), _tokenizer.eos_id], dtype=dtype)
         content = text.encode()
-        encoded.append(_Encoded(_draw(content), len(content), tokens))
+        encoded.append((_draw(content), len(content), tokens))
     return encoded
 
 
-def _encode_all(
-    batches: Iterable[tuple[list[str], int]], model: Path, workers: int
-) -> Iterator[tuple[list[_Encoded], int]]:
+def _encode_all(batches: Iterable[_Batch], model: Path, workers: int) -> Iterator[tuple[list[_Encoded], int]]:
     """The batches encoded, in their order; a few per worker are in flight, so memory stays bounded."""
     if workers == 1:
         _start_worker(model)
@@ -338,8 +274,8 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(inputs: list[Path], bad_utf8: str, skipped: Counter[str]) -> Iterator[tuple[list[str], int]]:
-    """(documents, bytes of the inputs read so far), about BATCH characters at a time."""
+def _batches(inputs: list[Path], bad_utf8: str, skipped: Counter[str]) -> Iterator[_Batch]:
+    """The documents of all inputs, about BATCH characters at a time."""
     texts, size, before, done = [], 0, 0, 0
     for path in inputs:
         for text, position in read_documents(path, bad_utf8, skipped):
@@ -356,16 +292,13 @@ def _batches(inputs: list[Path], bad_utf8: str, skipped: Counter[str]) -> Iterat
 def _write_splits(
     inputs: list[Path], folder: Path, options: Options, workers: int, skipped: Counter[str], report: Progress
 ) -> dict[str, dict]:
-    model = folder / MODEL_FILE
-    dtype = token_dtype(Tokenizer.load(model).vocab_size)
-    writers = {split: ShardWriter(folder, split, dtype, options.shard_tokens) for split in ("train", "validation")}
+    writers = {split: ShardWriter(folder, split, options.shard_tokens) for split in ("train", "validation")}
     total = sum(path.stat().st_size for path in inputs)
     lowest, highest = 1.0, 0.0
-    for encoded, done in _encode_all(_batches(inputs, options.bad_utf8, skipped), model, workers):
-        for document in encoded:
-            split = "validation" if document.draw < options.validation_fraction else "train"
-            writers[split].add(document.tokens, document.bytes)
-            lowest, highest = min(lowest, document.draw), max(highest, document.draw)
+    for encoded, done in _encode_all(_batches(inputs, options.bad_utf8, skipped), folder / MODEL_FILE, workers):
+        for draw, size, tokens in encoded:
+            writers["validation" if draw < options.validation_fraction else "train"].add(tokens, size)
+            lowest, highest = min(lowest, draw), max(highest, draw)
         report("tokenizing", done, total)
     splits = {split: writer.close() for split, writer in writers.items()}
     count = sum(split["documents"] for split in splits.values())

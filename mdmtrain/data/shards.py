@@ -6,7 +6,6 @@ A split is one stream, its shards end to end; a document is bos + tokens + eos a
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,31 +22,29 @@ FORMAT = 1
 AGAIN = "prepare the data again with tools/prepare_data.py"
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardWriter:
     """Writes one split. `add` documents in order, then `close` for the split's part of the manifest."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
         """Starts a new shard before a document that would take a shard over `shard_tokens` tokens."""
-        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
+        self._folder, self._split, self._limit = folder, split, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._bytes = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """`tokens`: one document with its bos and eos; `text_bytes`: UTF-8 bytes of its source text."""
+        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text."""
         if self._file and self._tokens + len(tokens) > self._limit:
             self._finish()
         if not self._file:
-            self._name = f"{self._split}-{len(self._shards):05d}"
-            self._file = open(self._folder / f"{self._name}.bin", "wb")  # noqa: SIM115 (open across calls)
-            self._hash, self._tokens, self._starts = hashlib.sha256(), 0, []
-        raw = tokens.astype(self._dtype, copy=False).tobytes()
-        self._file.write(raw)
-        self._hash.update(raw)
+            name = f"{self._split}-{len(self._shards):05d}.bin"
+            self._file = open(self._folder / name, "wb")  # noqa: SIM115 (open across calls)
+            self._tokens, self._starts = 0, []
+        self._file.write(tokens.tobytes())
         self._starts.append(self._tokens)
         self._tokens += len(tokens)
         self._bytes += text_bytes
@@ -60,32 +57,12 @@ class ShardWriter:
         return {**totals, "bytes": self._bytes, "shards": self._shards}
 
     def _finish(self) -> None:
-        durable_close(self._file)
-        self._file = None
-        starts = np.array(self._starts, dtype="<i8").tobytes()
-        write_durably(self._folder / f"{self._name}.docs", starts)
-        self._shards.append(
-            {
-                "file": f"{self._name}.bin",
-                "tokens": self._tokens,
-                "documents": len(self._starts),
-                "sha256": self._hash.hexdigest(),
-                "documents_file": f"{self._name}.docs",
-                "documents_sha256": hashlib.sha256(starts).hexdigest(),
-            }
-        )
-
-
-def durable_close(file: BinaryIO) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    file = open(path, "wb")  # noqa: SIM115 (durable_close closes it)
-    file.write(content)
-    durable_close(file)
+        self._file.close()
+        file, self._file = Path(self._file.name), None
+        starts = file.with_suffix(".docs")
+        starts.write_bytes(np.array(self._starts, dtype="<i8").tobytes())
+        shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
+        self._shards.append({**shard, "documents_file": starts.name, "documents_sha256": sha256_of(starts)})
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], made_from: str) -> dict[str, Any]:
@@ -93,14 +70,14 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], 
     manifest = {
         "format": FORMAT,
         "made_from": made_from,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "dtype": dtype_for(tokenizer.vocab_size).name,
         "tokenizer": {
             key: getattr(tokenizer, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id", "pad_id", "mask_id")
         },
         "splits": splits,
     }
     manifest["fingerprint"] = fingerprint(manifest)
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
@@ -131,8 +108,7 @@ def fingerprint(manifest: dict[str, Any]) -> str:
 class PreparedSplit:
     """One split of a prepared folder as one stream of tokens. Holds no open file, so that it goes to any process.
 
-    `tokens` (positions, bos and eos included), `documents`, `bytes` (UTF-8, of the source text), `vocab_size`,
-    `bos_id`, `eos_id`, `pad_id`, `mask_id`, `tokenizer_sha256`, `fingerprint` (of the whole folder).
+    `tokens` counts bos and eos, `bytes` is the length of the source text in UTF-8, `fingerprint` is the whole folder's.
     """
 
     def __init__(self, folder: str | Path, split: str, verify: Literal["size", "sha256"] = "size"):
@@ -152,9 +128,7 @@ class PreparedSplit:
         self.tokenizer_sha256: str = tokenizer["sha256"]
         self.vocab_size: int = tokenizer["vocab_size"]
         self.bos_id: int = tokenizer["bos_id"]
-        self.eos_id: int = tokenizer["eos_id"]
         self.pad_id: int = tokenizer["pad_id"]
-        self.mask_id: int = tokenizer["mask_id"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shards: list[dict[str, Any]] = content["shards"]
         self._firsts = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))

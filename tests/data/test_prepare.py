@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 
 from mdmtrain.data import prepare as module
-from mdmtrain.data.prepare import Options, find_inputs, prepare, read_documents
+from mdmtrain.data.prepare import Options, prepare, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 from mdmtrain.monitor.logs import user_errors
 from tests.conftest import ROOT
+from tools.prepare_data import find_inputs
 
 TOOL = [sys.executable, str(ROOT / "tools/prepare_data.py")]
 OPTIONS = Options(vocab_size=300, validation_fraction=0.2, shard_tokens=4000)
@@ -132,7 +133,7 @@ def test_a_long_text_is_cut_between_characters_and_nothing_is_lost(line_ends, tm
     (tmp_path / "long.txt").write_bytes(text.encode())
     for limit in range(97, 110):
         monkeypatch.setattr(module, "LONGEST_TEXT", limit)
-        pieces = [document.text for document in read_documents(tmp_path / "long.txt", "error", Counter())]
+        pieces = [text for text, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
         assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) <= limit
         assert not line_ends or all(piece.endswith("\n") for piece in pieces)
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mdmtrain.data.shards import MANIFEST, PreparedSplit, ShardWriter, fingerprint, token_dtype, write_manifest
+from mdmtrain.data.shards import MANIFEST, PreparedSplit, ShardWriter, dtype_for, fingerprint, write_manifest
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 
 VOCABULARY = 300
@@ -30,9 +30,9 @@ def prepared(model, tmp_path):
     documents = [random.integers(5, VOCABULARY, size=n) for n in (3, 20, 27, 90, 1, 2, 44, 50, 7)]
     splits = {}
     for split, part in (("train", documents), ("validation", documents[:2])):
-        writer = ShardWriter(folder, split, token_dtype(VOCABULARY), shard_tokens=50)
+        writer = ShardWriter(folder, split, shard_tokens=50)
         for document in part:
-            writer.add(document, text_bytes=2 * len(document))
+            writer.add(document.astype(dtype_for(VOCABULARY)), text_bytes=2 * len(document))
         splits[split] = writer.close()
     write_manifest(folder, tokenizer, splits, made_from="test")
     return folder, documents
@@ -62,7 +62,7 @@ def test_a_split_goes_to_another_process(prepared):
 
 
 def test_a_large_vocabulary_takes_four_bytes():
-    assert [token_dtype(n).itemsize for n in (512, 65_536, 65_537)] == [2, 2, 4]
+    assert [dtype_for(n).itemsize for n in (512, 65_536, 65_537)] == [2, 2, 4]
 
 
 def truncate(folder):

@@ -104,7 +104,7 @@ class Law:
 
     def _weighed_by_rate(self, ids: Tensor, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
         """Weight omega(t)/(p(t) t), and what pairs make of it."""
-        t, P_column = draws.rates[:, None], P[:, None]
+        t, P_column = draws.rates[:, None], np.maximum(P, 1)[:, None]
         weight = self.omega(t) / draws.density[:, None]
         if self.config.views == "complement":  # one weight for the pair: each of the two rates could have drawn it
             first, opposite = masks.bernoulli(U, draws.rates, P), 1.0 - t
@@ -130,7 +130,7 @@ class Law:
         """omega_k / (q(k) k) for a row with k masks: the mean of the rate weight given the count (Rao-Blackwell)."""
         masked = masks.bernoulli(U, draws.rates, P)
         counts = masked.sum(axis=1)
-        return [masked], [self._count_weights(P, counts)], [1 / (P * draws.rates)[:, None]]
+        return [masked], [self._count_weights(P, counts)], [1 / (np.maximum(P, 1) * draws.rates)[:, None]]
 
     # ---- the number of masks itself is drawn
 

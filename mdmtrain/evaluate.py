@@ -58,13 +58,7 @@ class Evaluation:
 
 @torch.no_grad()
 def row_values(
-    model: Transformer,
-    ids: Tensor,
-    segments: Tensor | None,
-    config: EvalConfig,
-    mask_id: int,
-    world: World,
-    on_batch: Callable[[], None] = lambda: None,
+    model: Transformer, ids: Tensor, segments: Tensor | None, config: EvalConfig, mask_id: int, world: World
 ) -> np.ndarray:
     """One unbiased NELBO estimate per (row, sample), in nats per token: float64 [R, samples]. A collective.
 
@@ -77,8 +71,7 @@ def row_values(
     batches = [np.arange(first, min(first + config.batch, slots)) for first in range(0, slots, config.batch)]
     mine = {}
     for first in range(0, len(batches), world.size):
-        number = min(first + world.rank, len(batches) - 1)
-        chosen = batches[number]
+        chosen = batches[number := min(first + world.rank, len(batches) - 1)]
         row = torch.from_numpy(chosen // config.samples)
         positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
         if model.shape.causal:
@@ -88,7 +81,6 @@ def row_values(
         visible = None if segments is None else segments[row].to(world.device)
         ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
         mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
-        on_batch()
     reshard(model)
     gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
     return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
@@ -118,8 +110,8 @@ def evaluate_split(
 
 
 def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
-    """`validation` for a single source, `validation/FOLDER` for several."""
-    return ["validation"] if len(splits) == 1 else [f"validation/{Path(folder).name}" for folder in folders]
+    """`validation` (or what split it is) for a single source, `validation/FOLDER` for several."""
+    return [s.split if len(splits) == 1 else f"{s.split}/{Path(f).name}" for s, f in zip(splits, folders, strict=True)]
 
 
 # ---- command
@@ -169,9 +161,7 @@ def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
-    parser.add_argument(
-        "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
-    )
+    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="prepared folders (default: those of the run)")
     parser.add_argument("--split", default="validation", help="split of the prepared folders (default: validation)")
     parser.add_argument("--rows", type=int, help="sequences per folder (default: the run's eval.rows)")
@@ -179,36 +169,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
-    for option in ("rows", "samples"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
+    chosen = {name: getattr(args, name) for name in ("rows", "samples") if getattr(args, name) is not None}
+    for option, value in chosen.items():
+        if value < 1:
             raise ValueError(f"--{option} must be at least 1")
     world = init_world()
     loaded = store.load_model(args.checkpoint, args.weights, world)
-    config = loaded.config
-    chosen = {name: getattr(args, name) for name in ("rows", "samples") if getattr(args, name) is not None}
-    settings = config.eval.model_copy(update=chosen)
-    folders = args.data or [source.path for source in config.data.sources]
+    settings, data, mask_id = loaded.config.eval.model_copy(update=chosen), loaded.config.data, loaded.tokenizer.mask_id
+    folders = args.data or [source.path for source in data.sources]
     splits = world.agree(lambda: [open_split(folder, args.split, loaded) for folder in folders])
     results = []
     for split, name in zip(splits, split_names(splits, folders), strict=True):
         evaluation = evaluate_split(
-            loaded.model,
-            split,
-            name.replace("validation", args.split),
-            settings,
-            config.data.sequence_length,
-            config.data.document_mask,
-            loaded.tokenizer.mask_id,
-            world,
+            loaded.model, split, name, settings, data.sequence_length, data.document_mask, mask_id, world
         )
         if world.is_main:
             base = baselines(split, loaded.tokenizer.decode)
             _show(evaluation, base, loaded.folder)
             results.append({**asdict(evaluation), **asdict(base)})
     if args.json and world.is_main:
-        store.write_atomically(
-            args.json, json.dumps({"checkpoint": str(loaded.folder), "results": results}, indent=1) + "\n"
-        )
+        report = {"checkpoint": str(loaded.folder), "results": results}
+        store.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
 
 
 def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:

@@ -8,7 +8,6 @@ most confident proposals (or random ones) stay. Attention is bidirectional, so t
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,13 +35,7 @@ class Sampling:
 
 @torch.no_grad()
 def unmask(
-    model: nn.Module,
-    ids: Tensor,
-    mask_id: int,
-    forbidden: list[int],
-    sampling: Sampling,
-    sample: int,
-    on_step: Callable[[], None] = lambda: None,
+    model: nn.Module, ids: Tensor, mask_id: int, forbidden: list[int], sampling: Sampling, sample: int
 ) -> Tensor:
     """Replace every mask_id in a row of tokens by the model's choice.
 
@@ -63,7 +56,6 @@ def unmask(
         remaining = gaps * (steps - step - 1) // steps
         keep = confidence.argsort(descending=True, stable=True)[: len(positions) - remaining]
         ids[positions[keep]] = tokens[keep]
-        on_step()
     return ids
 
 
@@ -79,14 +71,7 @@ def _propose(logits: Tensor, temperature: float, bits: np.random.Philox) -> tupl
 
 
 def infill(
-    loaded: store.LoadedModel,
-    prefix: str,
-    suffix: str,
-    length: int,
-    sampling: Sampling,
-    sample: int,
-    world: World,
-    on_step: Callable[[], None] = lambda: None,
+    loaded: store.LoadedModel, prefix: str, suffix: str, length: int, sampling: Sampling, sample: int, world: World
 ) -> str:
     """The text that the model puts between prefix and suffix. Raises ValueError where it does not fit the model."""
     tokenizer = loaded.tokenizer
@@ -101,7 +86,7 @@ def infill(
     # Between a prefix and a suffix a document neither starts nor ends; without a suffix it may end (eos).
     forbidden = [tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id] + ([tokenizer.eos_id] if after else [])
     forbidden += list(range(tokenizer.vocab_size, loaded.model.shape.vocab_size))
-    filled = unmask(loaded.model, ids, tokenizer.mask_id, forbidden, sampling, sample, on_step).tolist()
+    filled = unmask(loaded.model, ids, tokenizer.mask_id, forbidden, sampling, sample).tolist()
     gap = filled[len(before) : len(before) + length]
     if tokenizer.eos_id in gap:
         gap = gap[: gap.index(tokenizer.eos_id)]
@@ -116,9 +101,7 @@ def utf8_text(argument: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
-    parser.add_argument(
-        "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
-    )
+    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
     parser.add_argument("--prefix", type=utf8_text, default="", help="text before the gap")
     parser.add_argument("--suffix", type=utf8_text, default="", help="text after the gap")
     parser.add_argument("--length", type=int, default=32, help="tokens in the gap (default: 32)")
@@ -130,11 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the texts here")
     args = parser.parse_args(arguments)
-    for option in ("length", "samples"):
-        if getattr(args, option) < 1:
+    for option in ("length", "samples", "steps"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError("--steps must be at least 1")
     if not 0 <= args.temperature < math.inf:
         raise ValueError("--temperature must be 0 or more")
     if not 0 <= args.seed < 2**63:

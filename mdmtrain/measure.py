@@ -54,7 +54,7 @@ class Bench:
         """config: the run's; its global batch and micro-batch say how large a step is."""
         self.model, self.config, self.sources, self.world = model, config, sources, world
         self.mask_id = tokenizer.mask_id
-        self._pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        self._pieces = tokenizer.pieces()
         self.densities: dict[tuple, Density] = {}
 
     def arm_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> ArmNoise:

@@ -50,8 +50,7 @@ def train(config: Config, world: World) -> None:
     model = build_model(shape, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     average = None
-    pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
-    delimiters = world.agree(lambda: token_table(config.diffusion.isad_tokens, pieces))
+    delimiters = world.agree(lambda: token_table(config.diffusion.isad_tokens, tokenizer.pieces()))
     sampler = RateSampler(config.diffusion, world.device, delimiters)
 
     # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start

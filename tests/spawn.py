@@ -28,6 +28,9 @@ def run_world(function: Callable, size: int, *arguments) -> list:
         process.start()
     collected, failure = {}, None
     while len(collected) < size and failure is None:
+        while not results._reader.poll(1.0):
+            dead = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0) and r not in collected]
+            assert not dead, f"ranks {dead} of {size} died without a word: {[processes[r].exitcode for r in dead]}"
         rank, result, failure = results.get()
         collected[rank] = result
     for process in processes:

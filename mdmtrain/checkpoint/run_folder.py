@@ -17,7 +17,6 @@ from mdmtrain.config import Config
 from mdmtrain.parallel.world import writing
 
 LOCK_PATIENCE = 10.0  # seconds: a killed predecessor may need a moment to go
-PACKAGES = ("mdmtrain", "torch", "torchdata", "numpy", "scipy", "sentencepiece", "pydantic", "tensorboard")
 
 
 class RunLock:
@@ -36,10 +35,9 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     self._file.seek(0)
-                    owner = self._file.read().strip() or "another process"
-                    raise ValueError(
-                        f"run folder {folder} is in use by {owner}: stop that run, or choose another run.dir"
-                    ) from None
+                    by = self._file.read().strip() or "another process"
+                    problem = f"run folder {folder} is in use by {by}: stop that run, or choose another run.dir"
+                    raise ValueError(problem) from None
                 time.sleep(0.2)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -53,22 +51,14 @@ def describe_run(folder: Path, config: Config) -> None:
         "command": shlex.join(sys.argv),
         "git_revision": _git_revision(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {package.metadata["Name"]: package.version for package in metadata.distributions()},
     }
     write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
 def _git_revision() -> str | None:
-    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None  # not a git checkout, or no git
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

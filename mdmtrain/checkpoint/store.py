@@ -33,23 +33,19 @@ TOKENIZER_FILE = "tokenizer.model"
 log = logging.getLogger("mdmtrain")
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-
-
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, sampler: RateSampler
 ) -> dict[str, Tensor]:
     """Every tensor that a run needs to go on: the live ones, so that loading into them restores the run."""
-    tensors = model_tensors(model)
+    tensors = {}
     for name, p in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
+        tensors[f"model.{name}"] = p.detach()
+        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
     # All parameters have taken the same number of steps; each has its own counter, and the first one is saved.
     tensors["adam_step"] = next(iter(optimizer.state.values()))["step"]
     tensors.update({f"sampler.{name}": tensor for name, tensor in sampler.tensors.items()})
     if average is not None:
-        tensors.update({f"average.{name}": tensor for name, tensor in average.tensors.items()})
+        tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     return tensors
 
 
@@ -71,44 +67,33 @@ def save(
     Raises AgreedError on every rank when any rank cannot write; what was complete before stays complete.
     """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    world.agree(lambda: _clear(folder), main_only=True)
+    world.agree(lambda: _remove(folder), main_only=True)
     try:
-        _dcp_save(folder, tensors, world)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP's notes on its own internals
+            dcp.save(tensors, checkpoint_id=folder, process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        world.agree(lambda: _clear(folder, create=False), main_only=True)
-        raise AgreedError(
-            f"cannot write checkpoint {folder}: {_root_cause(error)}: free the disk and start again"
-        ) from None
-    world.agree(lambda: _commit(folder, step, meta, tokenizer), main_only=True)
-    world.agree(lambda: _retain(run_dir, keep_last), main_only=True)
+        world.agree(lambda: _remove(folder), main_only=True)
+        cause = _root_cause(error)
+        raise AgreedError(f"cannot write checkpoint {folder}: {cause}: free the disk and start again") from None
+    world.agree(lambda: _commit(folder, step, meta, tokenizer, keep_last), main_only=True)
     return folder
 
 
-def _dcp_save(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP's notes on its own internals
-        dcp.save(tensors, checkpoint_id=folder, process_group=world.control)
-
-
-def _clear(folder: Path, create: bool = True) -> None:
+def _remove(folder: Path) -> None:
     (folder / "meta.json").unlink(missing_ok=True)  # first, so that what is half removed does not count
     if folder.exists():
         shutil.rmtree(folder)
-    if create:
-        folder.mkdir(parents=True)
 
 
-def _commit(folder: Path, step: int, meta: dict, tokenizer: Path) -> None:
+def _commit(folder: Path, step: int, meta: dict, tokenizer: Path, keep_last: int) -> None:
     with writing(folder):
         shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
     files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
     whole = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
-
-
-def _retain(run_dir: Path, keep_last: int) -> None:
-    for folder in complete_checkpoints(run_dir)[:-keep_last]:
-        _clear(folder, create=False)
+    for old in complete_checkpoints(folder.parent.parent)[:-keep_last]:
+        _remove(old)
 
 
 def _root_cause(error: BaseException) -> str:

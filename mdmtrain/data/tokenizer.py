@@ -94,11 +94,8 @@ class Tokenizer:
                 split_digits=True,
                 character_coverage=1.0,  # the rare ones are out already; sentencepiece takes no bound on their number
                 max_sentence_length=1 << 20,  # above every chunk of _sentences: nothing is skipped
-                unk_id=0,
-                bos_id=1,
-                eos_id=2,
                 pad_id=3,
-                control_symbols=["<mask>"],
+                control_symbols=["<mask>"],  # id 4, after unk, bos, eos and pad
                 num_threads=1,
                 minloglevel=2,
             )
@@ -120,9 +117,9 @@ class Tokenizer:
         skip = {self.bos_id, self.eos_id, self.pad_id, self.mask_id}
         return _unescape(self._pieces.decode([int(i) for i in ids if i not in skip]))
 
-    def piece(self, id: int) -> str:
-        """One id for a person to read: '<mask>', 'def', '<0xE4>'."""
-        return self._pieces.id_to_piece(int(id)).replace(_SPACE_MARK, " ")
+    def pieces(self) -> list[str]:
+        """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
+        return [self._pieces.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(self.vocab_size)]
 
 
 def model_file(path: str | Path) -> Path:

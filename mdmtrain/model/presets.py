@@ -28,13 +28,10 @@ class ModelShape:
 
     def parameters(self) -> int:
         """Number of parameters."""
-        attention = (
-            self.d_model * self.head_dim * 2 * (self.n_heads + self.n_kv_heads) + 2 * self.head_dim * self.qk_norm
-        )
-        block = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
-        return (
-            self.n_layers * block + self.d_model + self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
-        )
+        attention = 2 * self.head_dim * (self.d_model * (self.n_heads + self.n_kv_heads) + self.qk_norm)
+        block = attention + self.d_model * (3 * self.d_ff + 2)
+        ends = self.vocab_size * (1 if self.tied_embeddings else 2)
+        return self.n_layers * block + self.d_model * (ends + 1)
 
 
 def _preset(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: int, **more) -> dict:
@@ -62,10 +59,8 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
     """
     if config.preset is not None and config.preset not in PRESETS:
         raise ValueError(f"model.preset={config.preset!r} is unknown: there are {', '.join(PRESETS)}")
-    values = dict(PRESETS.get(config.preset, {}))
-    values["vocab_size"] = -(-tokenizer_size // 64) * 64
     given = {name: value for name, value in config.model_dump(exclude={"preset"}).items() if value is not None}
-    values.update(given)
+    values = {"vocab_size": -(-tokenizer_size // 64) * 64, **PRESETS.get(config.preset, {}), **given}
     missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")
@@ -85,5 +80,4 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
 
 
 def describe(shape: ModelShape) -> str:
-    values = asdict(shape)
-    return f"{shape.parameters():,} parameters (" + ", ".join(f"{k} {v}" for k, v in values.items()) + ")"
+    return f"{shape.parameters():,} parameters (" + ", ".join(f"{k} {v}" for k, v in asdict(shape).items()) + ")"

@@ -14,15 +14,8 @@ class TrainingProgress:
         self._start = time.monotonic()
         self._bar = None
         if visible and sys.stdout.isatty():
-            columns = [
-                TextColumn("step"),
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(),
-                TaskProgressColumn(),
-            ]
-            self._bar = Progress(
-                *columns, TextColumn("{task.fields[numbers]}"), TextColumn("ETA"), TimeRemainingColumn()
-            )
+            done, numbers = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}  ETA")
+            self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers, TimeRemainingColumn())
             self._bar.start()
             self._task = self._bar.add_task("train", total=steps, completed=first_step, numbers="starting")
 
@@ -30,21 +23,16 @@ class TrainingProgress:
         """Show the newest training record. bits_per_nat: bits per byte of one nat per token, on this data."""
         if not self._visible:
             return
-        step = record["step"]
-        loss = (
-            "not finite"
-            if record["loss"] is None
-            else f"{record['loss']:.4f}  bits/byte {record['nelbo'] * bits_per_nat:.3f}"
-        )
+        step, loss = record["step"], "not finite"
+        if record["loss"] is not None:
+            loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * bits_per_nat:.3f}"
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  data wait {record['data_wait']:.1%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
         left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        print(
-            f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}  ETA {minutes}:{seconds:02d}", flush=True
-        )
+        eta = f"{round(left) // 60}:{round(left) % 60:02d}"
+        print(f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}  ETA {eta}", flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""

@@ -87,8 +87,9 @@ def init_world() -> World:
     """Join the process group that torchrun describes, or a group of one when started as plain `python`."""
     launched = "RANK" in os.environ
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
-    if launched:
-        _die_with_parent()
+    if launched and sys.platform == "linux":
+        # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -99,12 +100,6 @@ def init_world() -> World:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     return World(rank, size, device, mesh, dist.new_group(backend="gloo"))
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this rank when its launcher is killed: an orphan would go on writing into the run folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
 
 class AgreedStop:

@@ -6,9 +6,7 @@ averaging over ranks would divide twice.
 """
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mdmtrain.config import ParallelConfig
@@ -57,20 +55,13 @@ def reshard(model: Transformer) -> None:
 def init_weights(model: Transformer, seed: int) -> None:
     """Initial weights as a pure function of (seed, parameter name): the same for any number of ranks, bit for bit."""
     for name, parameter in model.named_parameters():
-        std = initial_std(name, model.shape)
-        local, first = _local_part(parameter)
+        std, flat = initial_std(name, model.shape), parameter.to_local().view(-1)
         if std is None:
-            local.fill_(1.0)
+            flat.fill_(1.0)
             continue
-        flat = local.view(-1)
+        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        first = offset[0] * (parameter.numel() // parameter.shape[0])  # index of the shard's first element in the whole
         for start in range(0, flat.numel(), INIT_CHUNK):
             count = min(INIT_CHUNK, flat.numel() - start)
             values = torch.from_numpy(noise.normals(seed, name, first + start, count))
             flat[start : start + count].copy_(values * std)
-
-
-def _local_part(parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
-    """This rank's shard of a parameter, and the index of its first element in the flattened whole."""
-    assert isinstance(parameter, DTensor)
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), offset[0] * (parameter.numel() // parameter.shape[0])

@@ -36,10 +36,10 @@ def test_every_text_comes_back_and_makes_no_reserved_id(tokenizer, text):
 
 
 def test_training_learns_line_ends_and_indentation(tokenizer):
-    pieces = {tokenizer.piece(i) for i in range(tokenizer.vocab_size)}
+    pieces = {tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
     assert tokenizer.vocab_size == 300
     assert "\n" in pieces and "    " in pieces
-    assert tokenizer.piece(tokenizer.mask_id) == "<mask>"
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (1, 2, 3, 4)
     assert len(tokenizer.encode("    return")) < len("    return")
     assert len(tokenizer.encode("12345")) == 5
 

@@ -124,8 +124,9 @@ class DiffusionConfig(Section):
             raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        if self.objective == "ar" and (self.sampler == "ppots" or self.counts or self.views != "single"):
-            raise ValueError("objective=ar masks nothing: it goes with no sampler, masks, views or weights")
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens
+        if self.objective == "ar" and (other or self.counts or self.views != "single"):
+            raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
         return self
 
     @property

@@ -1,0 +1,596 @@
+"""Expectations and variances without simulation: every rate (quadrature) and every masked set (enumeration).
+
+Everything goes through `Law.corrupt`, `row_losses` and `row_statistics` as a step does. Uniforms matter only through
+the side of q and 1 - q that they lie on, so a position has three states, and L positions 3^L; drawn counts depend on
+the order of the uniforms alone. With rates by Gauss-Legendre between the sampler's breaks, an expectation is exact.
+"""
+
+from itertools import combinations, pairwise, permutations, product
+from math import comb, factorial
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from scipy import stats
+
+from mdmtrain.config import DiffusionConfig
+from mdmtrain.diffusion.objective import Corruption, Draws, Law, omega_at, rate_range, row_losses, row_statistics
+from mdmtrain.diffusion.rates import Density, fit, uniform_density
+from mdmtrain.diffusion.schedule import draw_cosine
+
+EPS, L, MASK, CELLS = 0.05, 5, 9, 8
+NODES, DT = np.polynomial.legendre.leggauss(6)
+IDS = torch.tensor([0, 1, 2, 0, 1])
+TABLE = np.random.default_rng(4).gamma(2.0, 1.0, (2**L, L)) * [[1.0 + s.bit_count() ** 1.5] for s in range(2**L)]
+
+
+def bumpy(low, high, cells=CELLS):
+    """An arbitrary sampler."""
+    p = np.linspace(2.0, 0.4, cells) * np.random.default_rng(1).uniform(0.6, 1.4, cells)
+    return Density(np.linspace(low, high, cells + 1), p / p.mean())
+
+
+def make_law(density=None, anneal_at=1.0, delimiters=None, **choice):
+    """density: None for the uniform one, or a function of the range; anneal_at: progress of the run."""
+    config = DiffusionConfig(**{"eps": EPS, "bins": CELLS, "strata": "none", **choice})
+    low, high = rate_range(config)
+    return Law(config, (density or uniform_density)(low, high), omega_at(config, anneal_at), delimiters)
+
+
+# ---- enumeration
+
+
+def nodes_of(law, breaks):
+    """(draws, probability of each): quadrature over the sampler's uniform, between the breaks of t."""
+    low, high = rate_range(law.config)
+    breaks = np.unique(np.clip(np.concatenate([law.density.edges, breaks, [low, high]]), low, high))
+    if law.config.schedule == "cosine":
+        first = np.arcsin(low)
+        at = (np.arcsin(breaks) - first) / (np.pi / 2 - first)
+    else:
+        at = law.density.cdf(breaks)
+    u = np.concatenate([a + (b - a) * (NODES + 1) / 2 for a, b in pairwise(at)])
+    du = np.concatenate([(b - a) * DT / 2 for a, b in pairwise(at)])
+    return Draws(*(draw_cosine(u, low) if law.config.schedule == "cosine" else law.density.draw(u))), du
+
+
+def enumerate_uniforms(law, ids, drawn, P):
+    """All that can happen to the P first positions: uniforms [nodes, states, len(ids)] and probabilities."""
+    length = len(ids)
+    if law.config.masks == "counted":
+        U = np.zeros((len(drawn.rates), factorial(P), length))
+        U[:, :, :P] = (np.array(list(permutations(range(P)))) + 0.5) / P
+        return U, np.full(U.shape[:2], 1 / factorial(P))
+    q = np.repeat(drawn.rates[:, None], length, axis=1)
+    if law.delimiters is not None:
+        q = np.where(law.delimiters[ids].numpy(), np.minimum(1, q + law.config.isad_delta), q)
+    edge = np.stack([0 * q, np.minimum(q, 1 - q), np.maximum(q, 1 - q), 0 * q + 1], axis=-1)  # [nodes, L, 4]
+    middle, mass = (edge[..., 1:] + edge[..., :-1]) / 2, np.diff(edge, axis=-1)
+    states = np.array(list(product(range(3), repeat=P)))
+    U = np.zeros((len(q), len(states), length))  # padding would be masked, if a law let it
+    U[:, :, :P] = np.stack([middle[:, i, states[:, i]] for i in range(P)], axis=-1)
+    return U, np.prod(np.stack([mass[:, i, states[:, i]] for i in range(P)]), axis=0)
+
+
+def outcomes(law, ids, P, ce, reweigh=None, breaks=(), drawn=None, du=None):
+    """(value of each outcome, its probability): sum_i weight_i CE_i averaged over the views; float64 [nodes, states].
+
+    ce(masked bool [B, L]) -> [B, L]. drawn, du: given rates and their probabilities (default: equal).
+    """
+    edges, views = law.density.edges, law.config.rows_per_slot
+    if drawn is None:
+        kinks = [0.5, 1 - law.config.isad_delta, 0.5 - law.config.isad_delta]
+        kinks += [*(1 - edges), *np.arange(P + 1) / P, *np.arange(P + 2) / (P + 1)]
+        drawn, du = nodes_of(law, np.array([*kinks, *breaks]))
+    elif du is None:
+        du = np.full(len(drawn.rates), 1 / len(drawn.rates))
+    U, states = enumerate_uniforms(law, ids, drawn, P)
+    n, s, _ = U.shape
+    corruption = law.corrupt(
+        ids.repeat(n * s, 1), torch.full((n * s,), P), torch.from_numpy(U.reshape(n * s, -1).astype(np.float32)),
+        Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
+    )  # fmt: skip
+    if reweigh is not None:
+        corruption = reweigh(corruption, drawn.density.repeat(s * views))
+    table = torch.tensor(ce((corruption.noisy == MASK).numpy()))
+    losses = row_losses(table.flatten()[corruption.positions].float(), corruption)
+    return losses.double().numpy().reshape(n, s, views).mean(axis=2), states * du[:, None]
+
+
+def from_table(masked):
+    return TABLE[masked @ 2 ** np.arange(L)]
+
+
+def expectation(law, P, reweigh=None):
+    values, probability = outcomes(law, IDS, P, from_table, reweigh)
+    assert probability.sum() == pytest.approx(1, abs=1e-12)
+    return float((values * probability).sum())
+
+
+# ---- every law against its target
+
+
+def omega(choice, t, low, high):
+    """Section 8, written out again."""
+    named = {
+        "nelbo": lambda: np.ones_like(t),
+        "plain": lambda: 2 * t / (low + high),
+        "bell": lambda: (
+            stats.beta.pdf(t, 3, 3) / ((stats.beta.cdf(high, 3, 3) - stats.beta.cdf(low, 3, 3)) / (high - low))
+        ),
+    }[choice["objective"]]()
+    return 0.5 * named + 0.5 if choice.get("anneal_fraction") else named
+
+
+def target(choice, P, uncut=False):
+    """sum_k omega_k c_k: what E[sum_i weight_i CE_i] has to be. The range of t is the one that section 5 gives."""
+    low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else (EPS, 1.0)
+    high = 1 - EPS if choice["views"] == "complement" and choice["masks"] == "independent" else high
+    nodes, dt = np.polynomial.legendre.leggauss(60)
+    t, total = low + (high - low) * (nodes + 1) / 2, 0.0
+    for k in range(1, P + 1):
+        sets = [list(chosen) for chosen in combinations(range(P), k)]
+        c = np.mean([TABLE[sum(1 << i for i in chosen), chosen].mean() for chosen in sets])
+        beta = stats.beta.pdf(t, k, P - k + 1)
+        total += c * float((omega(choice, t, low, high) * beta) @ dt) / 2
+    return total
+
+
+VIEWS = ("single", "mirror", "mirror_dedup", "complement")
+LAWS = [
+    *(dict(masks="independent", views=views, weights="rate") for views in VIEWS),
+    dict(masks="independent", views="single", weights="count"),
+    *(dict(masks="counted", views=views, weights=weights) for views in VIEWS for weights in ("rate", "count")),
+    *(dict(masks="independent", views=views, weights="rate", schedule="cosine") for views in VIEWS[:3]),
+]
+OBJECTIVES = [
+    dict(objective="nelbo"),
+    *(dict(objective=name, **more) for name in ("plain", "bell") for more in ({}, {"anneal_fraction": 0.4})),
+]
+
+
+def names(choice):
+    return "-".join(choice.values())
+
+
+@pytest.mark.parametrize(
+    ("choice", "density"),
+    [
+        pytest.param(choice, density, id=names(choice) + ("-fitted" if density else ""))
+        for choice, density in product(LAWS, (None, bumpy))
+        if not (density and "schedule" in choice)  # the cosine schedule is a sampler itself
+    ],
+)
+def test_every_law_has_exactly_its_target(choice, density):
+    """Full rows and padded ones, under every weighting, annealed half way too."""
+    for objective, P in product(OBJECTIVES, (L, 3)):
+        law = make_law(density, 0.8, **choice, **objective)
+        assert expectation(law, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
+
+
+def test_the_targets_themselves():
+    """They meet at the any-order chain rule as eps vanishes, and differ before."""
+    choice = dict(masks="independent", views="single", objective="nelbo")
+    assert abs(target(choice, L) / target(choice, L, uncut=True) - 1) > 0.01
+    assert expectation(make_law(eps=1e-9), L) == pytest.approx(target(choice, L, uncut=True), rel=1e-4)
+
+
+def reweighted(new_weights):
+    def reweigh(c, density):
+        return Corruption(c.noisy, c.positions, c.targets, new_weights(c, density), c.unit)
+
+    return reweigh
+
+
+def times_density(c, density):
+    return c.weights * torch.from_numpy(density).float()[c.positions // L]
+
+
+def counts_per_row(c):
+    return torch.bincount(c.positions // L, minlength=len(c.noisy))
+
+
+def twice_in_both(c, density):
+    """dedup that forgets to halve a position masked in both views."""
+    masked = (c.noisy == MASK).view(-1, 2, L)
+    both = (masked[:, :1] & masked[:, 1:]).expand(-1, 2, -1).reshape(-1)[c.positions]
+    return torch.where(both, 2 * c.weights, c.weights)
+
+
+def uncut(c, density):
+    """omega_k = 1 with rates cut at eps."""
+    _, by_count = make_law(bumpy, weights="count").count_law(L)
+    k = counts_per_row(c)[c.positions // L]
+    return c.weights / torch.from_numpy(by_count).float()[k]
+
+
+WRONG = {
+    "1/p dropped": ({}, times_density),
+    "1/p dropped, mirror": ({"views": "mirror"}, times_density),
+    "weights clamped": ({}, lambda c, p: c.weights.clamp(max=4)),
+    "mean over the masked": ({}, lambda c, p: L / counts_per_row(c)[c.positions // L].float()),
+    "both views counted": ({"views": "mirror_dedup"}, twice_in_both),
+    "uncut counts": ({"weights": "count"}, uncut),
+    "pair weighed as counts of one": (
+        {"views": "complement", "masks": "counted"},
+        lambda c, p: c.weights * counts_per_row(c)[c.positions // L],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_weights_miss_the_target_by_far_more_than_the_tolerance(name):
+    choice, wrong = WRONG[name]
+    choice = {"masks": "independent", "views": "single", "weights": "rate", "objective": "nelbo", **choice}
+    law, right = make_law(bumpy, **choice), target(choice, L)
+    assert expectation(law, L, reweighted(lambda c, density: c.weights)) == pytest.approx(right, rel=3e-6)
+    assert abs(expectation(law, L, reweighted(wrong)) / right - 1) > 5e-3
+
+
+def test_a_clamped_loss_is_rejected():
+    law = make_law()
+    values, probability = outcomes(law, IDS, L, from_table)
+    right = target(dict(masks="independent", views="single", objective="nelbo"), L)
+    assert abs((np.minimum(values, 10 * L) * probability).sum() / right - 1) > 0.01
+
+
+def test_a_cut_support_is_rejected():
+    """Rates in [1/30, 29/30] with weights as if they were uniform on [eps, 1]."""
+    law = make_law(eps=1e-3)
+    cut = Law(law.config, uniform_density(1 / 30, 29 / 30, CELLS), law.omega)
+    drawn = cut.density.draw((np.arange(64) + 0.5) / 64)
+    values, probability = outcomes(cut, IDS, L, from_table, drawn=Draws(*drawn))
+    right = target(dict(masks="counted", views="single", objective="nelbo"), L)
+    assert abs((values * probability).sum() / right - 1) > 5e-3
+    assert expectation(law, L) == pytest.approx(right, rel=5e-3)
+
+
+def test_rounded_counts_are_rejected():
+    """k = round(t P) with weight 1/k: short of half the weight of k = P, and too much of none at all."""
+    law = make_law(masks="counted")
+    t = (np.arange(1000) + 0.5) / 1000
+    k = np.maximum(np.round(t * L), 1)
+    values, probability = outcomes(law, IDS, L, from_table, drawn=Draws((k - 0.5) / L, np.ones(1000)))
+    right = target(dict(masks="counted", views="single", objective="nelbo"), L)
+    assert abs((values * probability).sum() / right - 1) > 0.01
+
+
+# ---- isad: unbiased only without context
+
+
+@pytest.mark.parametrize("views", ["single", "mirror"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_isad_is_biased_where_context_matters_and_only_there(views, schedule):
+    listed = torch.zeros(10, dtype=torch.bool)
+    listed[0] = True
+    law = make_law(delimiters=listed, isad_tokens=(0,), views=views, schedule=schedule)
+    mu = np.array([4.0, 1, 2, 3, 0.5])
+    values, probability = outcomes(law, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
+    assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
+    right = target(dict(masks="independent", views="single", objective="nelbo"), L)
+    assert abs(expectation(law, L) / right - 1) > 0.02
+
+
+def copy_pair(masked):
+    """CE = 3 where the twin is masked too."""
+    return 3.0 * masked[:, ::-1]
+
+
+def test_t9_isad_in_closed_form():
+    listed = torch.tensor([True, False])
+    law, at = make_law(delimiters=listed, isad_tokens=(0,)), Draws(np.array([0.3]), np.ones(1))
+    values, probability = outcomes(law, torch.tensor([0, 1]), 2, lambda m: np.array([[4.0, 1.0]] * len(m)), drawn=at)
+    mean = (values / 2 * probability).sum()
+    assert mean == pytest.approx(2.5, rel=1e-6)
+    assert ((values / 2) ** 2 * probability).sum() - mean**2 == pytest.approx(4.583333, rel=1e-5)
+
+    values, probability = outcomes(law, torch.tensor([0, 1]), 2, copy_pair, drawn=at)
+    assert (values / 2 * probability).sum() == pytest.approx(1.2, rel=1e-6)  # the truth is .9: the bias
+    values, probability = outcomes(make_law(), torch.tensor([0, 1]), 2, copy_pair, drawn=at)
+    assert (values / 2 * probability).sum() == pytest.approx(0.9, rel=1e-6)
+
+
+# ---- variances, section 9
+
+
+def one_position(law, breaks=()):
+    """(E[w | t], E[w^2 | t], probability of t) of the weight w that one position ends up with, over both views."""
+    values, probability = outcomes(law, torch.tensor([0]), 1, lambda masked: np.ones(masked.shape), breaks=breaks)
+    du = probability.sum(axis=1)
+    return (values * probability).sum(axis=1) / du, (values**2 * probability).sum(axis=1) / du, du
+
+
+FINE = np.geomspace(EPS, 1, 60)
+M2, MEAN = 2.2925, 1.25  # of T1's mu
+
+
+def weight_variance(law):
+    """E_t Var(w | t). The mean of w at each rate is 1 where p is: no masking-rate noise without context."""
+    mean, square, du = one_position(law, FINE)
+    return float((square - mean**2) @ du)
+
+
+@pytest.mark.parametrize(
+    ("views", "total"), [("single", 0.771355 + 0.390625), ("mirror", 0.670028), ("mirror_dedup", 0.655052)]
+)
+def test_t1_totals(views, total):
+    """E[s^2] m2 / L * Var(w) + Var(s) mubar^2. An independent second view would have half of single's A: .776303."""
+    mu = np.array([0.2, 0.5, 1, 1, 2, 3, 0.7, 1.6])
+    assert (mu**2).mean() == pytest.approx(M2, abs=1e-9) and mu.mean() == pytest.approx(MEAN)
+    law = make_law(views=views)
+    assert one_position(law)[0] == pytest.approx(1.0, rel=1e-6)
+    found = 1.25 * M2 / 8 * weight_variance(law) + 0.25 * MEAN**2
+    assert found == pytest.approx(total, abs=2e-6)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_t1_rho(t):
+    """-min(t, 1-t)/max(t, 1-t), from Var(mirror) = v/2 (1 + rho)."""
+    variances = []
+    for views in ("single", "mirror"):
+        at = Draws(np.array([t]), np.ones(1))
+        values, p = outcomes(make_law(views=views), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+        variances.append((values**2 * p).sum() - (values * p).sum() ** 2)
+    assert 2 * variances[1] / variances[0] - 1 == pytest.approx(-min(t, 1 - t) / max(t, 1 - t), abs=1e-5)
+
+
+def moments_by_cell(law, target, tokens=None, probabilities=(1.0,), cross_entropy=(0.0,)):
+    """E[statistic | cell] of rows of two positions, tokens iid: what a run's bins converge to."""
+    drawn, du = nodes_of(law, np.array([0.5]))
+    U, states = enumerate_uniforms(law, torch.tensor([0, 0]), drawn, 2)
+    n, s, _ = U.shape
+    total, ce = np.zeros((n, s)), torch.tensor(cross_entropy)
+    for pair in product(range(len(probabilities)), repeat=2):
+        c = law.corrupt(
+            torch.tensor(pair).repeat(n * s, 1), torch.full((n * s,), 2),
+            torch.from_numpy(U.reshape(-1, 2).astype(np.float32)),
+            Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
+        )  # fmt: skip
+        chance = probabilities[pair[0]] * probabilities[pair[1]]
+        total += chance * row_statistics(ce[c.targets].float(), c, target).double().numpy().reshape(n, s)
+    cell = law.density.cell(drawn.rates)
+    weight = (states * total).sum(axis=1) * du
+    return np.bincount(cell, weight) / np.bincount(cell, du)
+
+
+def test_t2_the_fit_to_exact_moments_is_the_optimum():
+    """L = 1, CE = 1: 1/t is the second moment, and the variance falls from 2.153402 to 1.671629."""
+    edges = np.linspace(EPS, 1, 513)
+    law = make_law(lambda low, high: uniform_density(low, high, 512))
+    _, square, du = one_position(law)
+    assert square @ du - 1 == pytest.approx(2.153402, abs=2e-5)
+    middles = (edges[1:] + edges[:-1]) / 2
+    best = fit(edges, 1 / middles, np.ones(512), 1e-9, "histogram")
+    mean, square, du = one_position(make_law(lambda low, high: best))
+    assert mean @ du == pytest.approx(1.0, rel=1e-6)
+    assert square @ du - 1 == pytest.approx(1.671629, abs=2e-5)
+    # Any other sampler has more: t^-1, uniform, and the inverse of the optimum.
+    for power in (-1.0, 0.0, 0.5):
+        other = fit(edges, middles ** (2 * power), np.ones(512), 1e-9, "histogram")
+        _, square, du = one_position(make_law(lambda low, high, other=other: other))
+        assert square @ du - 1 > 1.67163 + 1e-3
+
+
+PI = (0.4, 0.2, 0.15, 0.1, 0.1, 0.05)
+
+
+def test_t7_the_gradient_statistic_asks_for_the_inverse_root():
+    law = make_law(lambda low, high: uniform_density(low, high, 64))
+    edges, middles = law.density.edges, (law.density.edges[1:] + law.density.edges[:-1]) / 2
+    ce = [-float(np.log(p)) for p in PI]
+    gradient = moments_by_cell(law, "gradient", probabilities=PI, cross_entropy=ce)
+    inverse = np.log(edges[1:] / edges[:-1]) / np.diff(edges)  # mean of 1/t in each cell
+    np.testing.assert_allclose(gradient, inverse / 2 * sum(p * (1 - p) ** 2 for p in PI), rtol=1e-5)
+    fitted = fit(edges, gradient, np.ones(64), 1e-9, "histogram")
+    assert np.polyfit(np.log(middles), np.log(fitted.p), 1)[0] == pytest.approx(-0.5, abs=0.01)
+    loss = moments_by_cell(law, "loss", probabilities=PI, cross_entropy=ce)
+    flat = fit(edges, loss, np.ones(64), 1e-9, "histogram")
+    assert fitted.p.max() / fitted.p.min() > 1.3 * flat.p.max() / flat.p.min()  # the two targets are not the same
+
+
+def test_t7_trace_of_the_gradient_covariance():
+    """Unigram softmax at its optimum, L = 8: residuals have mean 0, so only E[w^2] of a position counts."""
+    spread = (1 - sum(p * p for p in PI)) / 8
+    traces = []
+    for views in ("single", "mirror"):
+        _, square, du = one_position(make_law(views=views), FINE)
+        traces.append(spread * float(square @ du))
+    assert traces == pytest.approx([0.297602, 0.167989], abs=2e-6)
+    assert 2 * traces[1] / traces[0] == pytest.approx(1.1289, abs=1e-4)  # at equal compute MIRROR loses
+    for t, expected in ((0.1, 0.94375), (0.5, 0.18875), (1.0, 0.094375)):
+        at = Draws(np.array([t]), np.ones(1))
+        values, p = outcomes(make_law(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+        assert spread * (values**2 * p).sum() == pytest.approx(expected, rel=1e-6)
+
+
+def test_t4_copy_pair():
+    """t ~ U[0, 1]: E[l^2 | t] = 9 at every rate, so P-POTS changes nothing; A = 6, B = .75."""
+    pair, edges = torch.tensor([0, 1]), np.linspace(0, 1, 9)
+    drawn, du = nodes_of(make_law(eps=1e-9), np.geomspace(1e-6, 1, 60))
+    results = []
+    for views in ("single", "mirror"):
+        y, probability = outcomes(make_law(eps=1e-9, views=views), pair, 2, copy_pair, drawn=drawn, du=du)
+        results.append([(power * probability).sum(axis=1) / du for power in (y / 2, (y / 2) ** 2)])
+    (mean, square), (mirror_mean, mirror_square) = results
+    A, B = (square - mean**2) @ du, mean**2 @ du - (mean @ du) ** 2
+    assert [A, B] == pytest.approx([6.0, 0.75], abs=1e-4)
+    np.testing.assert_allclose(fit(edges, np.full(8, 9.0), np.ones(8), 0.2, "histogram").p, 1.0)
+    np.testing.assert_allclose(square, 9.0, rtol=1e-5)
+    total = mirror_square @ du - (mirror_mean @ du) ** 2
+    assert total == pytest.approx(3.273351, abs=1e-4)
+    assert 2 * total / (A + B) == pytest.approx(0.969882, abs=1e-4)
+    assert 2 * (total - B) / A - 1 == pytest.approx(-0.158883, abs=1e-4)
+
+
+def test_t4d_mirror_can_double_the_noise():
+    """A loss that is high for one of two positions masked, at t = .5: rho = +1. Not monotone in the masked set."""
+    at, pair = Draws(np.array([0.5]), np.ones(1)), torch.tensor([0, 1])
+    variances = []
+    for views in ("single", "mirror"):
+        values, p = outcomes(
+            make_law(views=views), pair, 2, lambda m: np.ones(m.shape) * (m.sum(1, keepdims=True) == 1), drawn=at
+        )
+        variances.append((values**2 * p).sum() - (values * p).sum() ** 2)
+    assert variances[1] == pytest.approx(variances[0], rel=1e-6) and variances[0] > 0
+
+
+def test_t12_a_fixed_count_against_bernoulli():
+    """t = .25, L = 8: .312857 against .859687."""
+    mu = np.array([0.2, 0.5, 1, 1, 2, 3, 0.7, 1.6])
+    sets = np.array([[i not in chosen for i in range(8)] for chosen in combinations(range(8), 2)], dtype=np.float32)
+    U = torch.from_numpy(sets * 0.5 + np.arange(8, dtype=np.float32) / 100)
+    law = make_law(masks="counted")
+    n = len(sets)
+    c = law.corrupt(torch.arange(8).repeat(n, 1), torch.full((n,), 8), U, Draws(np.full(n, 0.25), np.ones(n)), 99)
+    assert ((c.noisy == 99).numpy() == (sets == 0)).all()
+    y = row_losses(torch.from_numpy(mu).float()[c.targets], c).double().numpy() / 8
+    assert y.mean() == pytest.approx(MEAN, rel=1e-6) and y.var() == pytest.approx(0.312857, abs=2e-6)
+    bernoulli = (1 - 0.25) / (0.25 * 8) * M2
+    at = Draws(np.array([0.25]), np.ones(1))
+    values, p = outcomes(make_law(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+    assert M2 / 8 * ((values**2 * p).sum() - 1) == pytest.approx(bernoulli, rel=1e-5)
+    assert bernoulli == pytest.approx(0.859687, abs=1e-6)
+
+
+# ---- T3 and T14: the loss depends on the masks through their number
+
+
+def by_count(law, drawn, P=16):
+    """(y of k masks, P(k | t)) for T3's model: float64 [nodes, P + 1]."""
+    n = len(drawn.rates)
+    k = np.tile(np.arange(P + 1), n)
+    t = drawn.rates.repeat(P + 1)
+    low, high = np.minimum(t, 0.999999) / 2, (1 + t) / 2
+    U = np.where(np.arange(P)[None, :] < k[:, None], low[:, None], high[:, None]).astype(np.float32)
+    U = np.where((t == 1)[:, None], low[:, None], U)
+    c = law.corrupt(
+        torch.zeros(len(k), P, dtype=torch.int64), torch.full((len(k),), P), torch.from_numpy(U),
+        Draws(t, drawn.density.repeat(P + 1)), 1,
+    )  # fmt: skip
+    shown = (c.noisy == 1).sum(dim=1)
+    y = row_losses((1 + 4 * (shown - 1) / (P - 1)).float()[c.positions // P], c).double().numpy().reshape(n, -1) / P
+    if law.config.masks == "counted":
+        return y, np.full((n, P + 1), 1 / (P + 1))  # the count is a function of t
+    return y, stats.binom.pmf(np.arange(P + 1), P, drawn.rates[:, None])
+
+
+def step_variance(law, slots, change=None):
+    """(N times the variance of a step of N stratified slots, the same for independent ones, the mean)."""
+    strata = np.arange(slots + 1) / slots
+    kinks = law.density.cdf(np.concatenate([law.density.edges, np.geomspace(1e-3, 1, 40), np.arange(17) / 16]))
+    at = np.unique(np.concatenate([strata, kinks]))
+    at = at[(at >= 0) & (at <= 1)]
+    u = np.concatenate([a + (b - a) * (NODES + 1) / 2 for a, b in pairwise(at)])
+    du = np.concatenate([(b - a) * DT / 2 for a, b in pairwise(at)])
+    y, probability = by_count(law, Draws(*law.density.draw(u)))
+    y = y if change is None else change(y)
+    stratum = np.minimum((u * slots).astype(int), slots - 1)
+    mean = np.bincount(stratum, (y * probability).sum(axis=1) * du) * slots
+    square = np.bincount(stratum, (y**2 * probability).sum(axis=1) * du) * slots
+    return (square - mean**2).mean(), square.mean() - mean.mean() ** 2, mean.mean()
+
+
+def t3_law(density=None, **choice):
+    return make_law(density, **{"eps": 1e-3, **choice})
+
+
+def t3_second_moment(cells=1000):
+    """Edges of fine cells, and E[l^2 | t] in each: a sum over the binomial counts."""
+    edges = np.linspace(1e-3, 1, cells + 1)
+    t = (edges[1:] + edges[:-1]) / 2
+    k = np.arange(17)
+    value = (1 + 4 * (k - 1) / 15) * k / 16 / t[:, None]
+    return edges, (stats.binom.pmf(k, 16, t[:, None]) * value**2).sum(axis=1)
+
+
+def test_t3_step_variances():
+    """n Var: iid 2.9115, StraTS 1.5812, P-POTS 2.0176, both 1.8484 (N = 64)."""
+    stratified, iid, mean = step_variance(t3_law(), 64)
+    assert (stratified, iid, mean) == pytest.approx((1.58118, 2.91152, 3.002), abs=1e-4)
+    edges, square = t3_second_moment()
+    best = fit(edges, square, np.ones(1000), 1e-9, "histogram")
+    stratified, iid, mean = step_variance(t3_law(lambda low, high: best), 64)
+    assert (stratified, iid, mean) == pytest.approx((1.8484, 2.0176, 3.002), abs=1e-3)
+    assert step_variance(t3_law(lambda low, high: best), 1024)[0] == pytest.approx(1.8466, abs=1e-3)
+
+
+def test_t14_counts():
+    """Cut counts keep the mean and lose variance; uncut ones are biased here; counted ones have none to lose."""
+    law = t3_law(weights="count")
+    stratified, iid, mean = step_variance(law, 64)
+    assert mean == pytest.approx(3.002, abs=1e-4)
+    assert stratified < 1.58118 and iid < 2.91152
+    _, omega_k = law.count_law(16)
+    factor = np.divide(1.0, omega_k, out=np.zeros(17), where=omega_k > 0)
+    stratified, iid, mean = step_variance(law, 64, lambda y: y * factor)
+    assert (stratified, iid) == pytest.approx((0.25487, 2.15690), abs=1e-4)
+    assert mean == pytest.approx(3.0, abs=1e-5)  # the exact NELBO: another target than the rates' 3.002
+    assert step_variance(t3_law(masks="counted"), 64)[:3] == pytest.approx((0.0, 1.51111, 3.0), abs=1e-5)
+
+
+def test_t3_mirror_total():
+    """1.842479; three states of a position, counted: multinomial, both views' losses from their own number of masks."""
+    P = 16
+    triples = np.array([(a, b, P - a - b) for a in range(P + 1) for b in range(P + 1 - a)])
+    ways = np.array([comb(P, a) * comb(P - a, b) for a, b, _ in triples], dtype=float)
+    law = t3_law(views="mirror")
+    drawn, du = nodes_of(law, np.concatenate([np.geomspace(1e-3, 1, 60), [0.5]]))
+    t = drawn.rates[:, None]
+    edge = np.concatenate([0 * t, np.minimum(t, 1 - t), np.maximum(t, 1 - t), 0 * t + 1], axis=1)
+    middle, mass = (edge[:, 1:] + edge[:, :-1]) / 2, np.diff(edge, axis=1)
+    state = np.array([[0] * a + [1] * b + [2] * c for a, b, c in triples])
+    U = middle[:, state].reshape(-1, P).astype(np.float32)
+    rows = len(U)
+    c = law.corrupt(
+        torch.zeros(rows, P, dtype=torch.int64), torch.full((rows,), P), torch.from_numpy(U),
+        Draws(drawn.rates.repeat(len(triples)), np.ones(rows)), 1,
+    )  # fmt: skip
+    k = (c.noisy == 1).sum(dim=1)
+    y = row_losses((1 + 4 * (k - 1) / 15).float()[c.positions // P], c).double().numpy() / P
+    y = y.reshape(len(t), len(triples), 2)
+    probability = ways * np.prod(mass[:, None, :] ** triples[None], axis=2)
+    mean = (y.mean(axis=2) * probability).sum(axis=1)
+    square = (y.mean(axis=2) ** 2 * probability).sum(axis=1)
+    assert mean @ du == pytest.approx(3.002, abs=1e-4)
+    assert square @ du - (mean @ du) ** 2 == pytest.approx(1.842479, abs=2e-4)
+
+
+# ---- which combinations are legal
+
+CHOICES = dict(
+    schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
+    weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
+    isad_tokens=((), (1,)),
+)  # fmt: skip
+# No two of these together, each row with its reason; everything else is legal.
+APART = [
+    *(("schedule", "cosine", name, value) for name, value in (("sampler", "ppots"), ("masks", "counted"))),
+    *(("schedule", "cosine", name, value) for name, value in (("weights", "count"), ("views", "complement"))),
+    *(("isad_tokens", (1,), name, "counted" if name == "masks" else "count") for name in ("masks", "weights")),
+    *(("isad_tokens", (1,), "views", views) for views in ("mirror_dedup", "complement")),
+    *(("anneal_fraction", 0.4, "objective", objective) for objective in ("nelbo", "ar")),
+    *(("objective", "ar", name, value) for name, value in (("sampler", "ppots"), ("masks", "counted"))),
+    *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
+    *(("objective", "ar", "views", views) for views in VIEWS[1:]),
+    ("objective", "ar", "isad_tokens", (1,)),
+]
+
+
+def is_legal(choice):
+    if choice["weights"] == "count" and choice["masks"] == "independent" and choice["views"] != "single":
+        return False
+    return not any(choice[a] == x and choice[b] == y for a, x, b, y in APART)
+
+
+def test_exactly_the_legal_combinations_are_accepted():
+    legal = 0
+    for values in product(*CHOICES.values()):
+        choice = dict(zip(CHOICES, values, strict=True))
+        if is_legal(choice):
+            DiffusionConfig(**choice)
+            legal += 1
+        else:
+            with pytest.raises(ValidationError, match=r"law|is itself a sampler|is there already|masks nothing"):
+                DiffusionConfig(**choice)
+    assert legal > 100

@@ -29,6 +29,7 @@ from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.monitor.metrics import finite
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.parallel.wrap import reshard
 
@@ -186,7 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
         if world.is_main:
             base = baselines(split, loaded.tokenizer.decode)
             _show(evaluation, base, loaded.folder)
-            results.append({**asdict(evaluation), **asdict(base)})
+            numbers = {**asdict(evaluation), **asdict(base)}
+            results.append({name: finite(v) if isinstance(v, float) else v for name, v in numbers.items()})
     if args.json and world.is_main:
         report = {"checkpoint": str(loaded.folder), "results": results}
         store.write_atomically(args.json, json.dumps(report, indent=1) + "\n")

@@ -92,8 +92,11 @@ def _commit(folder: Path, step: int, meta: dict, tokenizer: Path, keep_last: int
     files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
     whole = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
-    for old in complete_checkpoints(folder.parent.parent)[:-keep_last]:
-        _remove(old)
+    # Later steps are of a future that was given up (damaged, passed over on resuming): they must not push this one out.
+    kept = [f for f in complete_checkpoints(folder.parent.parent) if f <= folder][-keep_last:]
+    for old in folder.parent.glob("step-*"):
+        if old < folder and old not in kept:  # what a kill left half-written goes too
+            _remove(old)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -30,12 +30,16 @@ class MetricsLog:
         if not self.path.exists():
             return
         temporary = self.path.with_suffix(".tmp")
-        with open(self.path, encoding="utf-8") as old, open(temporary, "w", encoding="utf-8") as new:
+        with open(self.path, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
             for number, line in enumerate(old, 1):
                 try:
                     if line.endswith("\n") and json.loads(line)["step"] <= step:
                         new.write(line)
-                except json.JSONDecodeError:  # a power cut may leave zeros behind what was brought to the disk
+                except (
+                    json.JSONDecodeError,
+                    KeyError,
+                    TypeError,
+                ):  # a power cut may leave zeros behind what was brought to the disk
                     log.warning("%s line %d was damaged and is left out", self.path, number)
             new.flush()
             os.fsync(new.fileno())

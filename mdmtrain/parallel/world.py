@@ -91,6 +91,11 @@ def init_world() -> World:
         # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
     if torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(
+                f"{here} ranks on a node with {gpus} GPUs: start {gpus}, or hide them (CUDA_VISIBLE_DEVICES=)"
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

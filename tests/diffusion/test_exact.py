@@ -414,7 +414,7 @@ def test_t4_copy_pair():
         results.append([(power * probability).sum(axis=1) / du for power in (y / 2, (y / 2) ** 2)])
     (mean, square), (mirror_mean, mirror_square) = results
     A, B = (square - mean**2) @ du, mean**2 @ du - (mean @ du) ** 2
-    assert [A, B] == pytest.approx([6.0, 0.75], abs=1e-4)
+    assert pytest.approx([6.0, 0.75], abs=1e-4) == [A, B]
     np.testing.assert_allclose(fit(edges, np.full(8, 9.0), np.ones(8), 0.2, "histogram").p, 1.0)
     np.testing.assert_allclose(square, 9.0, rtol=1e-5)
     total = mirror_square @ du - (mirror_mean @ du) ** 2

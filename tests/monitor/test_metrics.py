@@ -57,6 +57,15 @@ def test_steps_from_another_course_are_cut_in_whatever_order_they_stand(tmp_path
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"\xff\xfe", b"7", b'{"loss": 1.0}'])
+def test_a_damaged_line_is_left_out_and_the_rest_stays(tmp_path, damage):
+    write(tmp_path, lines([1, 2]))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(damage + b"\n")
+    MetricsLog(tmp_path, 5, tensorboard=False).close()
+    assert [r["step"] for r in read(tmp_path)] == [1, 2]
+
+
 def test_a_run_that_starts_anew_has_no_records_before(tmp_path):
     write(tmp_path, lines([1, 2]))
     log = MetricsLog(tmp_path, 0, tensorboard=False)

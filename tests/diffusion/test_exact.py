@@ -35,7 +35,12 @@ def make_law(density=None, anneal_at=1.0, delimiters=None, **choice):
     """density: None for the uniform one, or a function of the range; anneal_at: progress of the run."""
     config = DiffusionConfig(**{"eps": EPS, "bins": CELLS, "strata": "none", **choice})
     low, high = rate_range(config)
-    return Law(config, (density or uniform_density)(low, high), omega_at(config, anneal_at), delimiters)
+    return Law(
+        config,
+        density(low, high) if density else uniform_density(low, high, CELLS),
+        omega_at(config, anneal_at),
+        delimiters,
+    )
 
 
 # ---- enumeration
@@ -335,7 +340,51 @@ def test_t1_rho(t):
     assert 2 * variances[1] / variances[0] - 1 == pytest.approx(-min(t, 1 - t) / max(t, 1 - t), abs=1e-5)
 
 
-def moments_by_cell(law, target, tokens=None, probabilities=(1.0,), cross_entropy=(0.0,)):
+def test_one_weight_for_a_pair_of_complements_has_less_variance_than_1_over_p():
+    """2/(p(t) + p(1-t)): the mean of 1/p given the pair. Both have the target; only one is ours."""
+    law = make_law(bumpy, views="complement")
+    mirrored = law.density.at(1 - nodes_of(law, 1 - law.density.edges)[0].rates)
+    drawn, du = nodes_of(law, 1 - law.density.edges)
+    ours = 2 / (drawn.density + mirrored)
+    values, probability = outcomes(law, IDS, L, from_table, drawn=drawn, du=du)
+    alone = values * (1 / drawn.density / ours)[:, None]
+    assert (alone * probability).sum() == pytest.approx((values * probability).sum(), rel=1e-6)
+    assert (values**2 * probability).sum() < 0.99 * (alone**2 * probability).sum()
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_statistics_know_neither_sampler_nor_weighting(name):
+    """A refit or an annealed weighting would otherwise make the running sums a mixture of scales."""
+
+    def moment(law, t):
+        at = Draws(np.array([t]), law.density.at(np.array([t])))
+        U, states = enumerate_uniforms(law, IDS, at, L)
+        n = U.shape[1]
+        c = law.corrupt(
+            IDS.repeat(n, 1), torch.full((n,), L), torch.from_numpy(U[0].astype(np.float32)),
+            Draws(at.rates.repeat(n), at.density.repeat(n)), MASK,
+        )  # fmt: skip
+        ce = torch.tensor(from_table((c.noisy == MASK).numpy())).flatten()[c.positions].float()
+        return float(row_statistics(ce, c, name).numpy() @ states[0])
+
+    for t in (0.1, 0.8):
+        plain = moment(make_law(), t)
+        assert moment(make_law(bumpy, objective="bell"), t) == pytest.approx(plain, rel=1e-6)
+        assert moment(make_law(bumpy, objective="plain", weights="count"), t) == pytest.approx(plain, rel=1e-6)
+
+
+def test_each_row_is_counted_in_the_cell_of_its_own_rate():
+    rates = Draws(np.array([0.07, 0.3, 0.52]), np.ones(3))
+    for views, expected in (
+        ("single", rates.rates),
+        ("mirror", rates.rates.repeat(2)),
+        ("complement", [0.07, 0.93, 0.3, 0.7, 0.52, 0.48]),
+    ):
+        law = make_law(views=views)
+        assert law.row_cells(rates).tolist() == law.density.cell(np.array(expected)).tolist()
+
+
+def moments_by_cell(law, target, probabilities=(1.0,), cross_entropy=(0.0,)):
     """E[statistic | cell] of rows of two positions, tokens iid: what a run's bins converge to."""
     drawn, du = nodes_of(law, np.array([0.5]))
     U, states = enumerate_uniforms(law, torch.tensor([0, 0]), drawn, 2)
@@ -413,14 +462,14 @@ def test_t4_copy_pair():
         y, probability = outcomes(make_law(eps=1e-9, views=views), pair, 2, copy_pair, drawn=drawn, du=du)
         results.append([(power * probability).sum(axis=1) / du for power in (y / 2, (y / 2) ** 2)])
     (mean, square), (mirror_mean, mirror_square) = results
-    A, B = (square - mean**2) @ du, mean**2 @ du - (mean @ du) ** 2
-    assert pytest.approx([6.0, 0.75], abs=1e-4) == [A, B]
+    pattern, rate = (square - mean**2) @ du, mean**2 @ du - (mean @ du) ** 2
+    assert pattern == pytest.approx(6.0, abs=1e-4) and rate == pytest.approx(0.75, abs=1e-4)
     np.testing.assert_allclose(fit(edges, np.full(8, 9.0), np.ones(8), 0.2, "histogram").p, 1.0)
     np.testing.assert_allclose(square, 9.0, rtol=1e-5)
     total = mirror_square @ du - (mirror_mean @ du) ** 2
     assert total == pytest.approx(3.273351, abs=1e-4)
-    assert 2 * total / (A + B) == pytest.approx(0.969882, abs=1e-4)
-    assert 2 * (total - B) / A - 1 == pytest.approx(-0.158883, abs=1e-4)
+    assert 2 * total / (pattern + rate) == pytest.approx(0.969882, abs=1e-4)
+    assert 2 * (total - rate) / pattern - 1 == pytest.approx(-0.158883, abs=1e-4)
 
 
 def test_t4d_mirror_can_double_the_noise():

@@ -125,6 +125,18 @@ def test_it_waits_for_enough_rows_then_fits_past_steps():
     assert (sampler.law(0.0).density.p == p).all()
 
 
+def test_old_statistics_fade_and_the_weighting_enters_the_fit():
+    sampler = learning(objective="plain", statistics_decay=0.5)
+    for _ in range(3):
+        step(sampler, [9.0] * 8)
+    for _ in range(20):
+        step(sampler, RISING)
+    np.testing.assert_allclose(sampler.tensors["sums"].numpy(), 2 * np.array(RISING), rtol=1e-4)
+    middles = (sampler.density.edges[1:] + sampler.density.edges[:-1]) / 2
+    raw = middles * np.sqrt(RISING)  # p ~ omega sqrt(E[statistic | t]), omega ~ t
+    np.testing.assert_allclose(sampler.fitted(), 0.8 * raw / raw.mean() + 0.2, rtol=1e-4)
+
+
 def test_a_skipped_step_leaves_no_trace():
     sampler = learning()
     step(sampler, RISING)

@@ -57,15 +57,6 @@ def test_steps_from_another_course_are_cut_in_whatever_order_they_stand(tmp_path
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 2]
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0", b"\xff\xfe", b"7", b'{"loss": 1.0}'])
-def test_a_damaged_line_is_left_out_and_the_rest_stays(tmp_path, damage):
-    write(tmp_path, lines([1, 2]))
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(damage + b"\n")
-    MetricsLog(tmp_path, 5, tensorboard=False).close()
-    assert [r["step"] for r in read(tmp_path)] == [1, 2]
-
-
 def test_a_run_that_starts_anew_has_no_records_before(tmp_path):
     write(tmp_path, lines([1, 2]))
     log = MetricsLog(tmp_path, 0, tensorboard=False)
@@ -299,3 +290,40 @@ def test_a_restored_recorder_goes_on_with_the_same_numbers():
     for recorder in (one, other):
         run_step(recorder, 2, RATES, LOSSES[::-1], [1] * 4, [10] * 4)
     assert one.flush()[0]["loss_smooth"] == other.flush()[0]["loss_smooth"] != make_recorder().state()
+
+
+def test_t8_an_exact_baseline_leaves_the_variance_within_a_cell():
+    """y = 1 + 5t: 25/12 falls to 25/12 / cells^2 (ten cells: .020833), and adding the mean back keeps the mean."""
+    recorder, generator, records = make_recorder(), np.random.default_rng(2), []
+    means = 1 + 5 * (EPS + (1 - EPS) * (np.arange(BINS) + 0.5) / BINS)
+    for step in range(1, 2001):
+        recorder.restore({"skips_in_a_row": 0, "baseline": means.tolist(), "seen": [True] * BINS})
+        rates = EPS + (1 - EPS) * generator.random(ROWS)
+        losses = ((1 + 5 * rates) * LENGTH).astype(np.float32).tolist()
+        run_step(recorder, step, rates, losses, [1] * ROWS, [LENGTH] * ROWS)
+        records += recorder.flush()
+    smooth = np.array([r["loss_smooth"] for r in records])
+    expected, squares = (5 * (1 - EPS) / BINS) ** 2 / 12, ROWS * (smooth - smooth.mean()) ** 2
+    assert abs(squares.mean() - expected) < 5 * squares.std() / np.sqrt(len(squares))
+    assert abs(smooth.mean() - (1 + 5 * (1 + EPS) / 2)) < 5 * smooth.std() / np.sqrt(len(smooth))
+
+
+def test_t8_a_detached_baseline_leaves_every_bit_of_the_gradient():
+    """The variate only adds a constant; one that followed the weights would move the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 8, generator=generator), torch.randn(8, generator=generator, requires_grad=True)
+    cell = (torch.arange(64) // 10).clamp(max=3)  # unequal shares, as without strata
+
+    def gradient(baseline):
+        y = (x @ w).square()
+        b = baseline(y)
+        (y.sum() / 64 if b is None else (y - b[cell] + b.mean()).sum() / 64).backward()
+        found, w.grad = w.grad.clone(), None
+        return found
+
+    def moving(y):
+        return torch.stack([y[cell == k][:8].mean() for k in range(4)])
+
+    plain = gradient(lambda y: None)
+    assert torch.equal(plain, gradient(lambda y: moving(y).detach()))
+    assert not torch.equal(plain, gradient(lambda y: moving(y)))

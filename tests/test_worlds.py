@@ -134,16 +134,26 @@ def test_gradients_add_up_and_a_rank_without_masks_is_legal(tied):
     assert alone.abs().max() > 1e-3
 
 
-def train_only(world, tree: dict) -> bytes:
-    """A real run; the bits of the density that this rank ends with."""
-    from mdmtrain.checkpoint import store
+def train_and_watch(world, tree: dict) -> tuple[dict, list[bytes]]:
+    """A real run, as this rank sees it: bits of the rates that each step drew, and of each density that it took."""
+    from mdmtrain.diffusion.objective import Law
+    from mdmtrain.diffusion.sampler import RateSampler
     from mdmtrain.train import train
 
+    rates, densities, draw, use = {}, [], Law.draw, RateSampler.use
+
+    def watched_draw(law, seed, step, *more):
+        draws = draw(law, seed, step, *more)
+        rates[step] = draws.rates.tobytes()
+        return draws
+
+    def watched_use(sampler, p):
+        use(sampler, p)
+        densities.append(sampler.density.p.tobytes())
+
+    Law.draw, RateSampler.use = watched_draw, watched_use
     train(configuration.validate(tree, "test"), world)
-    folder = store.newest(Path(tree["run"]["dir"]))
-    p = {"sampler.p": torch.zeros(8, dtype=torch.float64)}
-    store.load(folder, p, world)
-    return p["sampler.p"].numpy().tobytes()
+    return rates, densities
 
 
 def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run, tmp_path):
@@ -156,12 +166,17 @@ def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run,
         law = {"sampler": "ppots", "views": "mirror_dedup", "bins": 8, "min_hits": 2, "refit_every": 5}
         return small_run({**changes, "diffusion": law})
 
-    alone, both = run_world(train_only, 1, tree("one", 8)), run_world(train_only, 2, tree("two", 4))
-    assert both[0] == both[1]
-    assert both[0] != torch.ones(8, dtype=torch.float64).numpy().tobytes(), "nothing was fitted"
-    assert np.frombuffer(alone[0]) == pytest.approx(np.frombuffer(both[0]), rel=1e-3)
+    (alone,) = run_world(train_and_watch, 1, tree("one", 8))
+    both = run_world(train_and_watch, 2, tree("two", 4))
+    assert both[0] == both[1], "the ranks disagree: did each fit its own density?"
+    (rates, densities), ones = both[0], np.ones(8).tobytes()
+    assert len(densities) == 4 and densities[-1] != ones, "nothing was fitted"
+    first = 5 * (1 + [p != ones for p in densities].index(True))  # steps before the first fit
+    assert [alone[0][step] for step in range(first)] == [rates[step] for step in range(first)]
+    assert np.frombuffer(alone[1][-1]) == pytest.approx(np.frombuffer(densities[-1]), rel=1e-3)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     close(one, two, 1e-4)
     shutil.rmtree(tmp_path / "two/checkpoints/step-00000020")
-    again = run_world(train_only, 2, tree("two", 4))
-    assert again == both and read_metrics(tmp_path / "two") == two
+    again = run_world(train_and_watch, 2, tree("two", 4))
+    assert again[0] == again[1] and read_metrics(tmp_path / "two") == two
+    assert again[0] == ({step: rates[step] for step in range(10, 20)}, densities[2:])

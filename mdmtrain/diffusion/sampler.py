@@ -63,7 +63,8 @@ class RateSampler:
             return self.density.p
         sums, counts = self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
         edges = self.density.edges
-        omega = self.law(0.0).omega((edges[:-1] + edges[1:]) / 2)
+        now = self._law or self.law(0.0)  # the weighting of the last step: annealing moves p with it
+        omega = now.omega((edges[:-1] + edges[1:]) / 2)
         return fit(edges, sums / counts, omega, self._config.floor, self._config.form).p
 
     def use(self, p: np.ndarray) -> None:

@@ -195,6 +195,8 @@ def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, finger
         "tokenizer": tokenizer.sha256,
         "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
         "sequence_length": config.data.sequence_length,
+        "document_mask": config.data.document_mask,
+        "random_length_fraction": config.data.random_length_fraction,
         "global_batch": config.run.global_batch,
         "seed": config.run.seed,
         "diffusion": config.diffusion.model_dump(mode="json"),

@@ -19,7 +19,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import Corruption, Draws, Law, plain_law, row_losses, row_statistics
 from mdmtrain.diffusion.rates import Density, fit
 from mdmtrain.diffusion.sampler import token_table
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.parallel.world import World
 from mdmtrain.parallel.wrap import reshard
 
@@ -115,7 +115,9 @@ class Bench:
             corruption = law.corrupt(
                 batch.ids, batch.lengths, batch.uniforms, draws.at(batch.slots.numpy()), self.mask_id
             ).to(self.world.device)
-            loss = row_losses(self._forward(corruption, batch.segments, plan.rows_per_slot), corruption).sum()
+            loss = row_losses(
+                masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot), corruption
+            ).sum()
             (loss / plan.tokens_per_step).backward()
             total += loss.detach().double() / plan.tokens_per_step
         return self._take_gradient(), float(self.world.sum(total))
@@ -137,14 +139,9 @@ class Bench:
         ).to(self.world.device)  # fmt: skip
         assert rows > view
         segments = None if batch.segments is None else batch.segments[data : data + 1]
-        loss = row_losses(self._forward(one, segments, 1), one).sum() / length
+        loss = row_losses(masked_cross_entropy(self.model, one, segments, 1), one).sum() / length
         (loss * (1.0 if self.world.is_main else 0.0)).backward()
         return self._take_gradient(), float(loss.detach())
-
-    def _forward(self, corruption: Corruption, segments: Tensor | None, rows_per_slot: int) -> Tensor:
-        if segments is not None:
-            segments = segments.repeat_interleave(rows_per_slot, dim=0).to(self.world.device)
-        return self.model(corruption.noisy, corruption.positions, corruption.targets, segments)
 
     def _take_gradient(self) -> Tensor:
         parts = [p.grad.to_local().flatten() for p in self.model.parameters()]
@@ -184,7 +181,7 @@ class Bench:
                 drawn = draws.at(batch.slots.numpy())
                 corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, self.mask_id)
                 corruption = corruption.to(self.world.device)
-                ce = self._forward(corruption, batch.segments, plan.rows_per_slot)
+                ce = masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot)
                 statistic = row_statistics(ce, corruption, diffusion.target).double().cpu()
                 cells = torch.from_numpy(law.row_cells(drawn))
                 sums[0].index_add_(0, cells, statistic)

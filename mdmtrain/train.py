@@ -19,11 +19,11 @@ from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.loader import open_sources, train_loader
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.diffusion.objective import Corruption, row_losses, row_statistics
+from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe, model_shape
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
 from mdmtrain.monitor.metrics import MetricsLog
 from mdmtrain.monitor.progress import TrainingProgress
@@ -98,7 +98,7 @@ def train(config: Config, world: World) -> None:
             batch = recorder.wait_for(batches)
             drawn = draws.at(batch.slots.numpy())
             corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)
-            ce = forward(model, corruption, batch.segments, plan.rows_per_slot)
+            ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
             losses = row_losses(ce, corruption)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
             statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
@@ -158,15 +158,6 @@ def train(config: Config, world: World) -> None:
             f"stopped by signal {stopped} after step {step}, checkpoint saved; the same command goes on from there",
         )
     del lock
-
-
-def forward(
-    model: Transformer, corruption: Corruption, segments: torch.Tensor | None, rows_per_slot: int
-) -> torch.Tensor:
-    """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
-    if segments is not None:
-        segments = segments.repeat_interleave(rows_per_slot, dim=0).to(corruption.noisy.device, non_blocking=True)
-    return model(corruption.noisy, corruption.positions, corruption.targets, segments)
 
 
 def in_loop_evaluation(

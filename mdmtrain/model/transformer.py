@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdmtrain.diffusion.objective import Corruption
 from mdmtrain.model.attention import Attention, rotary_angles
 from mdmtrain.model.head import Head
 from mdmtrain.model.presets import ModelShape
@@ -69,6 +70,15 @@ class Transformer(nn.Module):
         # The norm acts on each position alone, so only the rows that are needed pass it.
         rows = self.norm(x.flatten(0, 1).index_select(0, positions))
         return self.head(rows, targets, self.embed.weight if self.shape.tied_embeddings else None)
+
+
+def masked_cross_entropy(
+    model: Transformer, corruption: Corruption, segments: Tensor | None, rows_per_slot: int
+) -> Tensor:
+    """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
+    if segments is not None:
+        segments = segments.repeat_interleave(rows_per_slot, dim=0).to(corruption.noisy.device, non_blocking=True)
+    return model(corruption.noisy, corruption.positions, corruption.targets, segments)
 
 
 def initial_std(name: str, shape: ModelShape) -> float | None:

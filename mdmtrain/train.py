@@ -269,7 +269,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     config = configuration.load(parser.parse_args(arguments).config)
     train(config, init_world())
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a person reads when something goes wrong: one line on the terminal, everything in the rank's log."""
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -34,7 +35,7 @@ def output_file(argument: str) -> Path:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End a command with one `error:` line and status 2 on ValueError or OSError.
+    """End a command: at its end in good order, with one `error:` line and status 2 on ValueError or OSError.
 
     The traceback goes to the log file where there is one (DEBUG level), and to the terminal with MDMTRAIN_DEBUG=1.
     Identical errors of several ranks on a node are printed once; an error of a single rank names the rank.
@@ -55,10 +56,22 @@ def user_errors() -> Iterator[None]:
             print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
-            sys.stdout.flush()
-            logging.shutdown()
-            os._exit(2)
+            _exit_at_once(2)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # Gloo's threads may still hold tensors; if the interpreter is going down when they let go, the process aborts
+        # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
+        atexit._run_exitfuncs()
+        _exit_at_once(0)
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    """End the process without the interpreter's shutdown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def log_to_file(folder: Path, rank: int) -> None:

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store

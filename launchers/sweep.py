@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one process each (default: 1)")
     parser.add_argument("--report", action="store_true", help="train nothing, compare what is finished")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table here")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:

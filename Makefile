@@ -43,7 +43,7 @@ soak: setup
 # stopped. Needs the quickstart's corpus.
 study: setup
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
-		--dir runs/study --workers 2 --json runs/study.json
+		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
 
 lint: setup
 	$(PY) -m ruff check .

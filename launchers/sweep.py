@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -237,6 +238,26 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
         console.print(table)
 
 
+def draw(rows: list[dict], reference: str, path: Path) -> None:
+    """Difference of the final NELBO to the reference, with its interval: a bar an arm, a panel a variation."""
+    variations = list(dict.fromkeys(tuple(row["variation"]) for row in rows))
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != reference]
+    figure = Figure(figsize=(3 + 4 * len(variations), 0.35 * len(arms) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(variations), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, variation in zip(panels, variations, strict=True):
+        for row in rows:
+            if tuple(row["variation"]) == variation and row["arm"] != reference and "difference" in row:
+                low, high = row["difference_ci"] or [row["difference"]] * 2
+                error = [[row["difference"] - low], [high - row["difference"]]]
+                panel.barh(arms.index(row["arm"]), row["difference"], xerr=error, color="#4477aa", capsize=3)
+        panel.axvline(0.0, color="black", linewidth=0.8)
+        panel.set_title(" ".join(variation))
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    figure.supxlabel(f"final validation NELBO minus {reference}'s, nats/token (95% over seeds)")
+    figure.savefig(path, dpi=120)
+
+
 # ---- command
 
 
@@ -259,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one process each (default: 1)")
     parser.add_argument("--report", action="store_true", help="train nothing, compare what is finished")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table here")
+    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the differences here (PNG)")
     args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -274,6 +296,8 @@ def main(arguments: list[str] | None = None) -> None:
     show(rows, args.reference, console)
     if args.json:
         store.write_atomically(args.json, json.dumps({"reference": args.reference, "cells": rows}, indent=1) + "\n")
+    if args.figure:
+        draw(rows, args.reference, args.figure)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: see above; started again, the sweep retries them")
 

@@ -71,7 +71,8 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
     tree = small_run({"run": {"steps": 4}, "optim": {"warmup_steps": 0}, "eval": {"every": 2, "rows": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
     command = [sys.executable, "-m", "launchers.sweep", base, "--arms", "standard,counted", "--seeds", "3",
-               "--dir", str(tmp_path / "sweep"), "--workers", "2", "--json", str(tmp_path / "table.json")]  # fmt: skip
+               "--dir", str(tmp_path / "sweep"), "--workers", "2",
+               "--json", str(tmp_path / "table.json"), "--figure", str(tmp_path / "table.png")]  # fmt: skip
 
     def start(*more: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,6 +80,7 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
 
     done = start()
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "table.json").read_text())["cells"]
     assert [(row["arm"], row["seeds"]) for row in rows] == [("standard", [3]), ("counted", [3])]
     saved = configuration.load([str(tmp_path / "sweep/counted/seed-3/config.yaml")])

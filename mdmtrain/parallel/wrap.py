@@ -6,7 +6,7 @@ averaging over ranks would divide twice. The order matters: recomputation inside
 around that, the root last.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -57,8 +57,12 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     return model.to_empty(device=world.device)
 
 
+@cache
 def data_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
-    """All ranks in one row; or, for HSDP, a row a copy: parameters are sharded along rows, copied along columns."""
+    """All ranks in one row; or, for HSDP, a row a copy: parameters are sharded along rows, copied along columns.
+
+    Made once: it makes process groups.
+    """
     if config.replicate == 1:
         return world.mesh
     grid = (config.replicate, world.size // config.replicate)

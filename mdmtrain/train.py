@@ -96,12 +96,12 @@ def train(config: Config, world: World) -> None:
         for _ in range(plan.accumulation):
             batch = recorder.wait_for(batches)
             drawn = draws.at(batch.slots.numpy())
-            corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)
+            corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(device)
             ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
             losses = row_losses(ce, corruption)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
             statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
-            eligible = int(batch.lengths.sum()) * plan.rows_per_slot
+            eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)

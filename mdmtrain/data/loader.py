@@ -18,14 +18,14 @@ from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise
 
-LENGTHS = 16  # different lengths of rows: tables per length stay few
+LENGTHS = 16  # different lengths that a row may be cut to
 
 
 class Batch(NamedTuple):
     """The clean rows of one micro-batch (a named tuple of tensors: the loader pins it as it is)."""
 
-    ids: Tensor  # int64 [B, L], pad_id after a row's length
-    lengths: Tensor  # int64 [B], tokens before the padding
+    ids: Tensor  # int64 [B, L], pad_id after a row's tokens
+    eligible: Tensor  # bool [B, L], positions that may be masked: all but the padding
     segments: Tensor | None  # int32 [B, L], document of each position, -1 at pads; None: all attend to all
     uniforms: Tensor  # float32 [B, L], the masking noise U of each position, in [0, 1)
     slots: Tensor  # int64 [B], place of each row in the global batch
@@ -55,6 +55,26 @@ def windows(source: PreparedSplit, length: int) -> int:
     return source.tokens // length
 
 
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def read_row(split: PreparedSplit, window: int, length: int, most: int, document_mask: bool) -> Row:
+    """One window of a split as a row of `length` positions, padded after `most` tokens.
+
+    Returns ids int64 [L], eligible bool [L] and the document of each position, int32 [L], -1 at pads.
+    """
+    ids, segments = np.full(length, split.pad_id, dtype=np.int64), np.full(length, -1, dtype=np.int32)
+    ids[:most] = split.read(window * length, most)
+    segments[:most] = split.documents_in(window * length, most) if document_mask else 0
+    return ids, segments >= 0, segments
+
+
+def stack_rows(rows: list[Row], document_mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ids and eligible [B, L] of rows, and their segments, None where all attend to all."""
+    ids, eligible, segments = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+    return ids, eligible, segments if document_mask or (segments < 0).any() else None
+
+
 class Dataset(torch.utils.data.Dataset):
     """Map-style over (step, slot); fetches a micro-batch at a time."""
 
@@ -70,18 +90,12 @@ class Dataset(torch.utils.data.Dataset):
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
         source, window = self._mixture(step * self._slots_per_step + slots)
-        lengths = np.array([self._row_length(step, slot) for slot in slots])
-        ids = np.full((len(slots), L), self._sources[0].pad_id, dtype=np.int64)
-        segments = np.full((len(slots), L), -1, dtype=np.int32)
-        for row, (one, first, length) in enumerate(zip(source, window * L, lengths, strict=True)):
-            split = self._sources[one]
-            ids[row, :length] = split.read(int(first), int(length))
-            segments[row, :length] = split.documents_in(int(first), int(length)) if self._data.document_mask else 0
-        masked = self._data.document_mask or (lengths < L).any()
+        rows = [
+            read_row(self._sources[one], int(number), L, self._row_length(step, slot), self._data.document_mask)
+            for one, number, slot in zip(source, window, slots, strict=True)
+        ]
         return Batch(
-            ids=torch.from_numpy(ids),
-            lengths=torch.from_numpy(lengths),
-            segments=torch.from_numpy(segments) if masked else None,
+            *stack_rows(rows, self._data.document_mask),
             uniforms=torch.from_numpy(noise.position_uniforms(self._seed, step, slots, L)),
             slots=torch.from_numpy(slots),
             samples=torch.from_numpy(np.stack([source, window], axis=1)),
@@ -131,16 +145,13 @@ def _start_worker(_worker: int) -> None:
 
 def validation_rows(
     split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`rows` windows (or all, where there are fewer), always the same, spread evenly over a split.
 
-    Returns ids int64 [R, L] and segments int32 [R, L] (None without `document_mask`); ValueError from `windows`.
+    Returns ids int64 [R, L], eligible bool [R, L] and segments int32 [R, L] or None; ValueError from `windows`.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)
-    starts = [row * count // rows * sequence_length for row in range(rows)]
-    ids = np.stack([split.read(start, sequence_length) for start in starts])
-    if not document_mask:
-        return torch.from_numpy(ids), None
-    segments = np.stack([split.documents_in(start, sequence_length) for start in starts])
-    return torch.from_numpy(ids), torch.from_numpy(segments)
+    chosen = [row * count // rows for row in range(rows)]
+    read = [read_row(split, one, sequence_length, sequence_length, document_mask) for one in chosen]
+    return stack_rows(read, document_mask)

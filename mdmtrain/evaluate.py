@@ -38,7 +38,10 @@ BASELINE_PART = 1 << 20  # tokens read at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of one split. bits_per_byte takes the tokens per byte of the whole split."""
+    """The NELBO of one split: of its tokens, or where it has prompts, of the responses (and eos) given these.
+
+    bits_per_byte takes the eligible tokens per byte of the whole split.
+    """
 
     split: str
     nelbo: float  # nats per token
@@ -108,7 +111,7 @@ def evaluate_split(
     nelbo = float(per_row.sum() / tokens.sum())
     off = (per_row - nelbo * tokens) / tokens.mean()
     se = float(off.std(ddof=1) / math.sqrt(len(off))) if len(off) > 1 else math.inf
-    bits = split.tokens / split.bytes / math.log(2)
+    bits = split.eligible_tokens / split.bytes / math.log(2)
     perplexity = math.exp(min(nelbo, 700.0))  # a diverged model is reported, not a reason to stop
     return Evaluation(
         name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(per_row), config.samples
@@ -125,7 +128,7 @@ def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model has to beat, on the same split."""
+    """What the model has to beat, on the same tokens of the same split."""
 
     unigram_nats_per_token: float  # entropy of the split's token frequencies
     unigram_bits_per_byte: float
@@ -133,16 +136,17 @@ class Baselines:
 
 
 def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    """One pass over the split, a part at a time. decode: token ids -> text."""
+    """One pass over the eligible tokens of a split, a part at a time. decode: token ids -> text."""
     counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
     for start in range(0, split.tokens, BASELINE_PART):
-        ids = split.read(start, min(BASELINE_PART, split.tokens - start))
+        length = min(BASELINE_PART, split.tokens - start)
+        ids = split.read(start, length)[split.eligible(start, length)]
         counts += np.bincount(ids, minlength=split.vocab_size)
         packed += len(packer.compress(decode(ids.tolist()).encode("utf-8")))
-    share = counts[counts > 0] / split.tokens
+    share = counts[counts > 0] / split.eligible_tokens
     entropy = float(-(share * np.log(share)).sum())
     packed += len(packer.flush())
-    return Baselines(entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
+    return Baselines(entropy, entropy * split.eligible_tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
 
 
 def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:

@@ -158,7 +158,7 @@ class Bench:
 
     def _law(self, diffusion: DiffusionConfig) -> Law:
         """The arm's law with the objective as named (not annealed) and, for P-POTS, a density fitted to this model."""
-        law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces))
+        law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return law
         key = (diffusion.masks, diffusion.views == "complement", diffusion.target)

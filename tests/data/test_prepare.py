@@ -133,7 +133,7 @@ def test_a_long_text_is_cut_between_characters_and_nothing_is_lost(line_ends, tm
     (tmp_path / "long.txt").write_bytes(text.encode())
     for limit in range(97, 110):
         monkeypatch.setattr(module, "LONGEST_TEXT", limit)
-        pieces = [text for text, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
+        pieces = [document.text for document, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
         assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) <= limit
         assert not line_ends or all(piece.endswith("\n") for piece in pieces)
 

@@ -246,10 +246,10 @@ def _training_texts(inputs: list[Path], options: Options, report: Progress) -> I
     for path in inputs:
         characters = 0
         for document, _ in read_documents(path, options.bad_utf8, Counter()):
-            texts = [text for text in (document.prompt, document.text) if text]
+            text = (document.prompt or "") + document.text
             if _draw(document) >= options.validation_fraction:
-                yield from texts
-            characters += sum(map(len, texts))
+                yield text
+            characters += len(text)
             if characters >= share:
                 break
         done += path.stat().st_size

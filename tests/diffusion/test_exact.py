@@ -613,7 +613,7 @@ def test_t3_mirror_total():
 CHOICES = dict(
     schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
-    isad_tokens=((), (1,)),
+    isad_tokens=((), (1,)), syrm_tokens=((), (1,)),
 )  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
@@ -625,7 +625,7 @@ APART = [
     *(("objective", "ar", name, value) for name, value in (("sampler", "ppots"), ("masks", "counted"))),
     *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
     *(("objective", "ar", "views", views) for views in VIEWS[1:]),
-    ("objective", "ar", "isad_tokens", (1,)),
+    *(("objective", "ar", tokens, (1,)) for tokens in ("isad_tokens", "syrm_tokens")),
 ]
 
 

@@ -4,7 +4,8 @@
 
 The estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact NELBO,
 an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows and
-samples.
+samples. On prompts and responses it bounds the responses given their prompts (and lengths): k counts the response's
+tokens, and tokens, bytes and baselines are those of the responses, each token count with its eos.
 """
 
 import json

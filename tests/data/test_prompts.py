@@ -165,10 +165,10 @@ def test_what_is_eligible_is_the_same_on_any_ranks_and_micro_batches(make):
                     rows[step, slot] = (ids.tolist(), eligible.tolist())
         return rows
 
-    listed = {"syrm_tokens": ("(", "\n")}
-    alone = by_slot(make(None, listed, {"steps": 4}), 1)
-    assert len(alone) == 4 * 16
-    assert by_slot(make({"workers": 1}, listed, {"steps": 4, "micro_batch": 1}), 2) == alone
+    listed = {"syrm_tokens": ("(", ")")}
+    alone = by_slot(make(None, listed, {"steps": 6}), 1)
+    assert len(alone) == 6 * 16
+    assert by_slot(make({"workers": 1}, listed, {"steps": 6, "micro_batch": 1}), 2) == alone
 
 
 def test_validation_rows_are_whole_documents(make, folder):

@@ -187,16 +187,17 @@ def validation_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
 
-    Returns ids int64 [R, L], eligible bool [R, L] (no prompt, even under SyRM) and segments int32 [R, L] or None.
+    One that is cut before its response has nothing to evaluate and is left out. Returns ids int64 [R, L], eligible
+    bool [R, L] (no prompt, even under SyRM) and segments int32 [R, L] or None.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)
     chosen = [row * count // rows for row in range(rows)]
     read = [read_row(split, one, sequence_length, sequence_length, document_mask) for one in chosen]
-    stacked = stack_rows(read, document_mask)
-    if not stacked[1].any():
+    read = [row for row in read if row[1].any()]
+    if not read:
         raise ValueError(
             f"{split.folder}: none of the {rows} rows of the {split.split} split has room for a response after its "
             f"prompt: raise eval.rows or data.sequence_length={sequence_length}"
         )
-    return stacked
+    return stack_rows(read, document_mask)

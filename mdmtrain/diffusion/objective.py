@@ -167,7 +167,7 @@ class Law:
         """q(k): the probability that k of P >= 1 eligible positions are masked. int64 [n] each; float64 [n].
 
         Of the rows at hand alone: with prompts and responses P takes as many values as there are rows, and a table of
-        all k for one of them (4,096 positions, 64 cells: 46 ms) would cost more than a whole micro-batch of rows.
+        all k for a single P of 4,096 would cost as much as 128 micro-batches of 32 rows.
         """
         if self.config.masks == "counted":
             if self.config.views == "complement":

@@ -62,7 +62,8 @@ class DataConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)",
+        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16); "
+        "prompts and responses keep theirs",
     )
     verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -109,6 +110,9 @@ class DiffusionConfig(Section):
         (), description="ISAD: ids or pieces masked more often; biased, see docs"
     )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
+    syrm_tokens: tuple[str | int, ...] = Field(
+        (), description="SyRM: ids or pieces that are masked in prompts too; another objective, see docs"
+    )
 
     @property
     def rows_per_slot(self) -> int:
@@ -124,7 +128,7 @@ class DiffusionConfig(Section):
             raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
         if self.objective == "ar" and (other or self.counts or self.views != "single"):
             raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
         return self

@@ -176,6 +176,11 @@ class PreparedSplit:
         begins[0] = 0
         return np.cumsum(begins, dtype=np.int32)
 
+    def document_starts(self) -> np.ndarray:
+        """Where each document starts in the stream, ascending: int64 [documents]."""
+        files = [self.folder / shard["documents_file"] for shard in self._shards]
+        return np.concatenate([_map(f, np.dtype("<i8")) + first for f, first in zip(files, self._firsts, strict=False)])
+
     def _parts(self, start: int, length: int) -> Iterator[tuple[Path, Path, int, int]]:
         """(token file, document file, first, end) of the shards under a range, positions counted within the shard."""
         assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)

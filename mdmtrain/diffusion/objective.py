@@ -228,17 +228,19 @@ def next_token(ids: Tensor, lengths: np.ndarray) -> Corruption:
     return Corruption(ids, positions, ids.flatten()[positions + 1], ones * length / (length - 1), ones / (length - 1))
 
 
-def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
+def corrupt_counted(ids: Tensor, eligible: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
-    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/k, that is: the row's value
-    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is
-    (1/L) sum_k c_k, the exact NELBO per token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
+    k = floor(u P) + 1 of the P eligible positions, uniformly; each masked one weighs P/k, that is: the row's value
+    sum(weights * CE) / P is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is (1/P) sum_k c_k,
+    the exact NELBO per token.
+    ids: int64 [B, L]; eligible: bool [B, L], P > 0; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
     """
-    length = ids.shape[1]
-    counts = np.floor(u * length).astype(np.int64) + 1
-    masked = masks.counted(uniforms.numpy(), counts, np.full(len(u), length))
-    return assemble(ids, masked, (length / counts)[:, None], (1 / counts)[:, None], mask_id)
+    rows, length = ids.shape
+    P = eligible.numpy().sum(axis=1)
+    counts = np.floor(u * P).astype(np.int64) + 1
+    masked = masks.counted(np.where(eligible.numpy(), uniforms.numpy(), np.inf), counts, np.full(rows, length))
+    return assemble(ids, masked, (P / counts)[:, None], (1 / counts)[:, None], mask_id)
 
 
 def _interleave(views: list[np.ndarray]) -> np.ndarray:

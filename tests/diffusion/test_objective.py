@@ -116,6 +116,16 @@ WRONG_NORMALISATIONS = {
 }
 
 
+def everywhere(ids):
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def zeros(rows, length):
+    """Rows of token 0, and all of their positions eligible."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return ids, everywhere(ids)
+
+
 @pytest.mark.parametrize("law", ["global", "none"])
 def test_counted_estimator_is_the_exact_any_order_nelbo(law):
     rows, steps = 16, 600
@@ -124,12 +134,14 @@ def test_counted_estimator_is_the_exact_any_order_nelbo(law):
     for step in range(steps):
         u = strata.uniforms(5, step, rows, law, Stream.EVALUATION)
         uniforms = torch.from_numpy(noise.position_uniforms(5, step, np.arange(rows), L, Stream.EVALUATION))
-        corruption = corrupt_counted(ids, uniforms, u, MASK)
+        corruption = corrupt_counted(ids, everywhere(ids), uniforms, u, MASK)
         losses = row_losses(table_ce(corruption), corruption)
         values.append(float(losses.double().mean()) / L)
         counts = np.bincount((corruption.positions // L).numpy(), minlength=rows)
         no_cut.append(float((losses.numpy() * counts / L).mean()) / L)  # the mean CE over all positions: 1/k missing
-        corruption = corrupt_counted(ids, uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK)  # k = round(u L)
+        corruption = corrupt_counted(
+            ids, everywhere(ids), uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK
+        )  # k = round(u L)
         rounded.append(float(row_losses(table_ce(corruption), corruption).double().mean()) / L)
     expected = np.mean([exact_any_order(row, L) for row in ROWS[:2]])
     assert abs(z_score(values, expected)) < 5
@@ -149,7 +161,7 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
     ids = ROWS[:1].repeat(rows, 1)
     uniforms = torch.from_numpy(noise.position_uniforms(6, 0, np.arange(rows), L))
     for k, sets in ((1, 4), (2, 6), (3, 4), (4, 1)):
-        masked = corrupt_counted(ids, uniforms, np.full(rows, (k - 0.5) / L), MASK).noisy == MASK
+        masked = corrupt_counted(ids, everywhere(ids), uniforms, np.full(rows, (k - 0.5) / L), MASK).noisy == MASK
         assert (masked.sum(dim=1) == k).all()
         counts = np.bincount((masked * 2 ** torch.arange(L)).sum(dim=1).numpy())
         counts = counts[counts > 0]
@@ -163,7 +175,7 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_counts_are_k_of_one_to_length_and_weigh_length_over_k(u, length):
     uniforms = torch.from_numpy(noise.position_uniforms(0, 0, np.arange(1), length))
-    corruption = corrupt_counted(torch.zeros(1, length, dtype=torch.int64), uniforms, np.array([u]), 7)
+    corruption = corrupt_counted(*zeros(1, length), uniforms, np.array([u]), 7)
     k = len(corruption.positions)
     assert 1 <= k <= length and (k - 1) / length <= u + 1e-12 and u < k / length + 1e-12
     assert corruption.weights.tolist() == pytest.approx([length / k] * k, rel=1e-6)
@@ -262,7 +274,7 @@ def test_t14_counted_strata_leave_no_variance_where_the_count_says_all():
 
     def mean(step, law):
         u = strata.uniforms(7, step, rows, law, Stream.EVALUATION)
-        corruption = corrupt_counted(torch.zeros(rows, 16, dtype=torch.int64), bulk(rows, 16, step), u, 1)
+        corruption = corrupt_counted(*zeros(rows, 16), bulk(rows, 16, step), u, 1)
         counts = torch.bincount(corruption.positions // 16, minlength=rows)
         ce = 1 + 4 * (counts[corruption.positions // 16] - 1) / 15
         return float(row_losses(ce, corruption).double().mean()) / 16

@@ -159,6 +159,13 @@ class Filled:
     ended: bool  # by an eos, in its last gap
 
 
+def never_chosen(loaded: store.LoadedModel) -> list[int]:
+    """Ids that no text has inside: reserved ones but for eos, and the rows that only round the vocabulary up."""
+    tokenizer = loaded.tokenizer
+    unused = range(tokenizer.vocab_size, loaded.model.shape.vocab_size)
+    return [tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id, *unused]
+
+
 def layout(parts: list[str], tokenizer: Tokenizer, gen_length: int) -> list[int]:
     """bos, then the given parts with a gap of masks between each two."""
     ids = [tokenizer.bos_id, *tokenizer.encode(parts[0])]
@@ -180,10 +187,8 @@ def fill(
     row = torch.tensor(layout(parts, tokenizer, sampling.gen_length), device=world.device)
     # A document does not end between two given parts; with nothing after the last gap it may.
     first = len(row) - sampling.gen_length if not parts[-1] else len(row)
-    forbidden = [tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id]
-    forbidden += list(range(tokenizer.vocab_size, loaded.model.shape.vocab_size))
     end = (tokenizer.eos_id, first)
-    ids = unmask(loaded.model, row, tokenizer.mask_id, forbidden, sampling, sample, end, on_step).tolist()
+    ids = unmask(loaded.model, row, tokenizer.mask_id, never_chosen(loaded), sampling, sample, end, on_step).tolist()
     generated = (row == tokenizer.mask_id).cpu().numpy()
     ended = tokenizer.eos_id in ids[first:]
     length = ids.index(tokenizer.eos_id, first) + 1 if ended else len(ids)

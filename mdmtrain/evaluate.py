@@ -23,10 +23,20 @@ from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import EvalConfig
-from mdmtrain.data.loader import validation_rows, windows
+from mdmtrain.data.loader import validation_rows
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair, read_records
-from mdmtrain.likelihood import ESTIMATORS, MOST_ERRORS, SWEEPS, Comparison, Estimate, Estimator, compare, estimate
+from mdmtrain.likelihood import (
+    ESTIMATORS,
+    MOST_ERRORS,
+    NEXT_TOKEN,
+    SWEEPS,
+    Comparison,
+    Estimate,
+    Estimator,
+    compare,
+    estimate,
+)
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, log, output_file, user_errors
 from mdmtrain.parallel.world import AgreedError, World, init_world
@@ -137,7 +147,8 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
             f"{length}: evaluate it with --wrap no, or prepare more text"
         )
     rows = wrapped_rows(stream, count, length, loaded.config.data.document_mask)
-    policy = f"wrapped: documents end to end, in rows of {length} tokens; {scored}"
+    sees = "its document" if loaded.config.data.document_mask else "its row"
+    policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
     return Material(name, rows, policy, *common)
 
 
@@ -201,7 +212,8 @@ def report(material: Material, estimates: dict[Estimator, Estimate], comparisons
         "policy": material.policy, "documents": material.documents, "tokens": material.tokens, "bytes": material.bytes,
         "tokens_scored": scored, "bytes_scored": round(scored / per_byte), **material.details,
     }  # fmt: skip
-    numbers = {**results[0], **whole, "estimators": results}
+    units = {"nelbo": "nats/token", "bits_per_byte": "bits/byte", "perplexity": "exp(nats/token)"}
+    numbers = {**results[0], **whole, "units": units, "estimators": results}
     numbers["comparisons"] = [{**asdict(comparison), "agree": comparison.agree} for comparison in comparisons]
     if material.stream is None:
         errors = np.sqrt(first.noise)
@@ -215,24 +227,21 @@ def report(material: Material, estimates: dict[Estimator, Estimate], comparisons
 def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     several = len(numbers["estimators"]) > 1
     table = Table(title=f"{numbers['split']}: {numbers['rows']} rows x {numbers['samples']} noise draws")
-    for column in ("", "nats/token", "bits/byte", "perplexity"):
+    for column in ("", "nats/token", "bits/byte", "perplexity", *(("+- by draws", "passes") if several else ())):
         table.add_column(column, justify="left" if not column else "right")
     for one in numbers["estimators"]:
-        table.add_row(
-            f"{one['estimator']} x {one['samples']}" if several else "model (upper bound)",
-            *(f"{one[unit]:.{digits}f} +- {one[unit + '_se']:.{digits}f}" for unit, digits in UNITS.items()),
-        )
+        cells = [f"{one[unit]:.{digits}f} +- {one[unit + '_se']:.{digits}f}" for unit, digits in UNITS.items()]
+        if several:
+            table.add_row(
+                f"{one['estimator']} x {one['samples']}", *cells, f"{one['noise_se']:.4f}", f"{one['passes']:,}"
+            )
+        else:
+            table.add_row("model" if one["estimator"] == NEXT_TOKEN else "model (upper bound)", *cells)
     if base is not None:
         unigram = base.unigram_nats_per_token
         table.add_row("unigram", f"{unigram:.4f}", f"{base.unigram_bits_per_byte:.4f}", f"{math.exp(unigram):.2f}")
         table.add_row("gzip -9", "", f"{base.gzip_bits_per_byte:.4f}", "")
     console.print(table)
-    if several:
-        table = Table("estimator", "target", "nats/token", "+- by draws alone", "forward passes")
-        for one in numbers["estimators"]:
-            numbers_of = (f"{one['nelbo']:.4f}", f"{one['noise_se']:.4f}", f"{one['passes']:,}")
-            table.add_row(one["estimator"], one["target"], *numbers_of)
-        console.print(table)
     for pair in numbers["comparisons"]:
         a, b = pair["between"]
         verdict = "agree" if pair["agree"] else "DISAGREE"
@@ -244,7 +253,7 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     console.print(
         f"{numbers['policy']}; scored {numbers['tokens_scored']:,} of {numbers['tokens']:,} tokens "
         f"({numbers['bytes_scored']:,} of {numbers['bytes']:,} bytes), seed {numbers['seed']}",
-        style="dim", highlight=False,
+        style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
@@ -257,20 +266,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
     add("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
-    add(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        help="validation sets: prepared folders, text files, jsonl files with 'text', or with 'prefix' and "
-        "'continuation' (default: the run's folders)",
-    )
+    inputs = "prepared folders, text files, jsonl with 'text' or with 'prefix' and 'continuation' (default: the run's)"
+    add("--data", nargs="+", metavar="PATH", help=inputs)
     add("--split", default="validation", help="split of the prepared folders (default: validation)")
     add("--rows", type=row_count, help="rows (or documents) per set, evenly spaced, or 'all' (default: eval.rows)")
     add("--wrap", choices=["yes", "no"], default="yes", help="no: one document a row (default: yes, end to end)")
     add("--long", choices=["split", "cut"], default="split", help="with --wrap no, documents longer than a row")
     add("--lines", action="store_true", help="every line of a text file is a document")
     add(
-        "--estimator", nargs="+", choices=ESTIMATORS, default=["counted"], help="default: counted; several are compared"
+        "--estimator",
+        nargs="+",
+        choices=ESTIMATORS,
+        default=["counted"],
+        help="several are compared (default: counted)",
     )
     add("--mc-num", "--samples", dest="samples", type=int, help="noise draws per row (default: the run's eval.samples)")
     add("--orders", type=int, default=4, help="orders per row, for --estimator orders (default: 4)")
@@ -325,8 +333,10 @@ def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> li
     """What the options ask for. Raises ValueError."""
     config = loaded.config
     draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
-    if loaded.model.shape.causal and args.estimator != ["counted"]:
-        raise AgreedError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
+    if loaded.model.shape.causal:
+        if args.estimator != ["counted"]:
+            raise AgreedError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
+        return [Estimator(NEXT_TOKEN, 1, seed, 0.0)]
     if "systematic" in args.estimator and draws % SWEEPS:
         raise AgreedError(f"--mc-num {draws}: systematic draws come in {SWEEPS} sweeps: give a multiple of {SWEEPS}")
     return [
@@ -336,9 +346,8 @@ def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> li
 
 
 def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:
-    """A prepared split that was made with the model's own tokenizer and holds a row. Raises ValueError."""
+    """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
     opened = PreparedSplit(folder, split)
-    windows(opened, loaded.config.data.sequence_length)
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
             f"{folder}: prepared with another tokenizer than the model's: "

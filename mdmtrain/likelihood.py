@@ -30,6 +30,7 @@ from mdmtrain.parallel.world import World
 from mdmtrain.parallel.wrap import reshard
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
+NEXT_TOKEN = "next_token"  # a causal model's
 SWEEPS = 2  # independent sweeps of `systematic` in a row: their difference is its error
 MOST_ERRORS = 4.0  # estimators further apart than this many standard errors disagree
 
@@ -38,14 +39,15 @@ MOST_ERRORS = 4.0  # estimators further apart than this many standard errors dis
 class Estimator:
     """What is drawn for each row."""
 
-    name: str  # one of ESTIMATORS
+    name: str  # one of ESTIMATORS, or NEXT_TOKEN
     draws: int  # forward passes of a row; for `orders`, orders of its positions
     seed: int
     eps: float  # smallest rate of `continuous`
 
     @property
     def target(self) -> str:
-        return f"NELBO cut at eps={self.eps:g}" if self.name == "continuous" else "any-order NELBO"
+        cut = f"NELBO cut at eps={self.eps:g}"
+        return {"continuous": cut, NEXT_TOKEN: "likelihood of the next token"}.get(self.name, "any-order NELBO")
 
 
 @dataclass(frozen=True)

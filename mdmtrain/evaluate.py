@@ -30,7 +30,6 @@ from mdmtrain.likelihood import (
     ESTIMATORS,
     MOST_ERRORS,
     NEXT_TOKEN,
-    SWEEPS,
     Comparison,
     Estimate,
     Estimator,
@@ -296,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
     loaded = store.load_model(args.checkpoint, args.weights, world)
-    estimators = choose_estimators(args, loaded)
+    estimators = world.agree(lambda: choose_estimators(args, loaded))
     paths = args.data or [source.path for source in loaded.config.data.sources]
     count = args.rows or loaded.config.eval.rows
     console, results = Console(), []
@@ -335,10 +334,8 @@ def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> li
     draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
     if loaded.model.shape.causal:
         if args.estimator != ["counted"]:
-            raise AgreedError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
+            raise ValueError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
         return [Estimator(NEXT_TOKEN, 1, seed, 0.0)]
-    if "systematic" in args.estimator and draws % SWEEPS:
-        raise AgreedError(f"--mc-num {draws}: systematic draws come in {SWEEPS} sweeps: give a multiple of {SWEEPS}")
     return [
         Estimator(name, args.orders if name == "orders" else draws, seed, args.eps or config.diffusion.eps)
         for name in dict.fromkeys(args.estimator)

@@ -31,18 +31,25 @@ from mdmtrain.parallel.wrap import reshard
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
 NEXT_TOKEN = "next_token"  # a causal model's
-SWEEPS = 2  # independent sweeps of `systematic` in a row: their difference is its error
+SWEEP = 16  # draws in a sweep of `systematic`, or half of them all if that is less: sweeps differ by its error
 MOST_ERRORS = 4.0  # estimators further apart than this many standard errors disagree
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What is drawn for each row."""
+    """What is drawn for each row. Raises ValueError for draws that make no whole sweeps."""
 
     name: str  # one of ESTIMATORS, or NEXT_TOKEN
     draws: int  # forward passes of a row; for `orders`, orders of its positions
     seed: int
     eps: float  # smallest rate of `continuous`
+
+    def __post_init__(self) -> None:
+        if self.name == "systematic" and self.draws % (2 if self.draws <= 2 * SWEEP else SWEEP):
+            raise ValueError(
+                f"--mc-num {self.draws}: systematic draws come in two sweeps, beyond {2 * SWEEP} in sweeps of {SWEEP}: "
+                f"give an even number, or a multiple of {SWEEP}"
+            )
 
     @property
     def target(self) -> str:
@@ -86,16 +93,16 @@ def _ratio_error(values: np.ndarray, tokens: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two estimators of the same rows. Their paired differences have mean 0, but for the cut at eps."""
+    """Two estimators of the same rows. Their differences have mean 0, but for the cut at eps."""
 
     between: tuple[str, str]
     difference: float  # first minus second, nats per token
-    standard_error: float
+    standard_error: float  # of the paired differences over rows, or of the draws, whichever is larger
     allowed: float  # what the cut can make: eps x NELBO
 
     @property
     def agree(self) -> bool:
-        return abs(self.difference) <= MOST_ERRORS * self.standard_error + self.allowed
+        return not abs(self.difference) > MOST_ERRORS * self.standard_error + self.allowed
 
 
 def compare(estimates: dict[Estimator, Estimate]) -> list[Comparison]:
@@ -103,7 +110,9 @@ def compare(estimates: dict[Estimator, Estimate]) -> list[Comparison]:
     found = []
     for (a, x), (b, y) in combinations(estimates.items(), 2):
         cut = max((e.eps for e in (a, b) if e.name == "continuous"), default=0.0)
-        error = _ratio_error(x.nats - y.nats, x.tokens)
+        # A few rows say little of the scatter of their differences; a single draw a row says nothing of its own.
+        over_rows, of_draws = _ratio_error(x.nats - y.nats, x.tokens), math.hypot(x.noise_error, y.noise_error)
+        error = float(np.fmax(over_rows, of_draws)) if len(x.nats) > 1 else of_draws
         found.append(Comparison((a.name, b.name), x.nelbo - y.nelbo, error, cut * max(x.nelbo, y.nelbo)))
     return found
 
@@ -131,8 +140,9 @@ def plan(estimator: Estimator, tokens: np.ndarray) -> Passes:
         return Passes(rows.repeat(draws)[order], order, (P[order] - revealed - 0.5) / P[order], order)
     row, each = rows.repeat(draws), np.arange(len(rows) * draws)
     if estimator.name == "systematic":
-        sweep, length = each // (draws // SWEEPS), draws // SWEEPS
-        starts = strata.uniforms(estimator.seed, streams, len(rows) * SWEEPS, "none", Stream.EVALUATION)
+        length = min(SWEEP, draws // 2)
+        sweep = each // length
+        starts = strata.uniforms(estimator.seed, streams, len(each) // length, "none", Stream.EVALUATION)
         return Passes(row, sweep, (starts[sweep] + each % length / length) % 1.0, each)
     u = strata.uniforms(estimator.seed, streams, len(each), "global", Stream.EVALUATION)
     return Passes(row, each, u, each)

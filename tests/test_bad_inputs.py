@@ -558,7 +558,7 @@ def pairs_longer_than_the_model(lab):
     return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", record))]
 
 
-@case("evaluate", "--mc-num 7", "2 sweeps", "a multiple of 2")
+@case("evaluate", "--mc-num 7", "two sweeps", "an even number")
 def draws_that_make_no_sweeps(lab):
     return [str(lab.finished), "--estimator", "systematic", "--mc-num", "7"]
 

@@ -164,6 +164,14 @@ def test_systematic_sweeps_hit_every_count_alike():
     passes = plan(Estimator("systematic", 8, 0, EPS), np.full(2, 1000))
     for sweep in range(4):
         assert np.ptp(np.sort(passes.u[passes.group == sweep]) - np.arange(4) / 4) < 1e-12
+    assert [len(np.unique(plan(Estimator("systematic", n, 0, EPS), np.full(1, 9)).group)) for n in (2, 32, 48)] == [
+        2,
+        2,
+        3,
+    ]
+    for draws in (7, 40):
+        with pytest.raises(ValueError, match=f"--mc-num {draws}: systematic draws come in"):
+            Estimator("systematic", draws, 0, EPS)
     starts = np.array([plan(Estimator("systematic", 2, seed, EPS), np.full(1, 7)).u[0] for seed in range(60)])
     assert np.bincount(np.floor(starts * 7).astype(int), minlength=7).min() > 0
 

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from mdmtrain.checkpoint import store
 from mdmtrain.data.loader import open_sources
 from mdmtrain.evaluate import wrapped_rows
-from mdmtrain.likelihood import ESTIMATORS, SWEEPS, Estimate, Estimator, estimate
+from mdmtrain.likelihood import ESTIMATORS, Estimate, Estimator, estimate
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--estimator", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     add("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
-    if min(args.rows, args.orders, args.mc_num) < 2 or args.mc_num % SWEEPS or args.seeds < 2:
-        raise ValueError("--rows, --orders and --seeds must be at least 2, and --mc-num even")
+    if min(args.rows, args.orders, args.mc_num, args.seeds) < 2:
+        raise ValueError("--rows, --orders, --mc-num and --seeds must be at least 2")
     world = init_world()
     loaded = store.load_model(args.checkpoint, None, world)
     config = loaded.config

@@ -18,7 +18,7 @@ import torch
 from mdmtrain.checkpoint import store
 from mdmtrain.data.text import continuation_rows, encode_pair
 from mdmtrain.generate import Sampling, fill, never_chosen, unmask
-from mdmtrain.likelihood import ESTIMATORS, SWEEPS, Estimator, estimate
+from mdmtrain.likelihood import ESTIMATORS, Estimator, estimate
 from mdmtrain.monitor.logs import log, user_errors
 from mdmtrain.parallel.world import init_world
 
@@ -55,8 +55,8 @@ class Adapter:
         """
         if estimator not in ESTIMATORS or remasking not in ("low_confidence", "random"):
             raise ValueError(f"estimator is one of {', '.join(ESTIMATORS)}, remasking low_confidence or random")
-        if mc_num < 1 or (estimator == "systematic" and mc_num % SWEEPS):
-            raise ValueError(f"mc_num={mc_num}: must be at least 1, and for systematic a multiple of {SWEEPS}")
+        if mc_num < 1:
+            raise ValueError(f"mc_num={mc_num} must be at least 1")
         self._sampling = Sampling(
             gen_length, steps or gen_length, block_length or gen_length, 0.0, cfg_scale, remasking, seed
         )

@@ -70,9 +70,9 @@ def row_values(
     slots = rows * config.samples
     u = strata.uniforms(config.seed, 0, slots, "global", Stream.EVALUATION)
     batches = [np.arange(first, min(first + config.batch, slots)) for first in range(0, slots, config.batch)]
-    mine = {}
-    for first in range(0, len(batches), world.size):
-        chosen = batches[number := min(first + world.rank, len(batches) - 1)]
+
+    def values(number: int) -> np.ndarray:
+        chosen = batches[number]
         row = torch.from_numpy(chosen // config.samples)
         positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
         if model.shape.causal:
@@ -81,10 +81,11 @@ def row_values(
             corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
         visible = None if segments is None else segments[row].to(world.device)
         ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
-        mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
+        return row_losses(ce, corrupted).double().cpu().numpy() / length
+
+    dealt = world.deal(len(batches), values)
     reshard(model)
-    gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
-    return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
+    return np.concatenate(dealt).reshape(rows, config.samples)
 
 
 def evaluate_split(

@@ -138,9 +138,26 @@ def validation_rows(
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)
-    starts = [row * count // rows * sequence_length for row in range(rows)]
-    ids = np.stack([split.read(start, sequence_length) for start in starts])
+    places = [(split, row * count // rows) for row in range(rows)]
+    return _read_windows(places, sequence_length, document_mask)
+
+
+def random_rows(
+    splits: list[PreparedSplit], config: DataConfig, rows: int, bits: np.random.Philox
+) -> tuple[Tensor, Tensor | None]:
+    """`rows` windows drawn independently from the mixture, as often as chance has it. Shapes as of validation_rows."""
+    weights = np.array([source.weight for source in config.sources])
+    chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
+    counts = [windows(split, config.sequence_length) for split in splits]
+    places = [(splits[s], int(word) % counts[s]) for s, word in zip(chosen, bits.random_raw(rows), strict=True)]
+    return _read_windows(places, config.sequence_length, config.document_mask)
+
+
+def _read_windows(
+    places: list[tuple[PreparedSplit, int]], length: int, document_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    ids = np.stack([split.read(window * length, length) for split, window in places])
     if not document_mask:
         return torch.from_numpy(ids), None
-    segments = np.stack([split.documents_in(start, sequence_length) for start in starts])
+    segments = np.stack([split.documents_in(window * length, length) for split, window in places])
     return torch.from_numpy(ids), torch.from_numpy(segments)

@@ -122,9 +122,7 @@ class DiffusionConfig(Section):
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
         if self.when == "once" and self.grid[0] * self.grid[1] < 2 * self.bins:
-            raise ValueError(
-                f"grid: rates x sequences must be at least 2 x bins = {2 * self.bins}, to reach each of them"
-            )
+            raise ValueError(f"grid: at least {2 * self.bins} rates x sequences reach each of the bins={self.bins}")
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):

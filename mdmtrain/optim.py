@@ -70,7 +70,7 @@ def optimizer_step(
 
 
 class GradientPair:
-    """How noisy is the step's gradient? From the gradients g, g' of two steps in a row, with no backward pass of its own.
+    """How noisy is the step's gradient: from the gradients g, g' of two steps in a row, without another backward pass.
 
     |g' - g|^2 / 2 estimates Tr Cov of the step's gradient and <g, g'> estimates |E g|^2, both before clipping
     (VARIANCE.md section 2; the noise scale of arXiv 1812.06162 is Tr Cov times the step's tokens over |E g|^2). Exact

@@ -65,7 +65,7 @@ class RateSampler:
         return {"used": self.density.p.tolist(), "wanted": optimum(*self._moments()).tolist()}
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The cells' edges, the mean statistic in each, and the weighting of the last step: annealing moves p with it."""
+        """Edges, mean statistic and omega of the cells: that of the last step, as annealing moves p with it."""
         sums, counts = self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
         edges, now = self.density.edges, self._law or self.law(0.0)
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)

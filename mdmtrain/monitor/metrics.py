@@ -103,7 +103,7 @@ class MetricsLog:
         )
 
     def probe_cost(self, step: int, seconds: float, share: float) -> None:
-        """What a probe cost, apart from the speed of training. Only drawn: no wall clock decides what a run's records are."""
+        """What a probe cost, apart from the speed of training: drawn only, as records of equal runs are equal."""
         if self._board is not None:
             self._board.add_scalar("probe/seconds", seconds, step)
             self._board.add_scalar("probe/share_of_time", share, step)

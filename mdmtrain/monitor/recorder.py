@@ -147,8 +147,8 @@ class StepRecorder:
             "clipped": bool(self._clip_norm is not None and norm > self._clip_norm),
             "lr": pending.lr,
             "masked_fraction": sum(masked) / eligible,
-            "masked_tokens_min": min(masked),
-            "masked_tokens_max": max(masked),
+            "masked_tokens_min": int(min(masked)),
+            "masked_tokens_max": int(max(masked)),
             "effective_sample_share": pending.effective,
             "skipped": bool(skipped),
             LOSS_BY_OCTILE: by_octile(by_bin / length),
@@ -160,10 +160,8 @@ class StepRecorder:
         }
         if noise > 0 and not skipped and not after_skip:
             scale = self._follow("noise", noise, PAIR_DECAY) / self._follow("signal", signal, PAIR_DECAY)
-            record |= {
-                "grad_noise": noise,
-                "noise_scale_tokens": finite(scale * self._positions) if scale > 0 else None,
-            }
+            record["grad_noise"] = noise
+            record["noise_scale_tokens"] = finite(scale * self._positions) if scale > 0 else None
         return record
 
     def _follow(self, name: str, value: float, decay: float) -> float:

@@ -1,5 +1,6 @@
 """The decomposition of the loss's variance and the fit before training, on a model whose every expectation is a sum."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ class Alone(World):
 
 
 class TableModel(torch.nn.Module):
-    """The cross-entropies of TABLE: [sequence, masked set, position]; a row is known by its visible and clean tokens."""
+    """The cross-entropies of TABLE: [sequence, masked set, position]; a row is known by its clean tokens."""
 
     def forward(self, noisy, positions, targets, segments):
         clean = noisy.flatten().index_copy(0, positions, targets).view_as(noisy)
@@ -57,7 +58,7 @@ def exact(law) -> dict[str, float]:
     """A, B_t, B_int, C of y = weight / L sum_M CE by quadrature over t and a sum over sequences and masks."""
     nodes, width = np.polynomial.legendre.leggauss(60)
     edges = law.density.edges
-    t = np.concatenate([a + (b - a) * (nodes + 1) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    t = np.concatenate([a + (b - a) * (nodes + 1) / 2 for a, b in pairwise(edges)])
     dt = np.concatenate([width / 2 * mass for mass in law.density.masses])  # t as it is drawn
     subsets = np.arange(2**L)
     member = (subsets[:, None] >> np.arange(L)) & 1

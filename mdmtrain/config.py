@@ -122,7 +122,9 @@ class DiffusionConfig(Section):
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
         if self.when == "once" and self.grid[0] * self.grid[1] < 2 * self.bins:
-            raise ValueError(f"grid: at least {2 * self.bins} rates x sequences reach each of the bins={self.bins}")
+            raise ValueError(
+                f"grid needs at least {2 * self.bins} rates x sequences, to reach each of bins={self.bins}"
+            )
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
@@ -177,8 +179,8 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
     tensorboard: bool = Field(True, description="write RUN/events")
-    probe_every: int = Field(
-        100, ge=0, description="steps between decompositions of the loss's variance (and of gradient noise); 0: none"
+    probe_every: int | None = Field(
+        100, ge=0, description="steps between looks at the loss's variance and the gradient's noise; 0 or null: none"
     )
     probe: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
         (8, 4, 2), description="validation sequences x rates x masks of a decomposition"
@@ -188,7 +190,7 @@ class MonitorConfig(Section):
     def _has_an_estimator(self) -> "MonitorConfig":
         sequences, rates, masks = self.probe
         if sequences < 4 or sequences % 2 or rates < 2 or masks < 2:
-            raise ValueError("probe: an even number of at least 4 sequences, and at least 2 rates and 2 masks, tell")
+            raise ValueError("probe needs an even number of at least 4 sequences, and at least 2 rates and 2 masks")
         return self
 
 

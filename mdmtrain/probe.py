@@ -5,7 +5,6 @@ Neither touches training's noise or its data order: each has a stream of its own
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,19 +24,6 @@ from mdmtrain.parallel.world import World
 from mdmtrain.parallel.wrap import reshard
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """Where the variance of a slot's loss comes from, and what it cost to know."""
-
-    components: dict[str, float | None]  # A, B_t, B_int, C in squared nats per token; None: not finite
-    seconds: float
-    share: float  # of the time since the last one
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {'?' if v is None else format(v, '.3g')}" for name, v in self.components.items())
-        return f"variance of a row's loss: {parts} (probe: {self.seconds:.2f} s, {self.share:.1%} of the time)"
-
-
 class Probe:
     """A run's model, looked at without a backward pass. Its methods with a law are collectives."""
 
@@ -48,13 +34,16 @@ class Probe:
     def due(self, step: int) -> bool:
         """Is there a decomposition after `step` steps?"""
         every = self._config.monitor.probe_every
-        return every > 0 and step % every == 0
+        return bool(every) and step % every == 0
 
-    def decompose(self, law: Law, validation: list[PreparedSplit], step: int) -> Decomposition:
-        """The variance components of one slot's loss, on validation rows drawn anew.
+    def decompose(
+        self, law: Law, validation: list[PreparedSplit], step: int
+    ) -> tuple[dict[str, float | None], float, float]:
+        """The variance components of one slot's loss, A, B_t, B_int and C, on validation rows drawn anew.
 
         The loss is that of the law (its sampler, masks, views and weights; not its strata, which a slot by itself does
-        not have): y = sum_i weight_i CE_i / L, averaged over the views.
+        not have): y = sum_i weight_i CE_i / L, averaged over the views; squared nats per token, None: not finite. Then
+        the seconds that this took, and their share of the time since the last one.
         """
         start = time.monotonic()
         sequences, rates, masks = self._config.monitor.probe
@@ -66,7 +55,7 @@ class Probe:
         before, self._since = self._since, time.monotonic()
         seconds = self._since - start
         found = {name: finite(float(value)) for name, value in parts.items()}
-        return Decomposition(found, seconds, seconds / (self._since - before))
+        return found, seconds, seconds / (self._since - before)
 
     def fit(self, law: Law, sources: list[PreparedSplit]) -> np.ndarray:
         """P-POTS before training (arXiv 2511.18159): the density for the weights as they stand, float64 [bins].
@@ -103,14 +92,9 @@ class Probe:
         def values(number: int) -> np.ndarray:
             slots = np.arange(number * batch, min((number + 1) * batch, count))
             row = torch.from_numpy(slots // (count // len(ids)))
-            uniforms = noise.position_uniforms(self._config.run.seed, step, slots, length, stream)
-            corruption = law.corrupt(
-                ids[row],
-                torch.full((len(slots),), length),
-                torch.from_numpy(uniforms),
-                draws.at(slots // masks),
-                self._mask_id,
-            ).to(self._world.device)
+            uniforms = torch.from_numpy(noise.position_uniforms(self._config.run.seed, step, slots, length, stream))
+            lengths, drawn = torch.full((len(slots),), length), draws.at(slots // masks)
+            corruption = law.corrupt(ids[row], lengths, uniforms, drawn, self._mask_id).to(self._world.device)
             visible = None if segments is None else segments[row]
             ce = masked_cross_entropy(self._model, corruption, visible, law.config.rows_per_slot)
             return value(ce, corruption).double().cpu().numpy()

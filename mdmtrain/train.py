@@ -112,7 +112,7 @@ def train(config: Config, world: World) -> None:
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         if pair.half:
             recorder.add_pair(sums, pair.compare())
-        if probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
+        elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
             pair.keep()
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)
@@ -126,18 +126,17 @@ def train(config: Config, world: World) -> None:
         if sampler.due(step):
             sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
 
-        stopped = stop.poll() if not pair.half else 0  # nor across a stop
+        stopped = stop.poll() if not pair.half else 0  # nor across a stop: one step later
         last = step == run.steps or bool(stopped)
         evaluating = step % config.eval.every == 0 or step == run.steps
         saving = step % config.checkpoint.save_every == 0 or last
         if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             records = recorder.flush()  # the only place where the host waits for the device
             if probe.due(step):
-                found = probe.decompose(law, validation, step)
-                records[-1] |= {COMPONENTS: found.components, DENSITY: sampler.picture()}
-                progress.note(f"step {step}  {found}")
+                components, seconds, share = probe.decompose(law, validation, step)
+                records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
                 if metrics is not None:
-                    metrics.probe_cost(step, found.seconds, found.share)
+                    metrics.probe_cost(step, seconds, share)
             if metrics is not None:
                 metrics.write(records)
             progress.update(records[-1], bits_per_nat)

@@ -44,7 +44,7 @@ def trace_and_train(world, tree: dict) -> dict:
         n: hashlib.sha256(p.full_tensor().detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()
     }
     probe = Probe(model, config, 4, world)
-    found = probe.decompose(law, open_sources(config.data, "validation"), step=7).components
+    found = probe.decompose(law, open_sources(config.data, "validation"), step=7)[0]
     p = probe.fit(plain_law(config.diffusion), open_sources(config.data, "train"))
     train(config, world)
     return {"slots": slots, "weights": weights, "probe": (found, p.tobytes())}

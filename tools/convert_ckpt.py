@@ -60,7 +60,7 @@ def open_any(source: Path, weights: str | None) -> Weights:
 
 
 def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[str]:
-    """Compare an exported folder with what it was made from. Returns what was found; raises ValueError where it differs."""
+    """Compare an exported folder with what it was made from; what was found. Raises ValueError where it differs."""
     tokenizer, found = Tokenizer(weights.tokenizer, str(folder)), []
     again, names = open_folder(folder, target), formats.tensor_shapes(weights.shape)
     if replace(again.shape, causal=weights.shape.causal) != weights.shape:
@@ -93,7 +93,7 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
 
 @torch.no_grad()
 def our_logits(weights: Weights, dtype: str, ids: Tensor) -> Tensor:
-    """Logits of weights rounded to `dtype`, computed in float32 by our own model: float32 [B, L, V]. ids: int64 [B, L]."""
+    """Logits of weights rounded to `dtype`, computed in float32 by our model: float32 [B, L, V]. ids: int64 [B, L]."""
     with torch.device("meta"):
         model = Transformer(weights.shape, 4096)
     model.to_empty(device="cpu")
@@ -104,7 +104,7 @@ def our_logits(weights: Weights, dtype: str, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
-    """The same by transformers, one batch at a time; None where it is not installed. Raises ValueError if it is too old."""
+    """The same by transformers, batch by batch; None where it is not installed. Raises ValueError if it is too old."""
     try:
         installed = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:

@@ -4,19 +4,19 @@ An exported folder holds safetensors, config.json, the tokenizer, a model card a
 training and a SHA-256 of every tensor. A folder appears under its name when it is complete, never before.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,40 +28,12 @@ from mdmtrain.checkpoint import formats, store
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
+from mdmtrain.data.processes import follow_parent
+from mdmtrain.data.staging import staging
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.parallel.world import describe, writing
 
 log = logging.getLogger("mdmtrain")
-
-
-@contextmanager
-def complete_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder OUT.tmp to write into, which becomes `out` if all goes well, and goes away if not.
-
-    Raises ValueError where `out` exists or another process writes it. What a killed process left is replaced.
-    """
-    folder = out.with_name(out.name + ".tmp")
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another folder, or remove it")
-    with writing(out):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ValueError(f"{folder} is being written by another process: wait for it") from None
-        try:
-            for leftover in folder.iterdir():
-                leftover.unlink()
-            yield folder
-            os.fsync(lock)
-            os.rename(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
 
 
 def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
@@ -90,7 +62,7 @@ def export(
     length = weights.facts["config"]["data"]["sequence_length"]
     config = formats.config_for(target, weights.shape, tokenizer, length, dtype)
     identity = {"model": asdict(weights.shape), "tokenizer": tokenizer.sha256}
-    with complete_or_nothing(out) as folder:
+    with _writing_new(out) as folder:
         facts = {**weights.facts, "identity": weights.facts.get("identity", {}) | identity, "mdmtrain": __version__}
         if target == "llama":
             facts["minimum_transformers"] = formats.MINIMUM_TRANSFORMERS
@@ -100,16 +72,16 @@ def export(
         contents = {name: (json.dumps(value, indent=1) + "\n").encode() for name, value in files.items()}
         contents |= {**hub_files(weights.tokenizer), "README.md": _card(weights, target, dtype, out.name).encode()}
         for name, content in contents.items():
-            _write(folder / name, [content])
+            (folder / name).write_bytes(content)
         check(folder)
 
 
-def _write(file: Path, parts: Iterator[bytes]) -> None:
-    with open(file, "wb") as opened:
-        for part in parts:
-            opened.write(part)
-        opened.flush()
-        os.fsync(opened.fileno())
+@contextmanager
+def _writing_new(out: Path) -> Iterator[Path]:
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another folder, or remove it")
+    with writing(out), staging(out) as folder:
+        yield folder
 
 
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
@@ -143,10 +115,11 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
 
     for number, names in enumerate(shards, start=1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        _write(folder / f"model{of}.safetensors", parts(names, f"model{of}.safetensors"))
+        with open(folder / f"model{of}.safetensors", "wb") as file:
+            file.writelines(parts(names, f"model{of}.safetensors"))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sum(names.values()) for names in shards)}, "weight_map": places}
-        _write(folder / INDEX_FILE, [(json.dumps(index, indent=1) + "\n").encode()])
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return hashes
 
 
@@ -221,7 +194,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         return tensor
 
     shapes = formats.tensor_shapes(weights.shape)
-    with complete_or_nothing(out) as folder, warnings.catch_warnings():
+    with _writing_new(out) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DCP's notes on its own internals
         promised = {f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
         # A file for each tensor: DCP's writer keeps all tensors of a file until the file is done.
@@ -230,11 +203,8 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
             dcp.save(promised, storage_writer=writer, planner=_Streaming(read), no_dist=True)
         except dcp.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
-        _write(folder / store.TOKENIZER_FILE, [weights.tokenizer])
-        identity = {
-            "model": asdict(weights.shape),
-            "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest(),
-        }
+        (folder / store.TOKENIZER_FILE).write_bytes(weights.tokenizer)
+        identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
         store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}})
@@ -244,58 +214,50 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
 
 
 class SideExports:
-    """RUN/exports/step-NNNNNNNN from finished checkpoints, each by a process beside the run. All on rank 0.
+    """RUN/exports/step-NNNNNNNN from finished checkpoints, each by a process beside the run. Works on rank 0.
 
     A llama folder, or a native one where llama cannot express the model. A failure is a warning and no more.
     """
 
     def __init__(self, config: Config, resumed: Path | None, is_main: bool):
-        """resumed: the checkpoint that the run goes on from; the export that its interruption cost is made up for."""
-        self._every = config.checkpoint.export_every if is_main else None
-        self._last, self._running = config.run.steps, []
-        if resumed is not None and not _export_folder(resumed).exists():
+        """resumed: the checkpoint that the run goes on from, whose export may have gone with the process."""
+        self._every, self._last = config.checkpoint.export_every if is_main else None, config.run.steps
+        self._running: list[tuple[Path, Future, IO]] = []
+        if resumed is not None and not _beside(resumed).exists():
             self.start(resumed)
 
     def start(self, checkpoint: Path) -> None:
         """Export a checkpoint just committed, if it is due. Does not wait."""
-        self._report(finish=False)
         step = int(checkpoint.name.removeprefix("step-"))
         if self._every is None or (step % self._every and step != self._last):
             return
-        shutil.rmtree(_export_folder(checkpoint), ignore_errors=True)  # of a future that was given up
-        held = store.hold(checkpoint)  # from now on, not only once the process is up
-        command = [sys.executable, "-m", "mdmtrain.checkpoint.export", str(checkpoint)]
-        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        self._running.append((subprocess.Popen(command, **options), checkpoint, held))
+        self._report([entry for entry in self._running if entry[1].done()])
+        shutil.rmtree(_beside(checkpoint), ignore_errors=True)  # of a future that was given up
+        held = store.hold(checkpoint)  # from now on, not only when the process is up
+        pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
+        self._running.append((checkpoint, pool.submit(_export_beside, checkpoint), held))
+        pool.shutdown(wait=False)
 
     def finish(self) -> None:
         """Wait for the exports that still run."""
-        self._report(finish=True)
+        self._report(list(self._running))
 
-    def _report(self, finish: bool) -> None:
-        for entry in list(self._running):
-            process, checkpoint, held = entry
-            if not finish and process.poll() is None:
-                continue
-            errors = process.communicate()[1].strip().splitlines()
-            if process.returncode:
-                reason = errors[-1] if errors else f"exit status {process.returncode}"
-                log.warning("export of %s failed: %s: the run is not affected", checkpoint, reason)
+    def _report(self, entries: list[tuple[Path, Future, IO]]) -> None:
+        for checkpoint, future, held in entries:
+            if error := future.exception():
+                log.warning("export of %s failed, the run goes on: %s", checkpoint, describe(error))
             else:
-                log.info("exported %s", _export_folder(checkpoint))
+                log.info("exported %s", _beside(checkpoint))
             held.close()
-            self._running.remove(entry)
+            self._running.remove((checkpoint, future, held))
 
 
-def _export_folder(checkpoint: Path) -> Path:
+def _beside(checkpoint: Path) -> Path:
     return checkpoint.parent.parent / "exports" / checkpoint.name
 
 
-if __name__ == "__main__":  # the process that SideExports starts
+def _export_beside(checkpoint: Path) -> None:
     os.nice(10)
     torch.set_num_threads(1)
-    try:
-        opened = open_checkpoint(Path(sys.argv[1]))
-        export(opened, "native" if opened.shape.qk_norm else "llama", _export_folder(Path(sys.argv[1])))
-    except (ValueError, OSError) as problem:
-        sys.exit(describe(problem))
+    weights = open_checkpoint(checkpoint)
+    export(weights, "native" if weights.shape.qk_norm else "llama", _beside(checkpoint))

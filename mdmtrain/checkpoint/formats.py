@@ -60,7 +60,8 @@ FIXED = {
     "llada": {
         "layer_norm_type": "rms", "block_type": "llama", "activation_type": "silu", "include_bias": False,
         "include_qkv_bias": False, "bias_for_layer_norm": False, "layer_norm_with_affine": True,
-        "input_emb_norm": False, "attention_layer_norm": False, "alibi": False, "rope": True, "rope_full_precision": True, "scale_logits": False,
+        "input_emb_norm": False, "attention_layer_norm": False, "alibi": False, "rope": True,
+        "rope_full_precision": True, "scale_logits": False,
     },
     "native": {},
 }  # fmt: skip

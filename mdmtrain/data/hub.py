@@ -1,7 +1,7 @@
 """Tokenizers as model folders on the hub have them, tokenizer.json: ours written for others, theirs read for us.
 
-A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json and the names of its bos, eos,
-pad and mask tokens. `Tokenizer` takes either kind.
+A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json and the names of its bos,
+eos, pad and mask tokens. `Tokenizer` takes either kind.
 """
 
 import json

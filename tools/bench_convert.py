@@ -103,6 +103,8 @@ def main() -> None:
         for name, (source, *options) in convert.items():
             arguments = [args.out / source, *options, "--out", args.out / name]
             rows[name] = watched("__main__", *arguments, *(["--no-check"] if "--to" in options else []))
+        shutil.rmtree(args.out / "copy")
+        rows["plain copy again"] = copied(args.out / "checkpoint", args.out / "copy"), None
         table = Table(
             title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
         )

@@ -111,6 +111,7 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
             theirs = formats.name_in(target, name)
             hashes[theirs], places[theirs] = hashlib.sha256(content).hexdigest(), file_name
             yield content
+            del content  # before the next one comes
             advance(size // width)
 
     for number, names in enumerate(shards, start=1):

@@ -1,4 +1,4 @@
-"""tools/convert_ckpt.py on bad input: one clear line, nothing written, nothing changed (see tests/test_bad_inputs.py)."""
+"""tools/convert_ckpt.py on bad input: one clear line, nothing written or changed (see tests/test_bad_inputs.py)."""
 
 import io
 import json

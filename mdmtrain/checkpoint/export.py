@@ -127,30 +127,27 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
 def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
     """The folder's README.md: what the model is, how to load it, and the facts of its training."""
     facts, config, shape = weights.facts, weights.facts["config"], weights.shape
-    usual = DiffusionConfig().model_dump(mode="json")
-    arm = [f"{key} {value}" for key, value in config["diffusion"].items() if value != usual[key] and key != "objective"]
+    arm, usual = config["diffusion"], DiffusionConfig().model_dump(mode="json")
     loading = {
         "native": "Our own names: `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
-        "llama": f"`AutoModelForCausalLM.from_pretrained` of transformers {formats.MINIMUM_TRANSFORMERS} or newer "
-        "loads it. Older ones load it too, but with causal attention and without a word: all results are then wrong.",
+        "llama": f"`AutoModelForCausalLM` of transformers {formats.MINIMUM_TRANSFORMERS} or newer loads it. Older ones "
+        "load it too, but with causal attention and without a word: all results are then wrong. `generate()` goes from "
+        "left to right, which is not how a masked diffusion model writes: fill mask tokens instead.",
         "llada": "Names and configuration are those of LLaDA's own code (LLaDAModelLM), which is not included.",
-    }[target]
-    if target == "llama" and not shape.causal:
-        loading += " Do not call `generate()`, which goes from left to right: fill mask tokens instead."
+    }
     rows = {
+        "attention": "causal (an autoregressive reference)" if shape.causal else "bidirectional",
         "parameters": f"{shape.parameters():,} ({dtype}, {facts.get('weights', 'raw')} weights)",
         "steps": facts.get("step") or None,
         "tokens": facts.get("tokens"),
         "sequence length": config["data"]["sequence_length"],
-        "objective": ", ".join([config["diffusion"]["objective"], *arm]),
+        "objective": ", ".join(f"{k} {v}" for k, v in arm.items() if v != usual[k] or k == "objective"),
         "data (fingerprint, weight)": facts.get("identity", {}).get("data"),
-        **{
-            f"NELBO, {e['split']}": f"{e['nelbo']:.4f} +- {e['nelbo_se']:.4f} nats/token"
-            for e in facts.get("evaluation", [])
-        },
-        "mdmtrain": f"{__version__}, git revision {facts.get('git_revision') or 'not recorded'}",
+        "git revision": facts.get("git_revision") or "not recorded",
         "made from": facts.get("imported_from"),
     }
+    for e in facts.get("evaluation", []):
+        rows[f"NELBO, {e['split']}"] = f"{e['nelbo']:.4f} +- {e['nelbo_se']:.4f} nats/token"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     return f"""---
 library_name: {"transformers" if target == "llama" else "mdmtrain"}
@@ -158,7 +155,7 @@ tags: [masked-diffusion]
 ---
 # {name}
 
-A {"causal" if shape.causal else "masked diffusion (bidirectional)"} language model trained with mdmtrain. {loading}
+A language model trained with mdmtrain {__version__}. {loading[target]}
 
 | | |
 |---|---|

@@ -120,16 +120,20 @@ def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
     if config.get("model_type") != MODEL_TYPES[target]:
         raise ValueError(f"its model_type is {config.get('model_type')!r}, and {target} has {MODEL_TYPES[target]!r}")
     rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
-    defaults = {"tie_word_embeddings": False, **rope, "initializer_range": 0.02, **config}
+    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **rope, **config}
     missing = [key for key in [*SIZES[target].values(), LENGTHS[target]] if key not in defaults]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    shape = ModelShape(**{ours: defaults[theirs] for ours, theirs in SIZES[target].items()})
-    other = {key: config[key] for key, value in FIXED[target].items() if config.get(key, value) != value}
+    values = {ours: defaults[theirs] for ours, theirs in SIZES[target].items()}
+    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: as many
+    values["vocab_size"] = values["vocab_size"] or config.get("vocab_size")
+    shape = ModelShape(**values)
+    other = {k: config[k] for k, value in FIXED[target].items() if (config.get(k, value) or False) != (value or False)}
     if target == "llama":
         shape = replace(shape, causal=config.get("is_causal") is not False)
         other |= {"rope_type": rope["rope_type"]} if rope.get("rope_type", "default") != "default" else {}
-        other |= {"head_dim": config["head_dim"]} if config.get("head_dim") not in (None, shape.head_dim) else {}
+        if config.get("head_dim") and config["head_dim"] * shape.n_heads != shape.d_model:
+            other["head_dim"] = config["head_dim"]
     if other:
         raise ValueError(f"our model has no {other}")
     return shape, int(defaults[LENGTHS[target]])

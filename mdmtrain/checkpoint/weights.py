@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.config import validate
+from mdmtrain.config import Config, validate
 from mdmtrain.data.hub import bundle
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
-from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.parallel.world import describe
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
@@ -115,6 +115,8 @@ def open_folder(folder: Path, kind: str) -> Weights:
         raise ValueError(f"{folder}: no model folder (no config.json): name the folder that holds it")
     config = _read_json(folder / "config.json")
     facts = _read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+    if facts and not {"identity", "config", "sha256"} <= facts.keys():
+        raise ValueError(f"{folder / FACTS_FILE}: incomplete: get the original file")
     try:
         stored, length = formats.shape_from(kind, config)
     except ValueError as error:
@@ -128,8 +130,11 @@ def open_folder(folder: Path, kind: str) -> Weights:
     grows, shape = pieces > known, stored
     if start_anew:
         shape = replace(stored, causal=False, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64 * grows))
-    if pieces > shape.vocab_size:
-        raise ValueError(f"{folder}: its tokenizer has {pieces} pieces, its embedding {shape.vocab_size} rows")
+    try:
+        bare = _bare_config(shape, length)
+        model_shape(bare.model, pieces)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: no model of ours: {error}") from None
     files, hashes = _locate_tensors(folder, kind, stored), facts.pop("sha256", None)
 
     def read(name: str) -> Tensor:
@@ -144,7 +149,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
         return tensor
 
     if not facts or facts["identity"]["model"] != asdict(shape):
-        facts = {**facts, "config": _bare_config(shape, length)}
+        facts = {**facts, "config": bare.model_dump(mode="json")}
     return Weights(folder, shape, model, facts, read)
 
 
@@ -205,7 +210,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
         raise ValueError(f"{file}: damaged or cut short ({error}): get the original file") from None
 
 
-def _bare_config(shape: ModelShape, sequence_length: int) -> dict:
+def _bare_config(shape: ModelShape, sequence_length: int) -> Config:
     """The configuration of a model of unknown training: only `model` and `data.sequence_length` say something."""
     tree = {
         "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
@@ -214,4 +219,4 @@ def _bare_config(shape: ModelShape, sequence_length: int) -> dict:
         "diffusion": {"objective": "ar" if shape.causal else "nelbo"},
         "optim": {"lr": 1e-4},
     }
-    return validate(tree, "config.json").model_dump(mode="json")
+    return validate(tree, "its sizes")

@@ -65,10 +65,9 @@ def bundle(folder: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
     config: the model's config.json, which may name a role's id where tokenizer_config.json names no token. A role that
     neither names gets a new token at the end of the vocabulary if `add_missing`. Raises ValueError.
     """
-    library, file = _library(), folder / "tokenizer.json"
-    settings = folder / "tokenizer_config.json"
+    library, settings = _library(), folder / "tokenizer_config.json"
     try:
-        tokenizer = library.Tokenizer.from_file(str(file))
+        tokenizer = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
         named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     except Exception:  # the library raises Exception itself
         raise ValueError(f"{folder} has no readable tokenizer.json: copy the model's tokenizer files there") from None
@@ -79,10 +78,8 @@ def bundle(folder: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
         number = number[0] if isinstance(number, list) else number
         if token is None and number is not None:
             token = tokenizer.id_to_token(number)
-        if token is None and add_missing:
-            token = f"<|mdm_{role}|>"
-        if token is not None:
-            roles[role] = token
+        if token is not None or add_missing:
+            roles[role] = token or f"<|mdm_{role}|>"
     # All of them special: text that spells one is then never taken for it.
     tokenizer.add_special_tokens(
         [library.AddedToken(token, normalized=False, special=True) for token in roles.values()]
@@ -114,13 +111,9 @@ def _converted(pieces: sentencepiece.SentencePieceProcessor) -> dict:
     sentencepiece merges the neighbours whose union has the best score, so every way to split a piece into two others is
     a merge, in the order of the scores.
     """
-    numbers, ordinary, reserved = range(pieces.get_piece_size()), {}, []
-    for i in numbers:
-        if pieces.is_control(i) or pieces.is_unknown(i):
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            reserved.append({"id": i, "content": pieces.id_to_piece(i), "special": True, **flags})
-        elif not pieces.is_byte(i):
-            ordinary[pieces.id_to_piece(i)] = i
+    numbers = range(pieces.get_piece_size())
+    reserved = [i for i in numbers if pieces.is_control(i) or pieces.is_unknown(i)]
+    ordinary = {pieces.id_to_piece(i): i for i in numbers if i not in reserved and not pieces.is_byte(i)}
     if any(pieces.get_score(i) % 1 for i in ordinary.values()):  # BPE scores are ranks
         raise ValueError("the tokenizer is a sentencepiece model, but not BPE: a tokenizer.json of it would differ")
     merges = [
@@ -130,21 +123,20 @@ def _converted(pieces: sentencepiece.SentencePieceProcessor) -> dict:
         if piece[:k] in ordinary and piece[k:] in ordinary
     ]
 
-    def swap(old: str, new: str) -> dict:
-        return {"type": "Replace", "pattern": {"String": old}, "content": new}
+    def swaps(*pairs: tuple[str, str]) -> list[dict]:
+        return [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
 
-    back = [swap(SPACE_MARK, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    escapes = [swap(ESCAPE, ESCAPE + "0"), swap(SPACE_MARK, ESCAPE + "1"), swap(" ", SPACE_MARK)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    escape = swaps((ESCAPE, ESCAPE + "0"), (SPACE_MARK, ESCAPE + "1"), (" ", SPACE_MARK))
+    back = [*swaps((SPACE_MARK, " ")), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back += swaps((ESCAPE + "1", SPACE_MARK), (ESCAPE + "0", ESCAPE))
     return {
         "version": "1.0",
-        "added_tokens": reserved,
-        "normalizer": {"type": "Sequence", "normalizers": escapes},
+        "added_tokens": [{"id": i, "content": pieces.id_to_piece(i), **flags} for i in reserved],
+        "normalizer": {"type": "Sequence", "normalizers": escape},
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [*back, swap(ESCAPE + "1", SPACE_MARK), swap(ESCAPE + "0", ESCAPE)],
-        },
+        "decoder": {"type": "Sequence", "decoders": back},
         "model": {
             "type": "BPE",
             "unk_token": pieces.id_to_piece(pieces.unk_id()),

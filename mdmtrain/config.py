@@ -62,7 +62,8 @@ class DataConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)",
+        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16); "
+        "prompts and responses keep theirs",
     )
     verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -109,6 +110,9 @@ class DiffusionConfig(Section):
         (), description="ISAD: ids or pieces masked more often; biased, see docs"
     )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
+    syrm_tokens: tuple[str | int, ...] = Field(
+        (), description="SyRM: ids or pieces that are masked in prompts too; another objective, see docs"
+    )
 
     @property
     def rows_per_slot(self) -> int:
@@ -124,7 +128,7 @@ class DiffusionConfig(Section):
             raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
         if self.objective == "ar" and (other or self.counts or self.views != "single"):
             raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
         return self
@@ -155,7 +159,18 @@ class ParallelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the forward and backward pass; parameters and reductions stay float32"
     )
+    replicate: int = Field(
+        1, gt=0, description="copies of the sharded model (HSDP): gradients are reduced within a copy, then over copies"
+    )
+    shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
+    recompute: Literal["none", "full", "selective", "ops"] = Field(
+        "none",
+        description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
+        "every recompute_every-th block; ops: every block but its matrix products and attention",
+    )
+    recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
 
 
@@ -254,6 +269,13 @@ def resolve(config: Config, world_size: int) -> RunPlan:
         raise ValueError(
             f"run.micro_batch={micro} does not divide the {rows} rows of a rank "
             f"(run.global_batch={run.global_batch} / {world_size} ranks): choose one of {divisors}"
+        )
+    parallel = config.parallel
+    shard = parallel.shard or world_size // parallel.replicate
+    if parallel.replicate * shard != world_size:
+        raise ValueError(
+            f"parallel.replicate={parallel.replicate} x parallel.shard={shard} is not {world_size} ranks: "
+            "leave parallel.shard out, and make parallel.replicate a divisor of the ranks"
         )
     optim, stable = config.optim, run.steps
     if optim.schedule == "wsd":

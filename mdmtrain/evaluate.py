@@ -4,7 +4,8 @@
 
 The estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact NELBO,
 an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows and
-samples.
+samples. On prompts and responses it bounds the responses given their prompts (and lengths): k counts the response's
+tokens, and tokens, bytes and baselines are those of the responses, each token count with its eos.
 """
 
 import json
@@ -38,7 +39,10 @@ BASELINE_PART = 1 << 20  # tokens read at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of one split. bits_per_byte takes the tokens per byte of the whole split."""
+    """The NELBO of one split: of its tokens, or where it has prompts, of the responses (and eos) given these.
+
+    bits_per_byte takes the eligible tokens per byte of the whole split.
+    """
 
     split: str
     nelbo: float  # nats per token
@@ -59,15 +63,15 @@ class Evaluation:
 
 @torch.no_grad()
 def row_values(
-    model: Transformer, ids: Tensor, segments: Tensor | None, config: EvalConfig, mask_id: int, world: World
+    model: Transformer, rows: tuple[Tensor, Tensor, Tensor | None], config: EvalConfig, mask_id: int, world: World
 ) -> np.ndarray:
-    """One unbiased NELBO estimate per (row, sample), in nats per token: float64 [R, samples]. A collective.
+    """One unbiased NELBO estimate per (row, sample), in nats of the whole row: float64 [R, samples]. A collective.
 
-    ids: int64 [R, L]. Batches are formed by global index and dealt to the ranks in turn, so every number of ranks
-    computes the same values; a rank left over in the last round repeats a batch and its result is dropped.
+    rows: what `validation_rows` gives. Batches are formed by global index and dealt to the ranks in turn, so every
+    number of ranks computes the same values; a rank left over in the last round repeats a batch and drops its result.
     """
-    rows, length = ids.shape
-    slots = rows * config.samples
+    ids, eligible, segments = rows
+    slots, length = len(ids) * config.samples, ids.shape[1]
     u = strata.uniforms(config.seed, 0, slots, "global", Stream.EVALUATION)
     batches = [np.arange(first, min(first + config.batch, slots)) for first in range(0, slots, config.batch)]
     mine = {}
@@ -76,15 +80,16 @@ def row_values(
         row = torch.from_numpy(chosen // config.samples)
         positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
         if model.shape.causal:
-            corrupted = next_token(ids[row], np.full(len(row), length)).to(world.device)
+            corrupted = next_token(ids[row], eligible[row]).to(world.device)
         else:
-            corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
+            noise_of_rows = torch.from_numpy(positions)
+            corrupted = corrupt_counted(ids[row], eligible[row], noise_of_rows, u[chosen], mask_id).to(world.device)
         visible = None if segments is None else segments[row].to(world.device)
         ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
-        mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
+        mine[number] = row_losses(ce, corrupted).double().cpu().numpy()
     reshard(model)
     gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
-    return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
+    return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(len(ids), -1)
 
 
 def evaluate_split(
@@ -97,13 +102,17 @@ def evaluate_split(
     mask_id: int,
     world: World,
 ) -> Evaluation:
-    """The NELBO on evenly spaced rows of a validation split. A collective; the same on any number of ranks."""
-    ids, segments = validation_rows(split, config.rows, sequence_length, document_mask)
-    values = row_values(model, ids, segments, config, mask_id, world)
-    per_row = values.mean(axis=1)
-    nelbo = float(per_row.mean())
-    se = float(per_row.std(ddof=1) / math.sqrt(len(per_row))) if len(per_row) > 1 else math.inf
-    bits = split.tokens / split.bytes / math.log(2)
+    """The NELBO on evenly spaced rows of a validation split, per eligible token: nats of all rows over tokens of all.
+
+    A collective; the same on any number of ranks. The standard error is that of this ratio of two means.
+    """
+    rows = validation_rows(split, config.rows, sequence_length, document_mask)
+    per_row = row_values(model, rows, config, mask_id, world).mean(axis=1)
+    tokens = rows[1].sum(dim=1).double().numpy()
+    nelbo = float(per_row.sum() / tokens.sum())
+    off = (per_row - nelbo * tokens) / tokens.mean()
+    se = float(off.std(ddof=1) / math.sqrt(len(off))) if len(off) > 1 else math.inf
+    bits = split.eligible_tokens / split.bytes / math.log(2)
     perplexity = math.exp(min(nelbo, 700.0))  # a diverged model is reported, not a reason to stop
     return Evaluation(
         name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(per_row), config.samples
@@ -120,7 +129,7 @@ def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model has to beat, on the same split."""
+    """What the model has to beat, on the same tokens of the same split."""
 
     unigram_nats_per_token: float  # entropy of the split's token frequencies
     unigram_bits_per_byte: float
@@ -128,16 +137,17 @@ class Baselines:
 
 
 def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    """One pass over the split, a part at a time. decode: token ids -> text."""
+    """One pass over the eligible tokens of a split, a part at a time. decode: token ids -> text."""
     counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
     for start in range(0, split.tokens, BASELINE_PART):
-        ids = split.read(start, min(BASELINE_PART, split.tokens - start))
+        length = min(BASELINE_PART, split.tokens - start)
+        ids = split.read(start, length)[split.eligible(start, length)]
         counts += np.bincount(ids, minlength=split.vocab_size)
         packed += len(packer.compress(decode(ids.tolist()).encode("utf-8")))
-    share = counts[counts > 0] / split.tokens
+    share = counts[counts > 0] / split.eligible_tokens
     entropy = float(-(share * np.log(share)).sum())
     packed += len(packer.flush())
-    return Baselines(entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
+    return Baselines(entropy, entropy * split.eligible_tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
 
 
 def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:

@@ -17,7 +17,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.loader import open_sources, train_loader
+from mdmtrain.data.loader import describe_rows, open_sources, train_loader
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
@@ -50,7 +50,8 @@ def train(config: Config, world: World) -> None:
     model = build_model(shape, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     average = None
-    delimiters = world.agree(lambda: token_table(config.diffusion.isad_tokens, tokenizer.pieces()))
+    listed = config.diffusion.isad_tokens
+    delimiters = world.agree(lambda: token_table(listed, tokenizer.pieces(), "diffusion.isad_tokens"))
     sampler = RateSampler(config.diffusion, world.device, delimiters)
 
     # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start
@@ -78,7 +79,8 @@ def train(config: Config, world: World) -> None:
     loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, world.device.type == "cuda"))
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
-    for line in (f"run folder {run_dir}", origin, describe(shape), *plan.reasons):
+    rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
+    for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
 
     # ---- the loop
@@ -88,22 +90,23 @@ def train(config: Config, world: World) -> None:
     recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
-    bits_per_nat = sum(v.tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
+    bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     stopped = 0
     model.train()
     while step < run.steps and not stopped:
         law = sampler.law(step / run.steps)
         draws = law.draw(run.seed, step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
-        for _ in range(plan.accumulation):
+        for micro_step in range(plan.accumulation):
+            model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
             batch = recorder.wait_for(batches)
             drawn = draws.at(batch.slots.numpy())
-            corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)
+            corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(device)
             ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
             losses = row_losses(ce, corruption)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
             statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
-            eligible = int(batch.lengths.sum()) * plan.rows_per_slot
+            eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)

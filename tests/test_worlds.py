@@ -32,7 +32,7 @@ def trace_and_train(world, tree: dict) -> dict:
         for _ in range(plan.accumulation):
             batch = next(batches)
             drawn = draws.at(batch.slots.numpy())
-            noisy = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, mask_id=4).noisy
+            noisy = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, mask_id=4).noisy
             for row, slot in enumerate(batch.slots.tolist()):
                 content = hashlib.sha256(noisy[row].numpy().tobytes() + drawn.rates[row].tobytes()).hexdigest()
                 slots[step, slot] = (tuple(batch.samples[row].tolist()), content)

@@ -47,7 +47,7 @@ def random_batch(config: Config, shape: ModelShape, mask_id: int) -> Corruption:
     law = plain_law(DiffusionConfig(eps=config.diffusion.eps))
     drawn = law.draw(config.run.seed, 0, rows)
     uniforms = torch.from_numpy(noise.position_uniforms(config.run.seed, 0, slots, length))
-    return law.corrupt(ids, torch.full((rows,), length), uniforms, drawn, mask_id)
+    return law.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), uniforms, drawn, mask_id)
 
 
 def all_positions(batch: Corruption, clean_targets: Tensor) -> Corruption:
@@ -150,7 +150,7 @@ def simulate_balance(length: int, eps: float, micro_rows: int) -> dict:
             drawn = law.draw(0, step, SIMULATED_BATCH)
             slots = np.arange(SIMULATED_BATCH)
             uniforms = noise.position_uniforms(0, step, slots, length)
-            counts = masks.bernoulli(uniforms, drawn.rates, np.full(SIMULATED_BATCH, length)).sum(axis=1)
+            counts = masks.bernoulli(uniforms, drawn.rates, np.ones(uniforms.shape, dtype=bool)).sum(axis=1)
             ranks = counts.reshape(SIMULATED_RANKS, per_rank)
             by_rank.append(ranks.sum(axis=1).max() / ranks.sum(axis=1).mean())
             micro = ranks.reshape(SIMULATED_RANKS, -1, micro_rows).sum(axis=2)

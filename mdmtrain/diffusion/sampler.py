@@ -77,16 +77,17 @@ class RateSampler:
         self.density = Density(self.density.edges, self.tensors["p"].cpu().numpy())
 
 
-def token_table(tokens: tuple[str | int, ...], pieces: list[str]) -> Tensor | None:
-    """ISAD's listed tokens as a table: bool [vocabulary], or None. Raises ValueError for one that is not there."""
+def token_table(tokens: tuple[str | int, ...], pieces: list[str], key: str) -> Tensor | None:
+    """Listed tokens (ids or pieces; `key` lists them) as a table: bool [vocabulary], or None.
+
+    Raises ValueError for one that is not there.
+    """
     if not tokens:
         return None
     table = torch.zeros(len(pieces), dtype=torch.bool)
     for token in tokens:
         index = token if isinstance(token, int) else pieces.index(token) if token in pieces else -1
         if not 0 <= index < len(pieces):
-            raise ValueError(
-                f"diffusion.isad_tokens: the tokenizer has no piece {token!r}: give an id or a piece it has"
-            )
+            raise ValueError(f"{key}: the tokenizer has no piece {token!r}: give an id or a piece it has")
         table[index] = True
     return table

@@ -168,8 +168,8 @@ def test_a_restored_sampler_draws_the_same():
 
 
 def test_listed_tokens():
-    assert token_table((), ["a"]) is None
-    assert token_table(("b", 0), ["a", "b", "c"]).tolist() == [True, True, False]
+    assert token_table((), ["a"], "isad_tokens") is None
+    assert token_table(("b", 0), ["a", "b", "c"], "isad_tokens").tolist() == [True, True, False]
     for missing in ("z", 3, -1):
         with pytest.raises(ValueError, match="no piece"):
-            token_table((missing,), ["a", "b", "c"])
+            token_table((missing,), ["a", "b", "c"], "isad_tokens")

@@ -34,6 +34,14 @@ class Batch(NamedTuple):
     samples: Tensor  # int64 [B, 2], (source, window), for reports
 
 
+class Rows(NamedTuple):
+    """Clean rows, and which of their positions are to be predicted: the others stay visible throughout."""
+
+    ids: Tensor  # int64 [R, L]
+    eligible: Tensor  # bool [R, L], neither padding nor a prompt or given prefix
+    segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
+
+
 def open_sources(config: DataConfig, split: str, verify: str | None = None) -> list[PreparedSplit]:
     """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder."""
     sources = [PreparedSplit(source.path, split, verify or config.verify) for source in config.sources]
@@ -85,10 +93,9 @@ def read_row(split: PreparedSplit, window: int, length: int, most: int, document
     return ids, eligible, segments
 
 
-def stack_rows(rows: list[Row], document_mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """ids and eligible [B, L] of rows, and their segments, None where all attend to all."""
+def stack_rows(rows: list[Row], document_mask: bool) -> Rows:
     ids, eligible, segments = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
-    return ids, eligible, segments if document_mask or (segments < 0).any() else None
+    return Rows(ids, eligible, segments if document_mask or (segments < 0).any() else None)
 
 
 def describe_rows(source: PreparedSplit, length: int) -> str:
@@ -182,13 +189,10 @@ def _start_worker(_worker: int) -> None:
     follow_parent()
 
 
-def validation_rows(
-    split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool) -> Rows:
     """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
 
-    One that is cut before its response has nothing to evaluate and is left out. Returns ids int64 [R, L], eligible
-    bool [R, L] (no prompt, even under SyRM) and segments int32 [R, L] or None.
+    One that is cut before its response has nothing to evaluate and is left out. No prompt is eligible, even under SyRM.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)

@@ -223,6 +223,11 @@ class PreparedSplit:
             whole.append(np.diff(starts, append=shard["tokens"]))
         return np.concatenate(before), np.concatenate(whole)
 
+    def document_starts(self) -> np.ndarray:
+        """Where each document starts in the stream, ascending: int64 [documents]."""
+        parts = zip(self._shards, self._firsts, strict=False)  # the last of the firsts is the end
+        return np.concatenate([self._index(shard, "documents") + first for shard, first in parts])
+
     def _index(self, shard: dict[str, Any], name: str) -> np.ndarray:
         return _map(self.folder / shard[f"{name}_file"], np.dtype("<i8"))
 

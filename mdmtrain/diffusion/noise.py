@@ -19,7 +19,7 @@ class Stream(IntEnum):
     ORDER = 3  # the order of the samples; step = epoch, slot = source
     INIT = 4  # initial weights; step = first 8 bytes of sha256(parameter name)
     LENGTH = 5  # which rows are cut to a random length, and to which
-    EVALUATION = 6  # the fixed noise of evaluation; step 0: strata, step 1: positions
+    EVALUATION = 6  # the fixed noise of evaluation; two steps an estimator: strata, positions
     GENERATION = 7  # sampling: positions and tokens
 
 

@@ -121,6 +121,12 @@ WRONG_NORMALISATIONS = {
 }
 
 
+def zeros(rows, length):
+    """Rows of token 0, and all of their positions eligible."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return ids, everywhere(ids)
+
+
 @pytest.mark.parametrize("law", ["global", "none"])
 def test_counted_estimator_is_the_exact_any_order_nelbo(law):
     rows, steps = 16, 600
@@ -134,8 +140,9 @@ def test_counted_estimator_is_the_exact_any_order_nelbo(law):
         values.append(float(losses.double().mean()) / L)
         counts = np.bincount((corruption.positions // L).numpy(), minlength=rows)
         no_cut.append(float((losses.numpy() * counts / L).mean()) / L)  # the mean CE over all positions: 1/k missing
-        rounding = np.maximum(np.round(u * L) - 1, 0) / L  # k = round(u L)
-        corruption = corrupt_counted(ids, everywhere(ids), uniforms, rounding, MASK)
+        corruption = corrupt_counted(
+            ids, everywhere(ids), uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK
+        )  # k = round(u L)
         rounded.append(float(row_losses(table_ce(corruption), corruption).double().mean()) / L)
     expected = np.mean([exact_any_order(row, L) for row in ROWS[:2]])
     assert abs(z_score(values, expected)) < 5
@@ -169,8 +176,7 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_counts_are_k_of_one_to_length_and_weigh_length_over_k(u, length):
     uniforms = torch.from_numpy(noise.position_uniforms(0, 0, np.arange(1), length))
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    corruption = corrupt_counted(ids, everywhere(ids), uniforms, np.array([u]), 7)
+    corruption = corrupt_counted(*zeros(1, length), uniforms, np.array([u]), 7)
     k = len(corruption.positions)
     assert 1 <= k <= length and (k - 1) / length <= u + 1e-12 and u < k / length + 1e-12
     assert corruption.weights.tolist() == pytest.approx([length / k] * k, rel=1e-6)
@@ -269,8 +275,7 @@ def test_t14_counted_strata_leave_no_variance_where_the_count_says_all():
 
     def mean(step, law):
         u = strata.uniforms(7, step, rows, law, Stream.EVALUATION)
-        ids = torch.zeros(rows, 16, dtype=torch.int64)
-        corruption = corrupt_counted(ids, everywhere(ids), bulk(rows, 16, step), u, 1)
+        corruption = corrupt_counted(*zeros(rows, 16), bulk(rows, 16, step), u, 1)
         counts = torch.bincount(corruption.positions // 16, minlength=rows)
         ce = 1 + 4 * (counts[corruption.positions // 16] - 1) / 15
         return float(row_losses(ce, corruption).double().mean()) / 16

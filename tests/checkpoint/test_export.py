@@ -23,6 +23,7 @@ from mdmtrain.checkpoint.export import SideExports, export, import_checkpoint
 from mdmtrain.checkpoint.weights import open_checkpoint, open_folder
 from mdmtrain.config import validate
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import PRESETS, ModelShape
 from tests.checkpoint.models import SHAPES, checkpoint, in_memory, our_logits, our_model, parameters, save_on_ranks
 from tests.conftest import ROOT, write_config
 from tests.spawn import run_world
@@ -171,6 +172,20 @@ def test_an_independent_reader_of_llada_names_computes_our_logits(name, corpus, 
     tokenizer = Tokenizer.load(corpus)
     assert config["mask_token_id"] == tokenizer.mask_id and config["eos_token_id"] == tokenizer.eos_id
     assert config["embedding_size"] == config["vocab_size"] == shape.vocab_size
+
+
+def test_the_published_configuration_of_llada_8b_is_our_8b():
+    published = {
+        "model_type": "llada", "d_model": 4096, "n_heads": 32, "n_kv_heads": None, "n_layers": 32, "mlp_ratio": 4,
+        "mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": None, "max_sequence_length": 4096,
+        "rope_theta": 500000.0, "rms_norm_eps": 1e-05, "layer_norm_type": "rms", "layer_norm_with_affine": True,
+        "block_type": "llama", "activation_type": "silu", "include_bias": False, "bias_for_layer_norm": None,
+        "weight_tying": False, "alibi": False, "rope": True, "rope_full_precision": True, "init_std": 0.02,
+    }  # fmt: skip
+    shape, length = formats.shape_from("llada", published)
+    assert shape == ModelShape(vocab_size=126464, **PRESETS["8b"]) and length == 4096
+    with pytest.raises(ValueError, match=r"our model has no \{'include_bias': True\}"):
+        formats.shape_from("llada", {**published, "include_bias": True})
 
 
 # ---- the tokenizer

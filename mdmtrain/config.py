@@ -189,6 +189,15 @@ class CheckpointConfig(Section):
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
+    export_every: int | None = Field(
+        None, gt=0, description="steps between exports to RUN/exports, and after the last step; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _exports_are_of_checkpoints(self) -> "CheckpointConfig":
+        if self.export_every is not None and self.export_every % self.save_every:
+            raise ValueError(f"export_every={self.export_every} is not a multiple of save_every={self.save_every}")
+        return self
 
 
 class MonitorConfig(Section):

@@ -14,6 +14,7 @@ import numpy as np
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.export import SideExports
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.loader import describe_rows, open_sources, train_loader
@@ -95,6 +96,7 @@ def train(config: Config, world: World) -> None:
     batches = iter(loader)
     recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
+    exports = SideExports(config, resumed, world.is_main)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     stopped = 0
     model.train()
@@ -163,11 +165,13 @@ def train(config: Config, world: World) -> None:
             }
             folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
             progress.note(f"step {step}  checkpoint {folder}")
+            exports.start(folder)
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
 
     stop.drain()
     progress.close()
+    exports.finish()
     if metrics is not None:
         metrics.close()
     if stopped and step < run.steps:

@@ -1,23 +1,20 @@
 """Text -> prepared folder: stream the documents of files, tokenize in parallel, write shards.
 
-Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands
-at the destination is complete. The content does not depend on the number of workers.
+Everything is written to a hidden folder beside the destination and moved into place as the last act (`staging`), so
+what stands at the destination is complete. The content does not depend on the number of workers.
 """
 
-import fcntl
 import gzip
 import hashlib
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -34,6 +31,7 @@ from mdmtrain.data.shards import (
     read_manifest,
     write_manifest,
 )
+from mdmtrain.data.staging import staging
 from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
@@ -85,7 +83,7 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     skipped: Counter[str] = Counter()
     report = progress or (lambda phase, done, total: None)
     try:
-        with _staging(out) as folder:
+        with staging(out) as folder:
             model = folder / MODEL_FILE
             if options.tokenizer:
                 tokenizer = Tokenizer.load(options.tokenizer)
@@ -94,10 +92,6 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
             manifest = write_manifest(folder, tokenizer, splits, made_from)
-            for path in (*folder.iterdir(), folder):
-                _sync(path)
-            os.replace(folder, out)
-            _sync(out.parent)
     except OSError as error:
         where = error.filename or out
         raise ValueError(f"preparing {out} failed: {where}: {error.strerror or error}; nothing was written") from None
@@ -113,33 +107,6 @@ def _identity(inputs: list[Path], options: Options) -> str:
         settings["tokenizer"] = hashlib.sha256(model_file(options.tokenizer).read_bytes()).hexdigest()
         del settings["vocab_size"]
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder beside `out`, removed at the end, however it comes (by SIGKILL: by the next run)."""
-    folder = out.parent / f".{out.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    with ExitStack() as at_the_end:
-        at_the_end.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being prepared by another process: wait for it, or stop it") from None
-        at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        for leftover in folder.iterdir():
-            leftover.unlink()
-        yield folder
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- documents

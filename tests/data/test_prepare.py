@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mdmtrain.data import prepare as module
+from mdmtrain.data import staging
 from mdmtrain.data.prepare import Options, prepare, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
@@ -179,13 +180,13 @@ def test_the_folder_appears_whole_by_one_rename(texts, tmp_path, monkeypatch):
         complete.append(tree(source))
         rename(source, target)
 
-    monkeypatch.setattr(module.os, "replace", watched)
+    monkeypatch.setattr(staging.os, "replace", watched)
     prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), out, OPTIONS, 1)
     assert complete == [tree(out)] and MANIFEST in complete[0]
 
 
 def test_two_preparations_of_one_folder_do_not_meet(texts, tmp_path):
-    with module._staging(tmp_path / "out"), pytest.raises(ValueError, match="being prepared by another process"):
+    with staging.staging(tmp_path / "out"), pytest.raises(ValueError, match="being prepared by another process"):
         prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), tmp_path / "out", OPTIONS, 1)
 
 

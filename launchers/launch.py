@@ -1,0 +1,141 @@
+"""What launchers.slurm and launchers.local share: the command line, the checks before anything starts, RUN/job.
+
+RUN/job holds a copy of the code, the whole configuration as it was resolved, and the options of the launch, so that a
+job in the queue does not notice edits. It is replaced by the next launch into the same run folder.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.lifecycle import State, job_folder, newest_step, read_state, write_state
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint.run_folder import git_revision
+from mdmtrain.checkpoint.store import TOKENIZER_FILE, write_atomically
+from mdmtrain.config import Config, resolve
+from mdmtrain.data.loader import open_sources
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import describe, model_shape
+from mdmtrain.monitor.logs import CommandParser
+from mdmtrain.parallel.world import writing
+from mdmtrain.train import find_resume, run_identity
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that may start: everything that needs no cluster has been checked."""
+
+    run_dir: Path  # absolute
+    config: Config
+    options: argparse.Namespace
+    explanation: tuple[str, ...]  # the resolved plan, a sentence each
+
+    @property
+    def log(self) -> Path:
+        return self.run_dir / "logs"
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def parser(name: str, description: str) -> CommandParser:
+    made = CommandParser(prog=f"python -m launchers.{name}", description=description)
+    made.add_argument("config", nargs="*", metavar="CONFIG | section.key=value", help="as mdmtrain.train takes them")
+    made.add_argument("--nodes", type=positive, default=1)
+    made.add_argument("--gpus-per-node", type=count, default=0, metavar="M", help="0: gloo on the CPU")
+    made.add_argument("--ranks-per-node", type=positive, metavar="R", help="one for each GPU, or one without GPUs")
+    made.add_argument("--max-crashes", type=positive, default=3, metavar="N",
+                      help="give up after N crashes in a row without a new checkpoint (3)")  # fmt: skip
+    made.add_argument("--dry-run", action="store_true", help="check and print everything, start nothing")
+    return made
+
+
+def parse(made: CommandParser, arguments: list[str] | None) -> argparse.Namespace:
+    options = made.parse_intermixed_args(arguments)
+    options.ranks_per_node = options.ranks_per_node or options.gpus_per_node or 1
+    if options.gpus_per_node and options.ranks_per_node > options.gpus_per_node:
+        raise ValueError(f"--ranks-per-node {options.ranks_per_node} with --gpus-per-node {options.gpus_per_node}: "
+                         "a rank needs a GPU to itself; start fewer")  # fmt: skip
+    return options
+
+
+def prepare(options: argparse.Namespace) -> Launch:
+    """Check what can be checked before the ranks exist. Raises ValueError."""
+    config = configuration.load(options.config)
+    world = options.nodes * options.ranks_per_node
+    plan = resolve(config, world)
+    run_dir = Path(config.run.dir).absolute()
+    sources = open_sources(config.data, "train", "size")
+    open_sources(config.data, "validation", "size")
+    tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
+    shape = model_shape(config.model, tokenizer.vocab_size)
+    find_resume(config, run_dir, run_identity(config, shape, tokenizer, [source.fingerprint for source in sources]))
+    step = newest_step(run_dir)
+    if step >= config.run.steps:
+        raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")
+    refuse_if_in_use(run_dir)
+    start = f"from step {step}" if step else "from the beginning"
+    ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
+    return Launch(run_dir, config, options, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons))
+
+
+def refuse_if_in_use(run_dir: Path) -> None:
+    """Raise ValueError where a live process on any node holds the folder's lock (see RunLock)."""
+    lock = run_dir / ".lock"
+    if not lock.is_file():
+        return
+    with open(lock, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            by = file.read().strip() or "another process"
+            raise ValueError(
+                f"run folder {run_dir} is in use by {by}: stop that run, or choose another run.dir"
+            ) from None
+
+
+def write(launch: Launch, kind: str) -> State:
+    """Write RUN/job and make RUN/logs. Returns the state to start from; raises OSError where it cannot be written."""
+    folder = job_folder(launch.run_dir)
+    with writing(launch.log):
+        launch.log.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=launch.log):
+            pass
+    before = read_state(launch.run_dir)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        code = folder / "code"
+        shutil.rmtree(code, ignore_errors=True)
+        for package in ("mdmtrain", "launchers"):
+            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    write_atomically(folder / "config.yaml", launch.config.to_yaml())
+    told = {"options": vars(launch.options), "steps": launch.config.run.steps, "revision": git_revision(),
+            "directory": os.getcwd(), "kind": kind}  # fmt: skip
+    write_atomically(folder / "launch.json", json.dumps(told, indent=1) + "\n")
+    state = State(kind, starts=before.starts if before else 0)  # a new launch: its crashes count from nothing
+    write_state(launch.run_dir, state)
+    return state
+
+
+def environment(cpus: int) -> dict[str, str]:
+    """What the ranks find in their environment, unless it is set already."""
+    return {
+        "OMP_NUM_THREADS": str(cpus),
+        "NCCL_DEBUG": "WARN",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # which collective hung, and where
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,14 @@ def parser(name: str, description: str) -> CommandParser:
     return made
 
 
-def parse(made: CommandParser, arguments: list[str] | None) -> argparse.Namespace:
-    options = made.parse_intermixed_args(arguments)
+def parse(made: CommandParser, arguments: Sequence[str], defaults: dict | None) -> argparse.Namespace:
+    """The options of a launch; `defaults` are those of an earlier one."""
+    if defaults is not None:
+        same = {**defaults, "config": None, "dry_run": False}
+        if any(word.startswith(("--ranks-per-node", "--gpus-per-node")) for word in arguments):
+            same["ranks_per_node"] = None  # follows from the number of GPUs, unless it is given
+        made.set_defaults(**same)
+    options = made.parse_intermixed_args(list(arguments))
     options.ranks_per_node = options.ranks_per_node or options.gpus_per_node or 1
     if options.gpus_per_node and options.ranks_per_node > options.gpus_per_node:
         raise ValueError(f"--ranks-per-node {options.ranks_per_node} with --gpus-per-node {options.gpus_per_node}: "

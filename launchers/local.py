@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -101,23 +102,24 @@ def supervise(launch: Launch) -> State:
         print(f"start {state.starts} ended{f' ({ended.error})' if ended.error else ''}; starting again", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(parser("local", __doc__.split("\n\n")[0]), arguments)
+def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
+    """Run as the command line says, on top of the options of an earlier launch. Raises ValueError."""
+    options = parse(parser("local", __doc__.split("\n\n")[0]), arguments, defaults)
     if options.nodes > 1:
         raise ValueError(f"--nodes {options.nodes}: this machine is one node; use launchers.slurm on a cluster")
     gpus = torch.cuda.device_count()
     if options.gpus_per_node > gpus:
         raise ValueError(f"--gpus-per-node {options.gpus_per_node}: this machine has {gpus}; ask for fewer")
-    launch = prepare(options)
+    prepared = prepare(options)
     if options.dry_run:
-        print(*launch.explanation, "nothing started (--dry-run)", sep="\n")
+        print(*prepared.explanation, "nothing started (--dry-run)", sep="\n")
         return
-    state = supervise(launch)
+    state = supervise(prepared)
     if state.phase == "failed":
-        raise ValueError(f"{launch.run_dir}: given up after {state.crashes} crashes without a new checkpoint "
-                         f"(--max-crashes): {state.last_error}: see {launch.log}")  # fmt: skip
+        raise ValueError(f"{prepared.run_dir}: given up after {state.crashes} crashes without a new checkpoint "
+                         f"(--max-crashes): {state.last_error}: see {prepared.log}")  # fmt: skip
 
 
 if __name__ == "__main__":
     with user_errors():
-        main()
+        launch(sys.argv[1:])

@@ -151,10 +151,11 @@ def submit(options: argparse.Namespace) -> None:
     print(f"  python -m launchers.status cancel {launch.run_dir}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    submit(parse(slurm_parser(), arguments))
+def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
+    """Submit as the command line says, on top of the options of an earlier launch. Raises ValueError."""
+    submit(parse(slurm_parser(), arguments, defaults))
 
 
 if __name__ == "__main__":
     with user_errors():
-        main()
+        launch(sys.argv[1:])

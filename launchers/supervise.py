@@ -50,7 +50,7 @@ def run_ranks(run_dir: Path, options: dict) -> Ended:
     # This process runs on the first node, as rank 0 will, so a port that is free here is free there.
     environment = {**os.environ, "MASTER_ADDR": slurm_client.address(nodes[0]), "MASTER_PORT": str(free_port())}
     environment.pop("RANK", None)
-    command = ["srun", "--kill-on-bad-exit=1", "--unbuffered", "--mpi=none", f"--nodes={len(nodes)}",
+    command = ["srun", "--kill-on-bad-exit=1", "--mpi=none", f"--nodes={len(nodes)}",
                f"--ntasks={len(nodes) * per_node}", f"--ntasks-per-node={per_node}",
                f"--cpus-per-task={options['cpus']}", *rank_command(run_dir)]  # fmt: skip
     print(f"ranks {len(nodes) * per_node} on {' '.join(nodes)}, rendezvous at "

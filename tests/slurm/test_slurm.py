@@ -1,0 +1,199 @@
+"""Launching on a real Slurm cluster of two nodes: finish, be disturbed and recover, change nodes, be refused.
+
+The undisturbed run and the disturbed one share the cluster. Every wait is generous: a busy machine must not fail them.
+"""
+
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from launchers import slurm, status
+from launchers.lifecycle import newest_step, read_state
+from tests.conftest import read_metrics, write_config
+from tests.slurm.cluster import Cluster, missing
+from tests.test_worlds import close
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+LONG = 400.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster() as running:
+        before = os.environ.get("SLURM_CONF")
+        os.environ["SLURM_CONF"] = running.environment["SLURM_CONF"]
+        try:
+            yield running
+        finally:
+            os.environ.pop("SLURM_CONF")
+            if before is not None:
+                os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def run_file(small_run, tmp_path, monkeypatch):
+    """A function that writes the configuration of a short run in tmp_path/NAME."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def write(name: str, steps: int = 240) -> tuple[Path, Path]:
+        changes = {
+            "run": {"dir": str(tmp_path / name), "seed": 5, "steps": steps, "global_batch": 8, "micro_batch": 4},
+            "checkpoint": {"save_every": 10},
+            "monitor": {"log_every": 5, "tensorboard": True},
+            "eval": {"every": 80, "rows": 16, "samples": 2, "batch": 8},
+        }
+        return write_config(small_run(changes), tmp_path / f"{name}.yaml"), tmp_path / name
+
+    return write
+
+
+def phase(run_dir: Path) -> str:
+    return read_state(run_dir).phase
+
+
+def logs(run_dir: Path) -> str:
+    return "\n".join(f.read_text(errors="replace")[-6000:] for f in (run_dir / "logs").glob("job-*.log"))
+
+
+def wait_until_saved(cluster: Cluster, run_dir: Path, step: int) -> None:
+    def there() -> bool:
+        assert phase(run_dir) not in ("finished", "failed", "cancelled"), logs(run_dir)
+        return newest_step(run_dir) >= step
+
+    cluster.wait_for(there, f"step {step} of {run_dir.name}", LONG)
+
+
+def wait_until_finished(cluster: Cluster, run_dir: Path) -> None:
+    def there() -> bool:
+        assert phase(run_dir) not in ("failed", "cancelled"), logs(run_dir)
+        return phase(run_dir) == "finished"
+
+    cluster.wait_for(there, f"the end of {run_dir.name}", LONG)
+
+
+def processes_of(cluster: Cluster, run_dir: Path, program: str) -> list[int]:
+    """Processes of a run that execute launchers/PROGRAM themselves, in the order of their start."""
+    found = []
+    for pid in sorted(cluster.processes()):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if Path(f"/proc/{pid}").exists() else []
+        if len(words) > 1 and words[1].decode() == str(run_dir / "job/code/launchers" / program):
+            found.append(pid)
+    return found
+
+
+class Disturbance:
+    """What happens to a job. Each is felt: the run must have another start behind it."""
+
+    def __init__(self, cluster: Cluster, run_dir: Path):
+        self.cluster, self.run_dir = cluster, run_dir
+
+    @property
+    def job(self) -> str:
+        return read_state(self.run_dir).job
+
+    def signal(self) -> None:
+        self.cluster.run("scancel", "--signal=USR2", self.job)
+
+    def requeue(self) -> None:
+        self.cluster.run("scontrol", "requeue", self.job)
+
+    def kill_rank(self) -> None:
+        os.kill(random.choice(processes_of(self.cluster, self.run_dir, "rank.py")), signal.SIGKILL)
+
+    def kill_batch_step(self) -> None:
+        (supervisor,) = processes_of(self.cluster, self.run_dir, "supervise.py")
+        os.kill(supervisor, signal.SIGKILL)
+
+    def preempt(self) -> None:
+        self.cluster.run(
+            "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+        )
+
+    def time_limit(self) -> None:
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=1")
+
+    def kill_slurmd(self) -> None:
+        node = random.choice(["n1", "n2"])
+        self.cluster.kill_node(node)
+        state = lambda: self.cluster.run("sinfo", "-h", "-n", node, "-o", "%T")  # noqa: E731
+        self.cluster.wait_for(lambda: "down" in state(), f"Slurm to miss {node}", LONG)
+        self.cluster.start_node(node)  # as the machine's init would
+
+
+def disturb_until_the_end(cluster: Cluster, run_dir: Path, names: list[str], every: int) -> None:
+    disturbance = Disturbance(cluster, run_dir)
+    for turn, name in enumerate(names):
+        wait_until_saved(cluster, run_dir, 20 + turn * every)
+        starts, saved = read_state(run_dir).starts, newest_step(run_dir)
+        getattr(disturbance, name)()
+        cluster.wait_for(lambda: read_state(run_dir).starts > starts, f"a start after {name}\n{logs(run_dir)}", LONG)  # noqa: B023
+        assert newest_step(run_dir) >= saved, f"{name} lost a committed step"
+    wait_until_finished(cluster, run_dir)
+
+
+def test_finished_disturbed_and_equal(cluster, run_file, capsys):
+    """One command each; then a signal, a requeue and a killed rank; and the metrics do not tell the two runs apart."""
+    calm_file, calm = run_file("calm")
+    rough_file, rough = run_file("rough")
+    slurm.launch([str(rough_file), "--nodes", "2", "--time", "30"])
+    assert f"submitted job {read_state(rough).job}" in capsys.readouterr().out
+    slurm.launch([str(calm_file), "--nodes", "2"])
+    random.seed(0)
+    disturb_until_the_end(cluster, rough, ["signal", "requeue", "kill_rank"], 60)
+    wait_until_finished(cluster, calm)
+    assert read_metrics(rough) == read_metrics(calm)
+    assert len(read_metrics(calm)) == 240 + 3
+    assert read_state(calm).starts == 1 and read_state(rough).starts == 4
+    assert read_state(rough).crashes == 0 and "Killed" in read_state(rough).last_error
+    assert "is not excluded: without it, 1 nodes are left" in logs(rough)
+    assert list((calm / "events").glob("events.*")) and (calm / "logs/rank-1.log").is_file()
+    environment = json.loads((calm / "environment.json").read_text())
+    assert str(calm / "job/code/launchers/rank.py") in environment["command"]
+    # Slurm must not start a finished run again.
+    job = cluster.run("scontrol", "show", "job", "-o", read_state(calm).job)
+    assert "JobState=COMPLETED" in job and "Restarts=0" in job
+
+
+def test_two_nodes_one_node_two_nodes(cluster, run_file, capsys, tmp_path):
+    """The same data, rates and masks when the number of nodes changes; a node that fails is not used next."""
+    file, run_dir = run_file("changing")
+    slurm.launch([str(file), "--nodes", "2"])
+    wait_until_saved(cluster, run_dir, 20)
+    with pytest.raises(ValueError, match="in use by job .* cancel it with"):
+        status.resume(run_dir, ["--nodes", "1"])
+    status.cancel(run_dir)
+    cluster.wait_for(lambda: phase(run_dir) == "cancelled", "the cancelled job", LONG)
+    idle = lambda: not cluster.run("squeue", "-h")  # noqa: E731
+    cluster.wait_for(idle, "an empty queue", LONG)
+    status.resume(run_dir, ["--nodes", "1"])
+    wait_until_saved(cluster, run_dir, 80)
+    job = read_state(run_dir).job
+    first = cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
+    starts = read_state(run_dir).starts
+    Disturbance(cluster, run_dir).kill_rank()
+    cluster.wait_for(lambda: read_state(run_dir).starts > starts, f"a new start\n{logs(run_dir)}", LONG)
+    assert {first, cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()} == {"n1", "n2"}
+    wait_until_saved(cluster, run_dir, 120)
+    status.cancel(run_dir)
+    cluster.wait_for(idle, "an empty queue", LONG)
+    capsys.readouterr()
+    status.main([str(tmp_path), "--json", str(tmp_path / "status.json")])
+    (row,) = json.loads((tmp_path / "status.json").read_text())
+    assert row["state"] == "cancelled" and row["restarts"] == 2 and "Killed" in row["last_error"]
+    assert row["step"] == row["saved"] >= 120 and "cancelled" in capsys.readouterr().out
+    status.resume(run_dir, ["--nodes", "2"])
+    wait_until_finished(cluster, run_dir)
+
+    calm_file, calm = run_file("alone")
+    slurm.launch([str(calm_file), "--nodes", "2"])
+    wait_until_finished(cluster, calm)
+    changed, undisturbed = read_metrics(run_dir), read_metrics(calm)
+    for one, other in zip(changed, undisturbed, strict=True):
+        assert one["step"] == other["step"]
+        for exact in ("tokens", "masked_fraction", "rate_histogram", "lr"):
+            assert one.get(exact) == other.get(exact), (one["step"], exact)
+    close(undisturbed, changed, 1e-4)

@@ -5,7 +5,6 @@ job in the queue does not notice edits. It is replaced by the next launch into t
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.lifecycle import State, job_folder, newest_step, read_state, write_state
+from launchers import slurm_client
+from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state, write_state
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import TOKENIZER_FILE, write_atomically
@@ -86,6 +86,7 @@ def prepare(options: argparse.Namespace) -> Launch:
     world = options.nodes * options.ranks_per_node
     plan = resolve(config, world)
     run_dir = Path(config.run.dir).absolute()
+    refuse_if_in_use(run_dir)
     sources = open_sources(config.data, "train", "size")
     open_sources(config.data, "validation", "size")
     tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
@@ -94,25 +95,22 @@ def prepare(options: argparse.Namespace) -> Launch:
     step = newest_step(run_dir)
     if step >= config.run.steps:
         raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")
-    refuse_if_in_use(run_dir)
     start = f"from step {step}" if step else "from the beginning"
     ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
     return Launch(run_dir, config, options, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons))
 
 
 def refuse_if_in_use(run_dir: Path) -> None:
-    """Raise ValueError where a live process on any node holds the folder's lock (see RunLock)."""
-    lock = run_dir / ".lock"
-    if not lock.is_file():
-        return
-    with open(lock, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            by = file.read().strip() or "another process"
-            raise ValueError(
-                f"run folder {run_dir} is in use by {by}: stop that run, or choose another run.dir"
-            ) from None
+    """Raise ValueError where a job for this folder is in a queue, or a live process holds its lock (see RunLock)."""
+    state = read_state(run_dir)
+    if state is not None and state.kind == "slurm" and state.job:
+        now = slurm_client.job_state(state.job)
+        if now.lives:
+            raise ValueError(f"run folder {run_dir} is in use by job {state.job} ({now.name}): cancel it with "
+                             f"python -m launchers.status cancel {run_dir}, or choose another run.dir")  # fmt: skip
+    holder = lock_holder(run_dir)
+    if holder is not None:
+        raise ValueError(f"run folder {run_dir} is in use by {holder}: stop that run, or choose another run.dir")
 
 
 def write(launch: Launch, kind: str) -> State:

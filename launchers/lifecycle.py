@@ -4,6 +4,7 @@ RUN/job/state.json says where a launched run stands. Only the standard library i
 run inside a job (supervise.py, rank.py): the node that supervises has better uses for its memory than another torch.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -64,6 +65,19 @@ def write_state(run_dir: Path, state: State) -> None:
 def newest_step(run_dir: Path) -> int:
     """The step of the newest committed checkpoint, 0 without one."""
     return max((int(p.parent.name[5:]) for p in (run_dir / "checkpoints").glob("step-*/meta.json")), default=0)
+
+
+def lock_holder(run_dir: Path) -> str | None:
+    """The live process, on any node, that holds a run folder's lock (see RunLock), or None."""
+    lock = run_dir / ".lock"
+    if not lock.is_file():
+        return None
+    with open(lock, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
 
 
 # ---- decisions

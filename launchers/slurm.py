@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launchers import slurm_client
-from launchers.launch import Launch, environment, parse, parser, prepare, write
-from launchers.lifecycle import job_folder, read_state, write_state
+from launchers.launch import Launch, environment, parse, parser, positive, prepare, write
+from launchers.lifecycle import job_folder, write_state
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.monitor.logs import CommandParser, user_errors
@@ -28,14 +28,14 @@ OURS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", 
 
 def slurm_parser() -> CommandParser:
     made = parser("slurm", __doc__.split("\n\n")[0])
-    made.add_argument("--cpus", type=int, default=1, metavar="N", help="cores for each rank (1)")
+    made.add_argument("--cpus", type=positive, default=1, metavar="N", help="cores for each rank (1)")
     made.add_argument("--mem", metavar="SIZE", help="memory of a node, such as 64G; the partition's default without it")
     for name in ("partition", "account", "qos", "constraint", "exclude"):
         made.add_argument(f"--{name}", help=f"as sbatch --{name}")
     made.add_argument("--time", metavar="LIMIT", help="limit of one start, as sbatch --time; the run may take longer")
     made.add_argument(
         "--stop-before",
-        type=int,
+        type=positive,
         default=300,
         metavar="SECONDS",
         help="before the time limit, to finish a step and save (300); Slurm may be a minute early",
@@ -92,36 +92,30 @@ def job_script(launch: Launch) -> str:
 
 
 def refuse_what_the_cluster_lacks(options: argparse.Namespace) -> None:
-    """Raise ValueError where no nodes of the partition can hold the job."""
-    listed = slurm_client.nodes(options.partition)
+    """Raise ValueError where no nodes of the partition can hold the job, or not for so long."""
+    partition = slurm_client.partition(options.partition)
+    where = f"partition {partition.name}"
     banned = slurm_client.expand(options.exclude or "")
-    left = [node for node in listed if node.name not in banned]
-    where = f"partition {options.partition}" if options.partition else "the default partition"
-    wanted = {
-        f"--gpus-per-node {options.gpus_per_node}": (options.gpus_per_node, [node.gpus for node in left]),
-        f"--ranks-per-node {options.ranks_per_node} x --cpus {options.cpus}": (
-            options.ranks_per_node * options.cpus,
-            [node.cpus for node in left],
-        ),
-    }
+    left = [node for node in partition.nodes if node.name not in banned]
     if options.nodes > len(left):
-        without = f" after --exclude {options.exclude}" if len(left) < len(listed) else ""
+        without = f" after --exclude {options.exclude}" if len(left) < len(partition.nodes) else ""
         raise ValueError(f"--nodes {options.nodes}: {where} has {len(left)} nodes{without}; ask for fewer")
-    for option, (asked, have) in wanted.items():
+    cores = options.ranks_per_node * options.cpus
+    for option, asked, have in (
+        (f"--gpus-per-node {options.gpus_per_node}", options.gpus_per_node, [node.gpus for node in left]),
+        (f"--ranks-per-node {options.ranks_per_node} x --cpus {options.cpus}", cores, [node.cpus for node in left]),
+    ):
         enough = sum(number >= asked for number in have)
         if enough < options.nodes:
             raise ValueError(f"{option}: {enough} of the {len(left)} nodes of {where} have that many "
-                             f"(most: {max(have)}), and --nodes {options.nodes} are needed; ask for fewer")  # fmt: skip
-
-
-def refuse_if_queued(launch: Launch) -> None:
-    state = read_state(launch.run_dir)
-    if state is None or state.kind != "slurm" or not state.job:
-        return
-    now = slurm_client.job_state(state.job)
-    if now.name in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
-        raise ValueError(f"run folder {launch.run_dir} is in use by job {state.job} ({now.name}): cancel it with "
-                         f"python -m launchers.status cancel {launch.run_dir}, or choose another run.dir")  # fmt: skip
+                             f"(most: {max(have)}); ask for fewer")  # fmt: skip
+    limit = partition.default if options.time is None else slurm_client.seconds(options.time)
+    if limit > partition.limit:
+        raise ValueError(f"--time {options.time}: longer than {where} allows ({partition.limit / 60:.0f} minutes); "
+                         "ask for less: the run goes on in another start")  # fmt: skip
+    if limit <= options.stop_before + 60:
+        raise ValueError(f"--stop-before {options.stop_before}: no time is left of a limit of {limit:.0f} s (Slurm may "
+                         "signal 60 s early); lower it, or raise --time")  # fmt: skip
 
 
 def submit(options: argparse.Namespace) -> None:
@@ -132,7 +126,6 @@ def submit(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(f"\n{script}\nnothing submitted (--dry-run)")
         return
-    refuse_if_queued(launch)
     refuse_what_the_cluster_lacks(options)
     try:
         slurm_client.slurm("sbatch", "--test-only", stdin=script)

@@ -30,6 +30,10 @@ class JobState:
     partition: str = ""
 
     @property
+    def lives(self) -> bool:
+        return self.name in ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING")
+
+    @property
     def batch_step_died(self) -> bool:
         return self.name in ("COMPLETING", "FAILED") and self.reason.startswith(("JobLaunchFailure", "RaisedSignal"))
 
@@ -63,28 +67,48 @@ def requeue(job: str) -> None:
 class Node:
     name: str
     cpus: int
-    memory: int  # MiB
     gpus: int
     usable: bool
 
 
-def nodes(partition: str | None) -> list[Node]:
-    """The nodes of a partition, or of the default one."""
-    if partition is None:
-        names = slurm("sinfo", "-h", "-o", "%P").split()
-        partition = next((name[:-1] for name in names if name.endswith("*")), None)
-        if partition is None:
+@dataclass(frozen=True)
+class Partition:
+    name: str
+    nodes: list[Node]
+    limit: float  # seconds that a job may run
+    default: float  # seconds that it may run when it does not say
+
+
+def partition(name: str | None) -> Partition:
+    """A partition, or the default one; several, as in `a,b`, count as one. Raises ValueError."""
+    names = slurm("sinfo", "-h", "-o", "%P").split()
+    if name is None:
+        name = next((one[:-1] for one in names if one.endswith("*")), None)
+        if name is None:
             raise ValueError(f"this cluster has no default partition: choose one with --partition: {', '.join(names)}")
-    found = {}
-    for line in slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%G|%T").splitlines():
-        name, cpus, memory, gres, state = line.split("|")
+    found, limits = {}, []
+    for line in slurm("sinfo", "-h", "-N", "-p", name, "-o", "%N|%c|%G|%T|%l|%L").splitlines():
+        node, cpus, gres, state, limit, default = line.split("|")
         gpus = sum(int(count) for count in re.findall(r"\bgpu(?::[^,:()]+)?:(\d+)", gres))
-        usable = re.match(r"(idle|alloc|mixed|compl|planned|reserved|resv)", state) is not None
-        found[name] = Node(name, int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus, usable)
+        usable = re.match(r"(idle|alloc|mix|compl|plan|res)", state) is not None
+        found[node] = Node(node, int(cpus.rstrip("+")), gpus, usable)
+        limits.append((seconds(limit), seconds(limit if default == "n/a" else default)))
     if not found:
-        names = sorted({name.rstrip("*") for name in slurm("sinfo", "-h", "-o", "%P").split()})
-        raise ValueError(f"unknown partition {partition!r}: this cluster has {', '.join(names)}")
-    return list(found.values())
+        known = ", ".join(sorted({one.rstrip("*") for one in names}))
+        raise ValueError(f"unknown partition {name!r}: this cluster has {known}")
+    return Partition(name, list(found.values()), max(limit for limit, _ in limits), min(d for _, d in limits))
+
+
+def seconds(limit: str) -> float:
+    """A time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ValueError."""
+    if limit.lower() in ("infinite", "unlimited"):
+        return float("inf")
+    if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit) is None:
+        raise ValueError(f"--time {limit}: not a time limit; write minutes, hours:minutes:seconds or days-hours")
+    days, dash, clock = limit.rpartition("-")
+    fields = [int(field) for field in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(unit * field for unit, field in zip(units, fields, strict=False))
 
 
 def expand(host_list: str) -> list[str]:

@@ -5,7 +5,6 @@ python -m launchers.status cancel RUN...                        stop and save; t
 python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 
 from launchers import slurm_client
-from launchers.lifecycle import State, job_folder, newest_step, read_state
+from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state
 from mdmtrain import yaml12
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 
@@ -74,23 +73,10 @@ def last_records(path: Path, count: int = 20) -> list[dict]:
     return records[-count:]
 
 
-def locked(run_dir: Path) -> bool:
-    """Whether a live process on this machine or on the same lock service trains here."""
-    lock = run_dir / ".lock"
-    if not lock.is_file():
-        return False
-    with open(lock, "r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
 def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
     """The word for where a run stands: Slurm's, where a job lives, else that of its last end."""
     if state is None:
-        if locked(run_dir):
+        if lock_holder(run_dir) is not None:
             return "running"
         return "finished" if step >= steps else "stopped"
     if state.phase not in UNDECIDED:
@@ -100,7 +86,7 @@ def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
     if not state.job:
         return "not submitted"
     now = slurm_client.job_state(state.job)
-    if now.name in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING"):
+    if now.lives:
         return now.name.lower() + (f" ({now.reason})" if now.reason != "None" else "")
     return "cancelled" if now.name == "CANCELLED" else "died"
 

@@ -68,7 +68,7 @@ def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
     wanted = slurm_client.expand(options["exclude"] or "")
     if not failed or failed in wanted:
         return ",".join(wanted), ""
-    others = [n for n in slurm_client.nodes(partition) if n.usable and n.name not in (failed, *wanted)]
+    others = [n for n in slurm_client.partition(partition).nodes if n.usable and n.name not in (failed, *wanted)]
     if len(others) < options["nodes"]:
         return ",".join(wanted), f"{failed} is not excluded: without it, {len(others)} nodes are left"
     return ",".join([*wanted, failed]), f"{failed} is excluded from the next start"
@@ -81,8 +81,10 @@ def go_on(job: str, options: dict, failed: str, restarts: int) -> str:
         return "requeued"  # by Slurm or a person, before the ranks had stopped
     if now.name != "RUNNING" and now.reason != "TimeLimit":
         return "cancelled"  # scancel
-    slurm_client.requeue(job)
+    # Slurm ends the job as soon as it is requeued; what is left to do must outlive its SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nodes, sentence = excluded(options, failed, now.partition)
+    slurm_client.requeue(job)
     try:
         slurm_client.slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
     except ValueError as error:

@@ -5,6 +5,7 @@ ports, key, socket and configuration of their own, so that it touches no other S
 whose jobs `urgent` preempts after a grace time, and `short`, with a limit of two minutes.
 """
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -44,6 +45,7 @@ AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=10
 InactiveLimit=0
@@ -53,8 +55,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2,batch_sched_delay=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:4
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=1-0 DefMemPerCPU=500
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=1-0 DefMemPerCPU=500
 PartitionName=short Nodes=ALL PriorityTier=1 GraceTime=60 MaxTime=2 DefMemPerCPU=500
@@ -77,6 +79,11 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def die_with_parent() -> None:
+    """In a child: go when the tests are killed, which then cannot stop their daemons."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
 
 class Cluster:
@@ -128,13 +135,16 @@ class Cluster:
         key.chmod(0o400)
         conf = CONF.format(root=self.root, ports=free_ports(3), host=socket.gethostname().split(".")[0])
         (self.root / "slurm.conf").write_text(conf)
+        for number in range(4):  # something to schedule by, no devices
+            (self.root / f"gpu{number}").touch()
+        (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-3]\n")
 
     def _start(self, name: str, *arguments: str) -> None:
         key = f"slurmd {arguments[-1]}" if name == "slurmd" else name
         with open(self.root / f"{key}.out", "ab") as out:
             self._daemons[key] = subprocess.Popen(
                 [name, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
 
     def start_node(self, node: str) -> None:
@@ -153,7 +163,7 @@ class Cluster:
         return done.stdout
 
     def processes(self) -> list[int]:
-        """Every process that was started with this cluster's configuration."""
+        """Every process that was started with this cluster's configuration, its daemons too."""
         mark, found = f"SLURM_CONF={self.root}/slurm.conf".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:

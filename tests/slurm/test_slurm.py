@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import slurm, status
+from launchers import slurm, slurm_client, status
 from launchers.lifecycle import newest_step, read_state
-from tests.conftest import read_metrics, write_config
+from tests.conftest import SOAK, read_metrics, write_config
 from tests.slurm.cluster import Cluster
 from tests.test_worlds import close
 
@@ -23,10 +23,10 @@ LONG = 400.0  # seconds
 STEPS = 160
 
 
-def write_run(corpus: Path, folder: Path, name: str) -> tuple[Path, Path]:
+def write_run(corpus: Path, folder: Path, name: str, steps: int = STEPS) -> tuple[Path, Path]:
     """The configuration of a short run in folder/NAME, and that run folder."""
     tree = {
-        "run": {"dir": str(folder / name), "seed": 5, "steps": STEPS, "global_batch": 8, "micro_batch": 4},
+        "run": {"dir": str(folder / name), "seed": 5, "steps": steps, "global_batch": 8, "micro_batch": 4},
         "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64},
         "data": {
             "sources": [{"path": str(corpus)}],
@@ -127,7 +127,12 @@ class Disturbance:
         )
 
     def time_limit(self) -> None:
+        """The minute is over: SIGTERM, SIGCONT and SIGTERM again. (The warning before it is what `signal` does.)"""
         self.cluster.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=1")
+        restarted = lambda: slurm_client.job_state(self.job).restarts > before  # noqa: E731
+        before = slurm_client.job_state(self.job).restarts
+        self.cluster.wait_for(restarted, "the time limit", LONG)
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", "TimeLimit=60")
 
     def kill_slurmd(self) -> None:
         node = random.choice(["n1", "n2"])
@@ -206,3 +211,20 @@ def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):
         for exact in ("tokens", "masked_fraction", "rate_histogram", "lr"):
             assert one.get(exact) == other.get(exact), (one["step"], exact)
     close(undisturbed, changed, 1e-4)
+
+
+@pytest.mark.skipif(not SOAK, reason="twenty disturbances take a quarter of an hour: make soak")
+def test_twenty_disturbances(cluster, corpus, tmp_path):
+    kinds = ["kill_batch_step", "preempt", "time_limit", "kill_slurmd", "kill_rank", "requeue", "signal"]
+    names = (kinds * 3)[:20]
+    random.seed(1)
+    random.shuffle(names)
+    steps = 20 + 40 * len(names) + 40
+    file, rough = write_run(corpus, tmp_path, "rough", steps)
+    calm_file, calm = write_run(corpus, tmp_path, "calm", steps)
+    slurm.launch([str(calm_file), "--nodes", "2"])
+    wait_until_finished(cluster, calm)
+    slurm.launch([str(file), "--nodes", "2", "--time", "60"])
+    disturb_until_the_end(cluster, rough, names, 40)
+    assert read_metrics(rough) == read_metrics(calm)
+    assert read_state(rough).starts >= 21 and read_state(rough).crashes == 0

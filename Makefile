@@ -1,11 +1,12 @@
-# make quickstart | test | soak | lint. Each sets itself up; run again, it changes nothing that is already there.
+# make quickstart | test | soak | study | lint. Each sets itself up; run again, it changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
 RUN := runs/quickstart
+STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,bell-counted-ppots,ar
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test soak lint
+.PHONY: setup quickstart test soak study lint
 
 setup: .venv/.installed
 
@@ -37,6 +38,12 @@ test: setup
 # The full counts of every proof that `make test` samples.
 soak: setup
 	MDMTRAIN_SOAK=1 $(PY) -m pytest
+
+# Every arm trained from the same starts at two learning rates (docs/variance.md): hours on two cores; goes on where it
+# stopped. Needs the quickstart's corpus.
+study: setup
+	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
+		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
 
 lint: setup
 	$(PY) -m ruff check .

@@ -155,7 +155,18 @@ class ParallelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the forward and backward pass; parameters and reductions stay float32"
     )
+    replicate: int = Field(
+        1, gt=0, description="copies of the sharded model (HSDP): gradients are reduced within a copy, then over copies"
+    )
+    shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
+    recompute: Literal["none", "full", "selective", "ops"] = Field(
+        "none",
+        description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
+        "every recompute_every-th block; ops: every block but its matrix products and attention",
+    )
+    recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
 
 
@@ -245,6 +256,13 @@ def resolve(config: Config, world_size: int) -> RunPlan:
         raise ValueError(
             f"run.micro_batch={micro} does not divide the {rows} rows of a rank "
             f"(run.global_batch={run.global_batch} / {world_size} ranks): choose one of {divisors}"
+        )
+    parallel = config.parallel
+    shard = parallel.shard or world_size // parallel.replicate
+    if parallel.replicate * shard != world_size:
+        raise ValueError(
+            f"parallel.replicate={parallel.replicate} x parallel.shard={shard} is not {world_size} ranks: "
+            "leave parallel.shard out, and make parallel.replicate a divisor of the ranks"
         )
     optim, stable = config.optim, run.steps
     if optim.schedule == "wsd":

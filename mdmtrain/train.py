@@ -93,7 +93,8 @@ def train(config: Config, world: World) -> None:
         law = sampler.law(step / run.steps)
         draws = law.draw(run.seed, step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
-        for _ in range(plan.accumulation):
+        for micro_step in range(plan.accumulation):
+            model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
             batch = recorder.wait_for(batches)
             drawn = draws.at(batch.slots.numpy())
             corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)

@@ -213,7 +213,8 @@ def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
     tokenizer = world.agree(lambda: Tokenizer.load(folder / TOKENIZER_FILE))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
         raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer it was trained with; use another checkpoint")
-    model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
+    here = config.parallel.model_copy(update={"replicate": 1, "shard": None, "compile": False})  # any number of ranks
+    model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
     source = "average" if weights != "raw" and meta["has_average"] else "model"
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()

@@ -18,10 +18,10 @@ from launchers.lifecycle import State, job_folder, lock_holder, newest_step, rea
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import TOKENIZER_FILE, write_atomically
-from mdmtrain.config import Config, resolve
+from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.data.loader import open_sources
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.model.presets import describe, model_shape
+from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.monitor.logs import CommandParser
 from mdmtrain.parallel.world import writing
 from mdmtrain.train import find_resume, run_identity
@@ -36,6 +36,8 @@ class Launch:
     run_dir: Path  # absolute
     config: Config
     options: argparse.Namespace
+    plan: RunPlan
+    shape: ModelShape
     explanation: tuple[str, ...]  # the resolved plan, a sentence each
 
     @property
@@ -97,17 +99,25 @@ def prepare(options: argparse.Namespace) -> Launch:
         raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")
     start = f"from step {step}" if step else "from the beginning"
     ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
-    return Launch(run_dir, config, options, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons))
+    return Launch(
+        run_dir, config, options, plan, shape, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons)
+    )
+
+
+def live_job(run_dir: Path) -> tuple[str, str] | None:
+    """Id and state, as Slurm has it, of the job that will train or trains here, or None."""
+    state = read_state(run_dir)
+    if state is None or state.kind != "slurm" or not state.job:
+        return None
+    now = slurm_client.job_state(state.job)
+    return (state.job, now.name) if now.lives else None
 
 
 def refuse_if_in_use(run_dir: Path) -> None:
     """Raise ValueError where a job for this folder is in a queue, or a live process holds its lock (see RunLock)."""
-    state = read_state(run_dir)
-    if state is not None and state.kind == "slurm" and state.job:
-        now = slurm_client.job_state(state.job)
-        if now.lives:
-            raise ValueError(f"run folder {run_dir} is in use by job {state.job} ({now.name}): cancel it with "
-                             f"python -m launchers.status cancel {run_dir}, or choose another run.dir")  # fmt: skip
+    if live := live_job(run_dir):
+        raise ValueError(f"run folder {run_dir} is in use by job {live[0]} ({live[1]}): cancel it with "
+                         f"python -m launchers.status cancel {run_dir}, or choose another run.dir")  # fmt: skip
     holder = lock_holder(run_dir)
     if holder is not None:
         raise ValueError(f"run folder {run_dir} is in use by {holder}: stop that run, or choose another run.dir")

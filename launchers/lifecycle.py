@@ -44,6 +44,13 @@ def job_folder(run_dir: Path) -> Path:
     return run_dir / "job"
 
 
+def this_job() -> str:
+    """The id of the job, or of the task of a job array, that this process belongs to."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may stand for the whole array there
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
 def read_state(run_dir: Path) -> State | None:
     """The state of a launched run, or None where none was launched. Raises ValueError."""
     path = job_folder(run_dir) / "state.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers import slurm_client  # noqa: E402
-from launchers.lifecycle import EARLY  # noqa: E402
+from launchers.lifecycle import EARLY, this_job  # noqa: E402
 
 
 def from_slurm() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     if "RANK" not in os.environ:
         from_slurm()
         if os.environ["RANK"] == "0":
-            guard(os.environ["SLURM_JOB_ID"])
+            guard(this_job())
 
     from mdmtrain import train
     from mdmtrain.monitor.logs import user_errors

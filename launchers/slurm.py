@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from launchers import slurm_client
 from launchers.launch import Launch, environment, parse, parser, positive, prepare, write
@@ -20,6 +21,8 @@ from launchers.lifecycle import job_folder, write_state
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.monitor.logs import CommandParser, user_errors
+from mdmtrain.parallel.world import writing
+from mdmtrain.plan import GIB, GPUS, Assumptions, cost
 
 OURS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos",
         "constraint", "time", "exclude", "signal", "output", "error", "open-mode", "requeue", "no-requeue", "chdir",
@@ -44,22 +47,20 @@ def slurm_parser() -> CommandParser:
                       help="shell line to run first: 'module load cuda', '. cluster.sh'; may export RANK_PREFIX, "
                       "which goes before the ranks' command: 'apptainer exec --nv image.sif'")  # fmt: skip
     made.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
+    made.add_argument("--gpu", choices=sorted(GPUS), help="say what the run needs on this kind of GPU")
     return made
 
 
 def directives(launch: Launch) -> list[str]:
     """The options of sbatch, without their dashes."""
     o = launch.options
-    listed = [f"job-name={launch.run_dir.name}", f"nodes={o.nodes}", f"ntasks-per-node={o.ranks_per_node}",
-              f"cpus-per-task={o.cpus}"]  # fmt: skip
+    listed = [f"nodes={o.nodes}", f"ntasks-per-node={o.ranks_per_node}", f"cpus-per-task={o.cpus}"]
     if o.gpus_per_node:
         listed.append(f"gpus-per-node={o.gpus_per_node}")
     for name in ("mem", "partition", "account", "qos", "constraint", "exclude", "time"):
         if getattr(o, name) is not None:
             listed.append(f"{name}={getattr(o, name)}")
-    log = str(launch.log / "job-").replace("%", "%%")
-    listed += [f"signal=USR2@{o.stop_before}", "requeue", f"output={log}%j.log", "open-mode=append",
-               f"chdir={os.getcwd()}"]  # fmt: skip
+    listed += [f"signal=USR2@{o.stop_before}", "requeue", f"chdir={os.getcwd()}", "open-mode=append"]
     for extra in o.sbatch:
         key = extra.partition("=")[0].lstrip("-")
         if key in OURS:
@@ -68,11 +69,15 @@ def directives(launch: Launch) -> list[str]:
     return listed
 
 
-def job_script(launch: Launch) -> str:
-    """RUN/job/job.sh."""
-    folder = job_folder(launch.run_dir)
+def job_script(launches: list[Launch], folder: Path, at_once: int | None) -> str:
+    """A script that supervises one run, or as a task of an array one of several, at most `at_once` at a time."""
+    launch, alone = launches[0], len(launches) == 1
+    listed = [f"job-name={folder.name}", *directives(launch)]
+    listed.append(f"output={str(folder / 'logs/job-').replace('%', '%%')}{'%j' if alone else '%A_%a'}.log")
+    if not alone:
+        listed.append(f"array=0-{len(launches) - 1}" + (f"%{at_once}" if at_once else ""))
     lines = ["#!/bin/bash"]
-    for directive in directives(launch):
+    for directive in listed:
         key, equals, value = directive.partition("=")
         if any(character in value for character in '"\n'):
             raise ValueError(f"--{key}: {value!r}: sbatch cannot read quotes and line ends: choose another value")
@@ -81,9 +86,11 @@ def job_script(launch: Launch) -> str:
     lines += [f"export {name}=${{{name}:-{value}}}" for name, value in environment(launch.options.cpus).items()]
     lines += [
         "export PYTHONUNBUFFERED=1",
-        f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}",
         f"export MDMTRAIN_REVISION={shlex.quote(git_revision() or '')}",
-        shlex.join(["exec", sys.executable, str(folder / "code/launchers/supervise.py"), str(launch.run_dir)]),
+        f"runs=({shlex.join(str(one.run_dir) for one in launches)})",
+        "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
+        'export PYTHONPATH="$run/job/code"',
+        f'exec {shlex.quote(sys.executable)} "$run/job/code/launchers/supervise.py" "$run"',
     ]
     return "\n".join(lines) + "\n"
 
@@ -118,35 +125,55 @@ def refuse_what_the_cluster_lacks(options: argparse.Namespace) -> None:
                          "signal 60 s early); lower it, or raise --time")  # fmt: skip
 
 
-def submit(options: argparse.Namespace) -> None:
-    """Check, write RUN/job, submit, say what comes next. Raises ValueError before anything is written."""
-    launch = prepare(options)
-    script = job_script(launch)
-    print(*launch.explanation, sep="\n")
-    if options.dry_run:
-        print(f"\n{script}\nnothing submitted (--dry-run)")
-        return
-    refuse_what_the_cluster_lacks(options)
+def submit(launches: list[Launch], folder: Path, at_once: int | None = None) -> list[str]:
+    """Submit runs that differ in their configuration alone: one as a job, several as an array. Returns their job ids.
+
+    folder: of the run, or of the sweep. Raises ValueError before anything is written where Slurm would refuse them.
+    """
+    script = job_script(launches, folder, at_once)
+    refuse_what_the_cluster_lacks(launches[0].options)
     try:
         slurm_client.slurm("sbatch", "--test-only", stdin=script)
     except ValueError as error:
         raise ValueError(f"Slurm would refuse this job: {error}: see sinfo and --help") from None
-    state = write(launch, "slurm")
-    path = job_folder(launch.run_dir) / "job.sh"
+    states = [write(launch, "slurm") for launch in launches]
+    path = job_folder(folder) / "job.sh"
+    with writing(path):
+        for needed in (path.parent, folder / "logs"):
+            needed.mkdir(exist_ok=True)
     write_atomically(path, script)
-    # Held until its number is written down, so that the job finds it when it begins.
-    job = slurm_client.slurm("sbatch", "--parsable", "--hold", str(path)).strip().split(";")[0]
-    write_state(launch.run_dir, replace(state, job=job, log=str(launch.log / f"job-{job}.log")))
-    slurm_client.slurm("scontrol", "release", job)
-    print(f"submitted job {job}, {slurm_client.job_state(job).name.lower()}")
-    print(f"  python -m launchers.status {launch.run_dir.parent} --watch")
-    print(f"  tail -F {launch.log}/job-{job}.log")
-    print(f"  python -m launchers.status cancel {launch.run_dir}")
+    # Held until its number is written down, so that each run finds it when it begins.
+    number = slurm_client.slurm("sbatch", "--parsable", "--hold", str(path)).strip().split(";")[0]
+    jobs = [number] if len(launches) == 1 else [f"{number}_{task}" for task in range(len(launches))]
+    for launch, state, job in zip(launches, states, jobs, strict=True):
+        write_state(launch.run_dir, replace(state, job=job, log=str(folder / f"logs/job-{job}.log")))
+    slurm_client.slurm("scontrol", "release", number)
+    print(f"submitted job {number}, {slurm_client.job_state(jobs[0]).name.lower()}")
+    print(f"  python -m launchers.status {folder.parent if len(launches) == 1 else folder} --watch")
+    print(f"  tail -F {folder}/logs/job-{jobs[0]}.log")
+    print(f"  python -m launchers.status cancel {' '.join(str(launch.run_dir) for launch in launches)}")
+    return jobs
+
+
+def planned(launch: Launch) -> list[str]:
+    """What tools/plan_run.py says about this run on the kind of GPU that --gpu names."""
+    gpu = launch.options.gpu
+    one = cost(launch.config, launch.shape, launch.plan.world_size, GPUS[gpu], Assumptions())
+    fits = "fits into" if one.fits else "DOES NOT FIT into"
+    return [f"memory {one.memory_total / GIB:.1f} GiB a GPU: {fits} {GPUS[gpu].memory / GIB:.0f} GiB of {gpu}",
+            f"step {one.step_seconds:.3g} s, {one.tokens_per_second:,.0f} tokens/s, {one.days:,.2f} days in all "
+            "(data-sheet arithmetic: tools/plan_run.py)"]  # fmt: skip
 
 
 def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
     """Submit as the command line says, on top of the options of an earlier launch. Raises ValueError."""
-    submit(parse(slurm_parser(), arguments, defaults))
+    options = parse(slurm_parser(), arguments, defaults)
+    one = prepare(options)
+    print(*one.explanation, *(planned(one) if options.gpu else ()), sep="\n")
+    if options.dry_run:
+        print(f"\n{job_script([one], one.run_dir, None)}\nnothing submitted (--dry-run)")
+    else:
+        submit([one], one.run_dir)
 
 
 if __name__ == "__main__":

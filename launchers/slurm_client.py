@@ -45,7 +45,7 @@ def job_state(job: str) -> JobState:
         if "Invalid job id" in str(error):
             return JobState("GONE")
         raise
-    words = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    words = dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
     return JobState(words["JobState"], words["Reason"], int(words["Restarts"]), words["Partition"])
 
 

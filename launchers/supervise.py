@@ -21,7 +21,17 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers import slurm_client
-from launchers.lifecycle import Ended, ErrorLines, begin, conclude, job_folder, newest_step, read_state, write_state
+from launchers.lifecycle import (
+    Ended,
+    ErrorLines,
+    begin,
+    conclude,
+    job_folder,
+    newest_step,
+    read_state,
+    this_job,
+    write_state,
+)
 
 
 def free_port() -> int:
@@ -100,7 +110,7 @@ def main(run_dir: Path) -> int:
         signal.signal(number, lambda *_: None)
     launch = json.loads((job_folder(run_dir) / "launch.json").read_text(encoding="utf-8"))
     options, most = launch["options"], launch["options"]["max_crashes"]
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restarts = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     state = begin(read_state(run_dir), newest_step(run_dir), most)
     write_state(run_dir, state)
     if state.phase == "failed":

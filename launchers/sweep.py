@@ -310,9 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--reference", default="standard", help="arm that the others are compared with")
     parser.add_argument("--workers", type=int, help="runs at a time (default: 1 process; on Slurm all)")
-    parser.add_argument(
-        "--slurm", metavar="OPTIONS", help="train as a job array; options of launchers.slurm"
-    )
+    parser.add_argument("--slurm", metavar="OPTIONS", help="train as a job array; options of launchers.slurm")
     parser.add_argument("--report", action="store_true", help="train nothing, compare what is finished")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table here")
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the differences here (PNG)")

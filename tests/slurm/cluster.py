@@ -36,7 +36,6 @@ SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
 SlurmdLogFile={root}/slurmd-%n.log
-SwitchType=switch/none
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -90,8 +89,8 @@ class Cluster:
     """The running daemons. `environment` is what a client needs to find them."""
 
     def __init__(self):
-        self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
-        self.root.chmod(0o755)
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self.root.chmod(0o755)  # munged wants its socket in a folder that all may enter; sockets want a short path
         self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
 

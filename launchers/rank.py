@@ -47,9 +47,9 @@ def guard(job: str) -> None:
     while os.getppid() == rank:
         signal.sigwait([signal.SIGTERM])
         for _ in range(10):
-            job_state = slurm_client.job_state(job)
+            job_state = slurm_client.patiently(lambda: slurm_client.job_state(job))
             if job_state.batch_step_died:
-                slurm_client.requeue(job)
+                slurm_client.patiently(lambda: slurm_client.requeue(job))
                 os._exit(0)
             if job_state.name == "RUNNING":  # a signal from a person, or none yet
                 break

@@ -3,7 +3,11 @@
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def slurm(*command: str, stdin: str | None = None) -> str:
@@ -50,14 +54,20 @@ def job_state(job: str) -> JobState:
 
 
 def requeue(job: str) -> None:
-    """Ask for the job to start again; patient with a controller that is being restarted."""
+    """Ask for the job to start again."""
+    try:
+        slurm("scontrol", "requeue", job)
+    except ValueError as error:
+        if "pending" not in str(error):  # Slurm, or someone else, has done so already
+            raise
+
+
+def patiently(act: Callable[[], T]) -> T:
+    """What `act` returns, tried for five minutes: a controller may be restarting while a job needs it."""
     for _ in range(30):
         try:
-            slurm("scontrol", "requeue", job)
-            return
+            return act()
         except ValueError as error:
-            if "pending" in str(error):  # Slurm has done so itself
-                return
             last = error
             time.sleep(10)
     raise last

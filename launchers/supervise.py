@@ -32,6 +32,7 @@ from launchers.lifecycle import (
     this_job,
     write_state,
 )
+from launchers.slurm_client import patiently
 
 
 def free_port() -> int:
@@ -55,10 +56,14 @@ def pass_on(lines: Iterable[str], errors: ErrorLines) -> None:
 
 
 def run_ranks(run_dir: Path, options: dict) -> Ended:
-    nodes = slurm_client.expand(os.environ["SLURM_JOB_NODELIST"])
+    nodes = patiently(lambda: slurm_client.expand(os.environ["SLURM_JOB_NODELIST"]))
     per_node = options["ranks_per_node"]
     # This process runs on the first node, as rank 0 will, so a port that is free here is free there.
-    environment = {**os.environ, "MASTER_ADDR": slurm_client.address(nodes[0]), "MASTER_PORT": str(free_port())}
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": patiently(lambda: slurm_client.address(nodes[0])),
+        "MASTER_PORT": str(free_port()),
+    }
     environment.pop("RANK", None)
     command = ["srun", "--kill-on-bad-exit=1", "--mpi=none", f"--nodes={len(nodes)}",
                f"--ntasks={len(nodes) * per_node}", f"--ntasks-per-node={per_node}",
@@ -86,7 +91,7 @@ def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
 
 def go_on(job: str, options: dict, failed: str, restarts: int) -> str:
     """Have the job requeued, if that is for us to do. Returns the phase that the run is in, with a line of why."""
-    now = slurm_client.job_state(job)
+    now = patiently(lambda: slurm_client.job_state(job))
     if now.restarts > restarts:
         return "requeued"  # by Slurm or a person, before the ranks had stopped
     if now.name != "RUNNING" and now.reason != "TimeLimit":
@@ -94,7 +99,7 @@ def go_on(job: str, options: dict, failed: str, restarts: int) -> str:
     # Slurm ends the job as soon as it is requeued; what is left to do must outlive its SIGTERM.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nodes, sentence = excluded(options, failed, now.partition)
-    slurm_client.requeue(job)
+    patiently(lambda: slurm_client.requeue(job))
     try:
         slurm_client.slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
     except ValueError as error:
@@ -111,7 +116,7 @@ def main(run_dir: Path) -> int:
     launch = json.loads((job_folder(run_dir) / "launch.json").read_text(encoding="utf-8"))
     options, most = launch["options"], launch["options"]["max_crashes"]
     job, restarts = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    state = begin(read_state(run_dir), newest_step(run_dir), most)
+    state = begin(replace(read_state(run_dir), job=job), newest_step(run_dir), most)
     write_state(run_dir, state)
     if state.phase == "failed":
         print(f"given up: {state.last_error}", flush=True)

@@ -28,7 +28,7 @@ ON_THE_CLUSTER = {
     "too many nodes": (["--nodes", "4"], r"--nodes 4: partition main has 2 nodes; ask for fewer"),
     "nodes excluded": (["--nodes", "2", "--exclude", "n1"], r"has 1 nodes after --exclude n1; ask for fewer"),
     "too many GPUs": (["--gpus-per-node", "8"], r"--gpus-per-node 8: 0 of the 2 nodes .*\(most: 4\).*ask for fewer"),
-    "too many cores": (["--ranks-per-node", "2", "--cpus", "2"], r"--ranks-per-node 2 x --cpus 2: 0 of the 2 nodes"),
+    "too many cores": (["--ranks-per-node", "2", "--cpus", "4"], r"--ranks-per-node 2 x --cpus 4: 0 of the 2 nodes"),
     "too much memory": (["--mem", "1T"], r"Slurm would refuse this job: .*[Mm]emory|node configuration"),
     "malformed memory": (["--mem", "lots"], r"Slurm would refuse this job: .*--mem"),
     "malformed time": (["--time", "soon"], r"--time soon: not a time limit; write"),

@@ -43,7 +43,9 @@ def calm(cluster, corpus, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         file, run_dir = write_run(corpus, tmp_path_factory.mktemp("runs"), "calm")
-        slurm.launch([str(file), "--nodes", "2"])
+        # GPUs that Slurm counts and nobody has; a command before the ranks'; an option of sbatch's own.
+        extras = ["--gpus-per-node", "1", "--setup", "export RANK_PREFIX='nice -n 1'", "--sbatch", "comment=calm"]
+        slurm.launch([str(file), "--nodes", "2", *extras])
         yield run_dir
 
 
@@ -179,6 +181,7 @@ def test_finished_disturbed_and_equal(cluster, calm, corpus, tmp_path, capsys):
     # Slurm must not start a finished run again.
     job = cluster.run("scontrol", "show", "job", "-o", read_state(calm).job)
     assert "JobState=COMPLETED" in job and "Restarts=0" in job
+    assert "Comment=calm" in job and "gres:gpu:1" in job
 
 
 def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):

@@ -146,10 +146,10 @@ def write(launch: Launch, kind: str) -> State:
     return state
 
 
-def environment(cpus: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """What the ranks find in their environment, unless it is set already."""
     return {
-        "OMP_NUM_THREADS": str(cpus),
+        "OMP_NUM_THREADS": str(threads),
         "NCCL_DEBUG": "WARN",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # which collective hung, and where
         "TORCH_FR_BUFFER_SIZE": "2000",

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launchers import launch as launch_module
 from launchers import slurm_client
-from launchers.launch import Launch, environment, parse, parser, positive, prepare, write
+from launchers.launch import Launch, environment, parse, parser, positive, write
 from launchers.lifecycle import job_folder, write_state
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import write_atomically
@@ -31,7 +32,7 @@ OURS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", 
 
 def slurm_parser() -> CommandParser:
     made = parser("slurm", __doc__.split("\n\n")[0])
-    made.add_argument("--cpus", type=positive, default=1, metavar="N", help="cores for each rank (1)")
+    made.add_argument("--cpus", type=positive, metavar="N", help="cores for each rank (1 + data.workers)")
     made.add_argument("--mem", metavar="SIZE", help="memory of a node, such as 64G; the partition's default without it")
     for name in ("partition", "account", "qos", "constraint", "exclude"):
         made.add_argument(f"--{name}", help=f"as sbatch --{name}")
@@ -49,6 +50,13 @@ def slurm_parser() -> CommandParser:
     made.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option")
     made.add_argument("--gpu", choices=sorted(GPUS), help="say what the run needs on this kind of GPU")
     return made
+
+
+def prepare(options: argparse.Namespace) -> Launch:
+    """As launch.prepare, with a core for each process of a rank unless --cpus says otherwise."""
+    launch = launch_module.prepare(options)
+    options.cpus = options.cpus or 1 + launch.config.data.workers
+    return launch
 
 
 def directives(launch: Launch) -> list[str]:
@@ -83,7 +91,8 @@ def job_script(launches: list[Launch], folder: Path, at_once: int | None) -> str
             raise ValueError(f"--{key}: {value!r}: sbatch cannot read quotes and line ends: choose another value")
         lines.append(f'#SBATCH --{key}="{value}"' if equals else f"#SBATCH --{key}")
     lines += [*launch.options.setup, ""]
-    lines += [f"export {name}=${{{name}:-{value}}}" for name, value in environment(launch.options.cpus).items()]
+    threads = max(1, launch.options.cpus - launch.config.data.workers)
+    lines += [f"export {name}=${{{name}:-{value}}}" for name, value in environment(threads).items()]
     lines += [
         "export PYTHONUNBUFFERED=1",
         f"export MDMTRAIN_REVISION={shlex.quote(git_revision() or '')}",

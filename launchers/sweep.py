@@ -28,9 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
-from launchers.launch import live_job, parse, prepare
+from launchers.launch import live_job, parse
 from launchers.lifecycle import read_state
-from launchers.slurm import slurm_parser, submit
+from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import Config, resolve

@@ -124,8 +124,8 @@ class AgreedStop:
     """A stop that all ranks take at the same step.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them. Each step sends the flag round without
-    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second signal
-    takes its default course.
+    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second Ctrl-C
+    takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -139,7 +139,8 @@ class AgreedStop:
 
     def _request(self, number: int, frame) -> None:
         self._requested = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def poll(self) -> int:
         """Call once a step on every rank. The number of a signal that some rank got by the step before, or 0."""

@@ -1,11 +1,12 @@
-# make quickstart | test | soak | lint. Each sets itself up; run again, it changes nothing that is already there.
+# make quickstart | test | soak | study | slurm-demo | lint. Each sets itself up; run again, it changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
 RUN := runs/quickstart
+STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,bell-counted-ppots,ar
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test soak lint
+.PHONY: setup corpus quickstart test soak study slurm-demo lint
 
 setup: .venv/.installed
 
@@ -18,10 +19,12 @@ setup: .venv/.installed
 	@touch $@
 
 # The corpus is the source of the Python that runs it: real text, no download.
-quickstart: setup
+corpus: setup
 	@$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
 		--include '*.py' --exclude test tests idle_test site-packages dist-packages lib2to3 \
 		--vocab-size 512 --validation-fraction 0.05 --out $(CORPUS)
+
+quickstart: corpus
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m mdmtrain.train configs/quickstart.yaml
 	@$(PY) -m mdmtrain.evaluate $(RUN) --rows 1000
 	@echo "run folder   $(RUN)"
@@ -37,6 +40,16 @@ test: setup
 # The full counts of every proof that `make test` samples.
 soak: setup
 	MDMTRAIN_SOAK=1 $(PY) -m pytest
+
+# Every arm trained from the same starts at two learning rates (docs/variance.md): hours on two cores; goes on where it
+# stopped. Needs the quickstart's corpus.
+study: setup
+	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
+		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
+
+# A Slurm cluster of two nodes on this machine, a run on both, a preemption (Debian's slurm-wlm and munge, as root).
+slurm-demo: corpus
+	@$(PY) -m tests.slurm.demo
 
 lint: setup
 	$(PY) -m ruff check .

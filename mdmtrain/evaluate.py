@@ -4,7 +4,8 @@
 
 The default estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact
 NELBO, an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows
-and samples. The others check it: `likelihood.py` has them all, docs/evaluation.md says which to use.
+and samples. The others check it: `likelihood.py` has them all, docs/evaluation.md says which to use. On prompts and
+responses it bounds the responses given their prompts (and lengths): tokens, bytes and baselines are the responses'.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,7 @@ from mdmtrain.likelihood import (
 )
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, log, output_file, user_errors
-from mdmtrain.parallel.world import AgreedError, World, init_world
+from mdmtrain.parallel.world import World, init_world
 
 BASELINE_PART = 1 << 20  # tokens read at once
 UNITS = {"nelbo": 4, "bits_per_byte": 4, "perplexity": 2}  # fields of an evaluation, and decimals shown
@@ -46,7 +46,10 @@ UNITS = {"nelbo": 4, "bits_per_byte": 4, "perplexity": 2}  # fields of an evalua
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of one split. bits_per_byte takes the tokens per byte of the whole split."""
+    """The NELBO of one split: of its tokens, or where it has prompts, of the responses (and eos) given these.
+
+    bits_per_byte takes the eligible tokens per byte of the whole split.
+    """
 
     split: str
     nelbo: float  # nats per token
@@ -75,16 +78,11 @@ def evaluate_split(
     mask_id: int,
     world: World,
 ) -> Evaluation:
-    """The NELBO on evenly spaced rows of a validation split. A collective; the same on any number of ranks."""
-    rows = wrapped_rows(split, config.rows, sequence_length, document_mask)
+    """The NELBO on evenly spaced rows of a validation split, per eligible token. A collective; any number of ranks."""
+    rows = validation_rows(split, config.rows, sequence_length, document_mask)
     counted = Estimator("counted", config.samples, config.seed, 0.0)
     found = estimate(model, rows, counted, config.batch, mask_id, world)
-    return in_units(name, found, config.samples, split.tokens / split.bytes)
-
-
-def wrapped_rows(split: PreparedSplit | TextSplit, rows: int, sequence_length: int, document_mask: bool) -> Rows:
-    ids, segments = validation_rows(split, rows, sequence_length, document_mask)
-    return Rows(ids, torch.ones_like(ids, dtype=torch.bool), segments)
+    return in_units(name, found, config.samples, split.eligible_tokens / split.bytes)
 
 
 def in_units(name: str, found: Estimate, samples: int, tokens_per_byte: float) -> Evaluation:
@@ -133,7 +131,11 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
         stream = open_split(path, args.split, loaded)
     else:
         stream = TextSplit(path, loaded.tokenizer, args.lines)
-    common = (stream.tokens, stream.bytes, stream.documents, stream)
+    common = (stream.eligible_tokens, stream.bytes, stream.documents, stream)
+    if stream.prompts:
+        rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
+        policy = f"a prompt and its response a row, cut at {length} tokens; the response and its eos are scored"
+        return Material(name, rows, policy, *common)
     scored = "bos and eos of each document are scored"
     if args.wrap == "no":
         rows, longer = document_rows(stream, count, length, args.long == "cut", pad_id)
@@ -145,7 +147,7 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
             f"{path}: the {stream.split} split has {stream.tokens:,} tokens, not one row of data.sequence_length="
             f"{length}: evaluate it with --wrap no, or prepare more text"
         )
-    rows = wrapped_rows(stream, count, length, loaded.config.data.document_mask)
+    rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
     sees = "its document" if loaded.config.data.document_mask else "its row"
     policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
     return Material(name, rows, policy, *common)
@@ -176,24 +178,25 @@ def _continuations(records: list[tuple[str, dict]], name: str, loaded: store.Loa
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model has to beat, on the same split."""
+    """What the model has to beat, on the same tokens of the same split."""
 
     unigram_nats_per_token: float  # entropy of the split's token frequencies
     unigram_bits_per_byte: float
     gzip_bits_per_byte: float  # gzip -9 of the split's text
 
 
-def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    """One pass over the split, a part at a time. decode: token ids -> text."""
+def baselines(split: PreparedSplit | TextSplit, decode: Callable[[list[int]], str]) -> Baselines:
+    """One pass over the eligible tokens of a split, a part at a time. decode: token ids -> text."""
     counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
     for start in range(0, split.tokens, BASELINE_PART):
-        ids = split.read(start, min(BASELINE_PART, split.tokens - start))
+        length = min(BASELINE_PART, split.tokens - start)
+        ids = split.read(start, length)[split.eligible(start, length)]
         counts += np.bincount(ids, minlength=split.vocab_size)
         packed += len(packer.compress(decode(ids.tolist()).encode("utf-8")))
-    share = counts[counts > 0] / split.tokens
+    share = counts[counts > 0] / split.eligible_tokens
     entropy = float(-(share * np.log(share)).sum())
     packed += len(packer.flush())
-    return Baselines(entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
+    return Baselines(entropy, entropy * split.eligible_tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
 
 
 def report(material: Material, estimates: dict[Estimator, Estimate], comparisons: list[Comparison]) -> dict:
@@ -303,8 +306,6 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(str(loaded.folder), highlight=False)
     for path, name in zip(paths, set_names(paths, args.split), strict=True):
         material = world.agree(lambda path=path, name=name: open_material(path, name, args, count, loaded))
-        if loaded.model.shape.causal and not material.rows.eligible.all():
-            raise AgreedError(f"{loaded.folder} is a causal model: it is evaluated on whole rows, --wrap yes")
         estimates = {
             one: estimate(loaded.model, material.rows, one, loaded.config.eval.batch, loaded.tokenizer.mask_id, world)
             for one in estimators

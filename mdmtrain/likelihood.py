@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdmtrain.data.text import Rows
+from mdmtrain.data.loader import Rows
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.masks import bernoulli
 from mdmtrain.diffusion.noise import Stream
@@ -160,7 +160,7 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     ).masked_fill(~eligible, 1.0)
     if estimator.name == "continuous":
         t = estimator.eps + (1 - estimator.eps) * u
-        masked = bernoulli(uniforms.numpy(), t, np.full(len(t), ids.shape[1]))
+        masked = bernoulli(uniforms.numpy(), t, eligible.numpy())
         return assemble(ids, masked, 1 / t[:, None], 1 / t[:, None], mask_id)
     counted = corrupt_counted(ids, eligible, uniforms, u, mask_id)
     if estimator.name != "orders":
@@ -177,16 +177,17 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
 def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, mask_id: int, world: World) -> Estimate:
     """The nats of each row. A collective; the same on any number of ranks.
 
-    Every row must have an eligible position; those of a causal model must be eligible throughout.
+    Every row must have an eligible position. A causal model cannot predict the first position of a row: where that is
+    eligible, the others stand for it.
     """
     tokens = rows.eligible.sum(dim=1).numpy()
-    assert tokens.min() > 0 and (tokens.min() == rows.ids.shape[1] or not model.shape.causal)
+    assert tokens.min() > 0
     each = np.arange(len(tokens))
     passes = Passes(each, each, each * 0.0, each) if model.shape.causal else plan(estimator, tokens)
 
     def values(chosen: np.ndarray) -> Tensor:
         if model.shape.causal:
-            corruption = next_token(rows.ids[chosen], tokens[chosen])
+            corruption = next_token(rows.ids[chosen], rows.eligible[chosen])
         else:
             corruption = corrupt(estimator, rows, passes, chosen, mask_id)
         corruption = corruption.to(world.device)
@@ -214,14 +215,9 @@ def deal(
 ) -> np.ndarray:
     """values(numbers) of 0 .. count - 1, `batch` numbers at a time: float64 [count], in order. A collective.
 
-    Batches are formed by number and dealt to the ranks in turn, so every number of ranks computes the same; a rank left
-    over in the last round repeats a batch and its result is dropped.
+    Batches are formed by number, whatever the ranks, so every number of ranks computes the same.
     """
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
-    mine = {}
-    for first in range(0, len(batches), world.size):
-        number = min(first + world.rank, len(batches) - 1)
-        mine[number] = values(batches[number]).double().cpu().numpy()
+    dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
     reshard(model)
-    gathered = {number: part for of_rank in world.gather(mine) for number, part in of_rank.items()}
-    return np.concatenate([gathered[number] for number in range(len(batches))])
+    return np.concatenate(dealt)

@@ -4,23 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from mdmtrain.data.loader import Rows
 from mdmtrain.data.prepare import read_documents
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
-
-
-class Rows(NamedTuple):
-    """Clean rows, and which of their positions are to be predicted: the others stay visible throughout."""
-
-    ids: Tensor  # int64 [R, L]
-    eligible: Tensor  # bool [R, L], neither padding nor a given prefix
-    segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
 
 
 class TextSplit:
@@ -32,7 +23,7 @@ class TextSplit:
         Raises ValueError naming the file that is missing, unreadable or empty.
         """
         self.folder, self.split = Path(path), "text"
-        self.vocab_size, self.bytes = tokenizer.vocab_size, 0
+        self.vocab_size, self.pad_id, self.bytes = tokenizer.vocab_size, tokenizer.pad_id, 0
         documents = []
         for text in _texts(self.folder, lines):
             documents.append(np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32))
@@ -42,6 +33,7 @@ class TextSplit:
         self._ids = np.concatenate(documents)
         self._starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
         self.tokens, self.documents = len(self._ids), len(documents)
+        self.prompts, self.eligible_tokens = False, self.tokens
 
     def read(self, start: int, length: int) -> np.ndarray:
         return self._ids[start : start + length].astype(np.int64)
@@ -49,6 +41,9 @@ class TextSplit:
     def documents_in(self, start: int, length: int) -> np.ndarray:
         document = np.searchsorted(self._starts, np.arange(start, start + length), side="right")
         return (document - document[0]).astype(np.int32)
+
+    def eligible(self, start: int, length: int) -> np.ndarray:
+        return np.ones(length, dtype=bool)
 
     def document_starts(self) -> np.ndarray:
         return self._starts
@@ -58,8 +53,8 @@ def _texts(path: Path, lines: bool) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file or prepared folder: check the path")
     skipped = Counter[str]()
-    for text, _ in read_documents(path, "skip", skipped):
-        yield from (line for line in text.split("\n") if line.strip()) if lines else [text]
+    for document, _ in read_documents(path, "skip", skipped, prompts=False):
+        yield from (line for line in document.text.split("\n") if line.strip()) if lines else [document.text]
     if skipped["not UTF-8"]:
         raise ValueError(f"{path}: not UTF-8 text, in {skipped['not UTF-8']} of its documents: convert the file")
 

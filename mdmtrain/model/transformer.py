@@ -7,6 +7,7 @@ told the masking rate: the number of mask tokens that it sees says as much (arXi
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mdmtrain.diffusion.objective import Corruption
 from mdmtrain.model.attention import Attention, rotary_angles
@@ -28,14 +29,22 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. `recompute` (parallel/wrap.py sets it) holds the options of activation checkpointing; None: off."""
+
     def __init__(self, shape: ModelShape):
         super().__init__()
+        self.recompute: dict | None = None
         self.attention_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.attention = Attention(shape)
         self.mlp_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.mlp = FeedForward(shape)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self._forward(x, cos, sin, mask)
+        return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False, **self.recompute)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 

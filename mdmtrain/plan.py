@@ -1,0 +1,262 @@
+"""What a run costs on given GPUs: memory, communication, time. Arithmetic only, so that 1,024 GPUs plan in a second.
+
+Everything follows from the configuration and a few facts of the GPU; what is assumed rather than derived (how much of
+the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log2
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mdmtrain.config import Config, resolve
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.parallel.world import World
+from mdmtrain.parallel.wrap import build_model, data_mesh
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet figures of one GPU and its links."""
+
+    memory: float  # bytes
+    peak: float  # dense bfloat16 FLOP/s
+    near: float  # bytes/s each way to the GPUs of its node
+    far: float  # bytes/s each way to other nodes (one network card a GPU)
+    per_node: int = 8
+
+
+GPUS = {
+    "a100": Gpu(80 * GIB, 312e12, 300e9, 25e9),
+    "h100": Gpu(79.6 * GIB, 989e12, 450e9, 50e9),
+    "h200": Gpu(140.4 * GIB, 989e12, 450e9, 50e9),
+    "b200": Gpu(179 * GIB, 2250e12, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What arithmetic cannot know."""
+
+    compute_efficiency: float = 0.5  # share of the peak that the matrix products of a step reach
+    link_efficiency: float = 0.7  # share of a link's data-sheet bandwidth that a large collective reaches
+    masked: float = 0.5  # share of the positions that go through the head, in the mean of a step
+    memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
+    disk: float = 1e9  # bytes/s that one rank writes into a checkpoint
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One configuration on one number of GPUs. Bytes, FLOPs and seconds, per rank where not said otherwise."""
+
+    gpus: int
+    reasons: tuple[str, ...]  # of the resolved plan
+    memory: dict[str, float]  # bytes by kind
+    fits: bool
+    traffic: dict[str, float]  # bytes sent a step, by collective
+    link: str  # over which the sharding collectives go: "node" or "network"
+    model_flops: float  # of one step on all GPUs, what MFU counts
+    compute_seconds: float
+    communication_seconds: float
+    step_seconds: float
+    mfu: float
+    tokens_per_second: float  # all GPUs
+    days: float
+    gpu_hours: float
+    checkpoint_bytes: float  # all ranks
+    save_seconds: float
+
+    @property
+    def memory_total(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters by the groups that FSDP gathers together."""
+
+    block: int
+    blocks: int
+    embed: int
+    head: int  # norm and output head; 0 with tied embeddings, where the root holds both
+    root: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks * self.block + self.embed + self.head + self.root
+
+
+def sizes(shape: ModelShape) -> Sizes:
+    matrix = shape.vocab_size * shape.d_model
+    block = (shape.parameters() - matrix * (1 if shape.tied_embeddings else 2) - shape.d_model) // shape.n_layers
+    if shape.tied_embeddings:
+        return Sizes(block, shape.n_layers, 0, 0, matrix + shape.d_model)
+    return Sizes(block, shape.n_layers, matrix, matrix + shape.d_model, 0)
+
+
+def saved_per_token(shape: ModelShape, recompute: str) -> float:
+    """Numbers that one block keeps for the backward pass, per token, with fused norms (a CPU keeps 2 d more)."""
+    d, kv, ff = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ff
+    match recompute:
+        case "full":
+            return d  # the block's input
+        case "ops":  # the input, and the outputs of products and attention
+            return d + (d + 2 * kv) + d + d + 2 * ff + d
+    # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
+    return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff
+
+
+def activation_bytes(shape: ModelShape, config: Config, tokens: int, width: int) -> float:
+    """Activations of all blocks for `tokens` positions, and one block in full while it is recomputed."""
+    mode, every = config.parallel.recompute, config.parallel.recompute_every
+    whole = saved_per_token(shape, "none")
+    if mode == "none":
+        per_token = shape.n_layers * whole
+    elif mode == "selective":
+        recomputed = -(-shape.n_layers // every)
+        per_token = (shape.n_layers - recomputed) * whole + recomputed * saved_per_token(shape, "full") + whole
+    else:
+        per_token = shape.n_layers * saved_per_token(shape, mode) + whole
+    return float(per_token) * tokens * width
+
+
+def memory(shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions) -> dict[str, float]:
+    """Peak bytes on one rank by kind, in the backward pass of a micro-batch."""
+    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    tokens = micro_batch * config.data.sequence_length
+    gathered_blocks = min(2, parts.blocks) if config.parallel.reshard_after_forward else parts.blocks
+    rows = min(tokens * assumed.masked, config.parallel.head_chunk)
+    average = 4 * parts.total / shard if config.optim.ema_decay is not None else 0.0
+    return {
+        "parameters": 4 * parts.total / shard,
+        "gradients": 4 * parts.total / shard,
+        "optimizer": 8 * parts.total / shard,
+        "average": average,
+        # In use and the next one, in the compute dtype; the gradients of a block before and while they are reduced.
+        "gathered": width * (gathered_blocks * parts.block + parts.head + parts.root) + (width + 4) * parts.block,
+        "activations": activation_bytes(shape, config, tokens, width),
+        # Rows before and after the norm; logits, their float32 copy and its gradient for one chunk.
+        "head": 2 * width * tokens * assumed.masked * shape.d_model + rows * shape.vocab_size * (width + 8),
+    }
+
+
+def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulation: int) -> dict[str, float]:
+    """Bytes that a rank sends in one step, by collective, as rings send them."""
+    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    # The backward pass gathers again what was freed: not the head, nor a tied matrix, which stay.
+    again = parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
+    others, copies = (shard - 1) / shard, world // shard
+    return {
+        "all_gather": accumulation * width * (parts.total + again) * others,
+        "reduce_scatter": accumulation * 4 * parts.total * others,
+        "all_reduce": 2 * 4 * parts.total / shard * (copies - 1) / copies,
+    }
+
+
+def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, float]:
+    """The same from the engine itself: one micro-step of the real model on fake tensors and a fake process group.
+
+    Starts and ends a process group of its own. Differs from `traffic` of one micro-step by the padding of rows that
+    do not divide.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sent: Counter[str] = Counter()
+    copies = config.parallel.replicate
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            match str(func):
+                case "c10d._allgather_base_.default":
+                    sent["all_gather"] += args[0].nbytes - args[1].nbytes
+                case "c10d._reduce_scatter_base_.default":
+                    sent["reduce_scatter"] += args[1].nbytes - args[0].nbytes
+                case "c10d.allreduce_.default":
+                    sent["all_reduce"] += 2 * sum(tensor.nbytes for tensor in args[0]) * (copies - 1) // copies
+            return func(*args, **(kwargs or {}))
+
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
+        here = World(0, world, torch.device("cpu"), mesh, dist.group.WORLD)
+        data_mesh(config.parallel, here)  # made before tensors are fake
+        rows, length = config.run.micro_batch, config.data.sequence_length
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+            model = build_model(shape, config.parallel, here)
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    return dict(sent)
+
+
+def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
+    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed."""
+    tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
+    matrices = sizes(shape).blocks * sizes(shape).block
+    attention = 4 * length * shape.d_model * shape.n_layers / (2 if shape.causal else 1)
+    blocks = tokens * (2 * matrices + attention)
+    head = tokens * masked * 2 * shape.vocab_size * shape.d_model
+    again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
+    return 3 * (blocks + head), (3 + again[config.parallel.recompute]) * blocks + 4 * head
+
+
+def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
+    """The whole plan. Raises ValueError where the configuration does not resolve on so many ranks."""
+    plan = resolve(config, gpus)
+    shard = gpus // config.parallel.replicate
+    kinds = memory(shape, config, shard, plan.micro_batch, assumed)
+    sent = traffic(shape, config, gpus, shard, plan.accumulation)
+    near = shard <= gpu.per_node
+    between = gpu.near if gpus <= gpu.per_node else gpu.far
+    sharding = (sent["all_gather"] + sent["reduce_scatter"]) / (
+        (gpu.near if near else gpu.far) * assumed.link_efficiency
+    )
+    communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
+    counted, run = step_flops(shape, config, assumed.masked)
+    compute = run / (gpus * gpu.peak * assumed.compute_efficiency)
+    seconds = max(compute, communication)  # the collectives of one block run under the products of another
+    total = seconds * config.run.steps
+    saved = sizes(shape).total * (16 if config.optim.ema_decay is not None else 12)
+    return Cost(
+        gpus=gpus, reasons=plan.reasons, memory=kinds, traffic=sent, link="node" if near else "network",
+        fits=sum(kinds.values()) <= gpu.memory * (1 - assumed.memory_reserve),
+        model_flops=counted, compute_seconds=compute, communication_seconds=communication, step_seconds=seconds,
+        mfu=counted / (seconds * gpus * gpu.peak), tokens_per_second=plan.tokens_per_step / seconds,
+        days=total / 86400, gpu_hours=gpus * total / 3600, checkpoint_bytes=float(saved),
+        save_seconds=saved / gpus / assumed.disk,
+    )  # fmt: skip
+
+
+def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
+    """Changes that lower the memory, cheapest in time first."""
+    rows = config.run.global_batch // gpus
+    micros = [2**n for n in range(int(log2(config.run.micro_batch)), -1, -1) if rows % 2**n == 0]
+    for recompute in dict.fromkeys([config.parallel.recompute, "ops", "full"]):
+        for micro in micros:
+            for replicate in dict.fromkeys([config.parallel.replicate, 1]):
+                parallel = config.parallel.model_copy(
+                    update={"recompute": recompute, "replicate": replicate, "shard": None}
+                )
+                run = config.run.model_copy(update={"micro_batch": micro})
+                words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
+                yield words, config.model_copy(update={"parallel": parallel, "run": run})
+
+
+def propose(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:
+    """The first gentler configuration that fits, as overrides; None where none does."""
+    for words, other in _gentler(config, gpus):
+        try:
+            if cost(other, shape, gpus, gpu, assumed).fits:
+                return words
+        except ValueError:
+            continue  # does not divide
+    return None

@@ -1,0 +1,113 @@
+"""Arms against seeds: what runs, what is compared, and what a second start leaves alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launchers.sweep import Curve, Run, compare, interval, main, plan, tokens_to_reach
+from mdmtrain import config as configuration
+from tests.conftest import ROOT, write_config
+
+
+def curve(nelbo: list[float], constant: int) -> Curve:
+    return Curve(100.0 * np.arange(1, len(nelbo) + 1), np.array(nelbo), constant)
+
+
+def test_tokens_to_reach_interpolates_and_stops_at_the_decay():
+    falling = curve([5.0, 4.0, 3.0, 1.0], constant=3)
+    assert tokens_to_reach(falling, 4.0) == 200.0
+    assert tokens_to_reach(falling, 3.75) == 225.0
+    assert tokens_to_reach(falling, 9.0) == 100.0
+    assert tokens_to_reach(falling, 2.0) == np.inf  # only reached in the decay, where prefixes do not compare
+    bumpy = curve([5.0, 3.0, 4.0, 2.0], constant=4)
+    assert tokens_to_reach(bumpy, 3.5) == 175.0  # the first time, not the last
+
+
+def test_interval_is_students():
+    # t(0.975, 2) = 4.302653: a normal quantile (1.96) would claim less than half of this width.
+    assert interval(np.array([1.0, 2.0, 3.0])) == pytest.approx([2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5])
+    assert interval(np.array([1.0])) is None
+
+
+def write_run(run: Run, nelbo: list[float]) -> Run:
+    """A run folder as a finished run leaves it, as far as the sweep reads it."""
+    run.dir.mkdir(parents=True)
+    records = [{"step": 4 * (i + 1), "split": "validation", "nelbo": value} for i, value in enumerate(nelbo)]
+    lines = [json.dumps(record) + "\n" for record in [{"step": 1, "nelbo": 9.9}, *records]]
+    (run.dir / "metrics.jsonl").write_text("".join(lines))
+    checkpoint = run.dir / "checkpoints/step-00000020"
+    checkpoint.mkdir(parents=True)
+    meta = {"format_version": 1, "step": 20, "identity": {}, "has_average": False, "config": {}, "files": {}}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    return run
+
+
+def test_comparison_is_paired_by_seed(small_run, tmp_path):
+    tree = small_run({"optim": {"lr": 1e-3, "schedule": "wsd", "decay_fraction": 0.2}, "eval": {"every": 4}})
+    base = str(write_config(tree, tmp_path / "config.yaml"))
+    runs = plan([base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep")
+    assert [(run.cell.arm, run.seed) for run in runs[:4]] == [
+        ("standard", 0), ("strats", 0), ("standard", 1), ("strats", 1)
+    ]  # fmt: skip
+    assert runs[-1].config.optim.lr == 2e-3 and runs[-1].config.diffusion.strata == "global"
+    # Seeds differ a lot, arms by 0.1 within a seed: paired, the difference has no spread at all.
+    for run, end in zip(runs[:4], (3.0, 2.9, 5.0, 4.9), strict=True):
+        write_run(run, [7.0, 6.0, 5.5, 5.0 - (run.cell.arm == "strats"), end])
+    first, second = compare(runs, "standard")
+    assert first["arm"] == "standard" and first["nelbo"] == 4.0 and first["nelbo_sd"] == pytest.approx(2**0.5)
+    assert second["difference"] == pytest.approx(-0.1) and second["difference_ci"] == pytest.approx([-0.1, -0.1])
+    # 5.5 -> 4.0 passes 5.0 a third of the way from evaluation 3 to 4: 10/3 of 4 evaluations.
+    assert second["tokens_ratio"] == pytest.approx((3 + 1 / 3) / 4)
+    assert first["tokens_ratio"] == 1.0
+    assert all(row["variation"] == ["optim.lr=1e-3"] for row in (first, second))  # nothing ran at the other rate
+
+
+def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
+    tree = small_run({"run": {"steps": 4}, "optim": {"warmup_steps": 0}, "eval": {"every": 2, "rows": 4}})
+    base = str(write_config(tree, tmp_path / "config.yaml"))
+    command = [sys.executable, "-m", "launchers.sweep", base, "--arms", "standard,counted", "--seeds", "3",
+               "--dir", str(tmp_path / "sweep"), "--workers", "2",
+               "--json", str(tmp_path / "table.json"), "--figure", str(tmp_path / "table.png")]  # fmt: skip
+
+    def start(*more: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command + list(more), cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    done = start()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "table.json").read_text())["cells"]
+    assert [(row["arm"], row["seeds"]) for row in rows] == [("standard", [3]), ("counted", [3])]
+    saved = configuration.load([str(tmp_path / "sweep/counted/seed-3/config.yaml")])
+    assert saved.run.seed == 3 and saved.diffusion.masks == "counted"
+    stamps = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "sweep").rglob("*") if path.is_file()}
+    again = start()
+    assert again.returncode == 0 and json.loads((tmp_path / "table.json").read_text())["cells"] == rows
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path(tmp_path / "sweep").rglob("*") if path.is_file()}
+    # A run that cannot train is named, and the status is not 0.
+    failing = start("model.d_model=31", "--arms", "standard", "--seeds", "4")
+    assert failing.returncode == 2 and "1 of 1 runs failed" in failing.stderr and failing.stderr.count("\n") == 1
+    assert "failed: standard seed 4, status 2" in failing.stdout
+    assert "must be an even whole number" in (tmp_path / "sweep/standard/seed-4/output.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "nosuch"], "no arm 'nosuch'"),
+        (["--arms", "standard", "--seeds", "a"], "whole numbers"),
+        (["--arms", "standard", "--vary", "optim.lr"], "expected KEY=A,B"),
+        (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),
+        (["--arms", "standard,mirror", "run.global_batch=31", "run.micro_batch=31"], "a multiple of 2"),
+    ],
+)
+def test_bad_sweeps_start_nothing(small_run, tmp_path, arguments, message):
+    base = str(write_config(small_run(), tmp_path / "config.yaml"))
+    with pytest.raises(ValueError, match=message):
+        main([base, "--dir", str(tmp_path / "sweep"), *arguments])
+    assert not (tmp_path / "sweep").exists()

@@ -1,0 +1,142 @@
+"""The planner against the engine: parameters, bytes on the wire, activations and FLOPs of the real model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdmtrain import config as configuration
+from mdmtrain import plan
+from mdmtrain.config import ParallelConfig
+from mdmtrain.model.presets import PRESETS, ModelShape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.parallel.wrap import recompute_options
+from tests.conftest import ROOT
+
+SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
+
+
+def config_of(parallel: dict, **run):
+    tree = {
+        "run": {"dir": "x", "steps": 10, "global_batch": 32, "micro_batch": 4, **run},
+        "model": SHAPE,
+        "data": {"sources": [{"path": "x"}], "sequence_length": 32},
+        "optim": {"lr": 1e-3},
+        "parallel": parallel,
+    }
+    return configuration.validate(tree, "test")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_groups_add_up_to_the_model(name):
+    shape = ModelShape(vocab_size=1000, **PRESETS[name])
+    assert plan.sizes(shape).total == shape.parameters()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("parallel", [{}, {"replicate": 2}, {"reshard_after_forward": False, "recompute": "full"}])
+def test_traffic_is_what_the_engine_sends(tied, parallel):
+    """To the byte, where every dimension divides. Leaving out the backward pass' gathering would be far off."""
+    config, shape = config_of(parallel), ModelShape(**SHAPE, tied_embeddings=tied)
+    planned = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=1)
+    traced = plan.traced_traffic(config, shape, 8)
+    assert {kind: sent for kind, sent in planned.items() if sent} == traced
+    twice = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=2)
+    assert twice["all_gather"] == 2 * planned["all_gather"] and twice["all_reduce"] == planned["all_reduce"]
+
+
+def saved_numbers(shape: ModelShape, recompute: str) -> float:
+    """What a forward pass keeps for the backward pass, in float32 numbers per token, parameters aside."""
+    model, kept = Transformer(shape, 1 << 20), {}
+    for index, layer in enumerate(model.layers):
+        layer.recompute = recompute_options(ParallelConfig(recompute=recompute), index)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, torch.arange(1), ids.flatten()[:1]).sum()
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values()) / 4 / ids.numel()
+
+
+@pytest.mark.parametrize("change", [{}, {"d_ff": 320}, {"n_kv_heads": 4}])
+def test_activations_are_what_autograd_keeps(change):
+    shapes = [ModelShape(**{**SHAPE, **change, "n_layers": layers}) for layers in (2, 6)]
+    for mode in ("none", "full"):
+        two, six = (saved_numbers(shape, mode) for shape in shapes)
+        # On the CPU a norm is composed of products and keeps its input twice; statistics are a few numbers a token.
+        composed = {"none": 2 * 64 + 2 + 4, "full": 0}[mode]
+        assert (six - two) / 4 == plan.saved_per_token(shapes[0], mode) + composed
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_flops_are_those_of_the_model(recompute):
+    config, shape = config_of({"recompute": recompute}), ModelShape(**SHAPE)
+    model = Transformer(shape, 16)  # the head in chunks: it recomputes its logits
+    for index, layer in enumerate(model.layers):
+        layer.recompute = recompute_options(config.parallel, index)
+    rows, length = config.run.global_batch, config.data.sequence_length
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    positions = torch.arange(rows * length // 2)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, positions, ids.flatten()[positions]).sum().backward()
+    _, run = plan.step_flops(shape, config, masked=0.5)
+    # What the planner counts and the counter does not: attention (no formula for the CPU's kernel) and the weights of
+    # the norms. What it leaves out: recomputation stops before a block's last product, whose output nothing needs.
+    passes, tokens = (4 if recompute == "full" else 3), rows * length
+    attention = passes * 4 * length * shape.d_model * shape.n_layers * tokens
+    norms = passes * 2 * 2 * shape.d_model * shape.n_layers * tokens
+    last = 2 * shape.d_ff * shape.d_model * shape.n_layers * tokens if recompute == "full" else 0
+    assert run == counter.get_total_flops() + attention + norms + last
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/plan_run.py"), *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_plan_of_8b(tmp_path):
+    out = tmp_path / "plan.json"
+    done = command("configs/8b.yaml", "model.vocab_size=126464", "run.global_batch=2048", "--gpus", "64,256,1024",
+                   "--gpu", "h100", "--json", str(out))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plans = json.loads(out.read_text())["plans"]
+    assert [p["gpus"] for p in plans] == [64, 256, 1024] and all(p["fits"] for p in plans)
+    states = [p["memory"]["parameters"] + p["memory"]["gradients"] + p["memory"]["optimizer"] for p in plans]
+    assert states == [pytest.approx(16 * 8_015_581_184 / gpus) for gpus in (64, 256, 1024)]
+    assert plans[0]["model_flops"] == plans[2]["model_flops"] and plans[0]["days"] > plans[1]["days"]
+
+
+def test_what_does_not_fit_gets_a_proposal_that_does(tmp_path):
+    config = ["configs/8b.yaml", "model.vocab_size=126464", "parallel.recompute=none", "run.micro_batch=4"]
+    out = tmp_path / "plan.json"
+    tight = command(*config, "--gpus", "8,7", "--gpu", "h100", "--json", str(out))
+    result = json.loads(out.read_text())
+    proposal = result["plans"][0]["proposal"]
+    assert tight.returncode == 0 and not result["plans"][0]["fits"] and proposal in tight.stdout
+    assert "7 GPUs: run.global_batch=1280 does not divide" in result["refused"][0]
+    assert command(*config, *proposal.split(), "--gpus", "8", "--gpu", "h100", "--json", str(out)).returncode == 0
+    assert json.loads(out.read_text())["plans"][0]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "eight", "--gpu", "h100"], "expected numbers of GPUs"),
+        (["--gpus", "7", "--gpu", "h100"], "does not divide over 7 ranks"),
+        (["--gpus", "8", "--gpu", "h100", "--disk", "0"], "assumptions must be above 0"),
+    ],
+)
+def test_bad_plans(arguments, message):
+    done = command("configs/8b.yaml", "model.vocab_size=126464", *arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

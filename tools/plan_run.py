@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""What would this run cost on N GPUs? Memory, communication, time to the last step; needs no GPU.
+
+    python tools/plan_run.py CONFIG... --gpus 64,256,1024 --gpu h100 [--trace] [--json FILE] [section.key=value ...]
+
+Arithmetic from the configuration and data-sheet figures (mdmtrain/plan.py); what is assumed is printed. `--trace` runs
+one micro-step of the real model on fake tensors and compares the bytes that it sends.
+"""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.config import Config
+from mdmtrain.data.shards import read_manifest
+from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, propose, traced_traffic, traffic
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The model's shape; its vocabulary from the prepared data, where the configuration does not give it."""
+    if config.model.vocab_size is not None:
+        return model_shape(config.model, config.model.vocab_size)
+    folder = Path(config.data.sources[0].path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
+    return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
+
+
+def table_of(costs: list[Cost], capacity: float) -> Table:
+    table = Table("", *(f"{c.gpus:,} GPUs" for c in costs))
+
+    def row(name: str, values: list[str]) -> None:
+        table.add_row(name, *values)
+
+    for kind in costs[0].memory:
+        row(f"{kind}, GiB a GPU", [f"{c.memory[kind] / GIB:.2f}" for c in costs])
+    row("together", [f"{c.memory_total / GIB:.1f} of {capacity / GIB:.1f}" for c in costs])
+    row("fits", ["yes" if c.fits else "NO" for c in costs])
+    for kind in costs[0].traffic:
+        row(f"{kind}, GB sent a step", [f"{c.traffic[kind] / 1e9:.3g}" for c in costs])
+    row("sharding goes over the", [c.link for c in costs])
+    row("model FLOPs a step", [f"{c.model_flops:.3g}" for c in costs])
+    row("compute, s", [f"{c.compute_seconds:.3g}" for c in costs])
+    row("communication, s", [f"{c.communication_seconds:.3g}" for c in costs])
+    row("step (the larger), s", [f"{c.step_seconds:.3g}" for c in costs])
+    row("MFU", [f"{c.mfu:.1%}" for c in costs])
+    row("tokens/s", [f"{c.tokens_per_second:,.0f}" for c in costs])
+    row("days", [f"{c.days:,.2f}" for c in costs])
+    row("GPU-hours", [f"{c.gpu_hours:,.0f}" for c in costs])
+    row("checkpoint, GB in all", [f"{c.checkpoint_bytes / 1e9:.1f}" for c in costs])
+    row("stall a save, s", [f"{c.save_seconds:.2g}" for c in costs])
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as for mdmtrain.train")
+    parser.add_argument("--gpus", required=True, help="numbers of GPUs, comma-separated")
+    parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="kind of GPU")
+    for assumed in fields(Assumptions):
+        flag = "--" + assumed.name.replace("_", "-")
+        parser.add_argument(flag, type=float, default=assumed.default, help=f"assumed (default: {assumed.default:g})")
+    parser.add_argument("--trace", action="store_true", help="compare the communication with the engine's own")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the plan here")
+    args = parser.parse_intermixed_args(arguments)
+    assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
+    if min(asdict(assumed).values()) <= 0:
+        raise ValueError("assumptions must be above 0: see --help")
+    if not all(part.isdecimal() and int(part) for part in args.gpus.split(",")):
+        raise ValueError(f"--gpus {args.gpus}: expected numbers of GPUs, such as 64,256")
+    config, gpu = configuration.load(args.config), GPUS[args.gpu]
+    shape, counts = shape_of(config), [int(part) for part in args.gpus.split(",")]
+    console = Console(width=max(100, 40 + 20 * len(counts)))
+    costs, refused = [], []
+    for count in counts:
+        try:
+            costs.append(cost(config, shape, count, gpu, assumed))
+        except ValueError as error:
+            refused.append(f"{count:,} GPUs: {error}")
+    if not costs:
+        raise ValueError("; ".join(refused))
+    console.print(describe(shape), highlight=False)
+    for reason in costs[0].reasons[1:]:
+        console.print(reason, highlight=False)
+    for one in costs:
+        console.print(f"{one.gpus:,} GPUs: {one.reasons[0]}", highlight=False)
+    console.print(table_of(costs, gpu.memory))
+    for line in refused:
+        console.print(line, highlight=False)
+    console.print("assumed: " + ", ".join(f"{k} {v:g}" for k, v in asdict(assumed).items()), highlight=False)
+    report = [{**asdict(one), "memory_total": one.memory_total} for one in costs]
+    for one, entry in zip(costs, report, strict=True):
+        if not one.fits:
+            entry["proposal"] = propose(config, shape, one.gpus, gpu, assumed)
+            way = entry["proposal"] or "nothing here makes it fit: more GPUs, or a smaller model or sequence_length"
+            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False)
+        if args.trace:
+            entry["traced_micro_step"] = traced_traffic(config, shape, one.gpus)
+            planned_step = traffic(shape, config, one.gpus, one.gpus // config.parallel.replicate, 1)
+            for kind, sent in entry["traced_micro_step"].items():
+                planned = planned_step[kind]
+                console.print(
+                    f"{one.gpus:,} GPUs: one micro-step sends {sent:,} bytes by {kind}, the plan says {planned:,.0f} "
+                    f"({planned / sent - 1:+.2%})",
+                    highlight=False,
+                )
+    if args.json:
+        result = {
+            "gpu": args.gpu,
+            "assumed": asdict(assumed),
+            "model": asdict(shape),
+            "plans": report,
+            "refused": refused,
+        }
+        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -119,7 +119,9 @@ def test_slots_give_the_closed_forms(monkeypatch):
     """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
     bench = CountBench()
     edges, square = t3_second_moment()
-    bench.densities["independent", False, "loss"] = fit(edges, square, np.ones(1000), 1e-9, "histogram")
+    bench.densities["independent", False, "loss", "histogram", "nelbo"] = fit(
+        edges, square, np.ones(1000), 1e-9, "histogram"
+    )
     arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}
 
     def scores(slots, *names):

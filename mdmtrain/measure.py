@@ -88,10 +88,9 @@ class Bench:
         Values of equal index share data, positions' noise and (given the range) rates over all arms, whose ratios are
         therefore sharper than their values. Schedule linear.
         """
-        seed, rows, length = self.config.run.seed, self.config.run.global_batch, self.config.data.sequence_length
-        dataset = self._dataset(DiffusionConfig())
+        seed, rows, dataset = self.config.run.seed, self.config.run.global_batch, self._dataset(DiffusionConfig())
         laws = {name: self._law(arm) for name, arm in arms.items()}
-        centres = {name: self._centre(law) for name, law in laws.items()}
+        about = {name: (self._proposal(law), self._centre(law)) for name, law in laws.items()}
         first = strata.uniforms(seed, SLOT_STEP, slots, "global")
         # Independent: the index of a stratified slot says in which half its uniform lies.
         second, chance = (strata.uniforms(seed, SLOT_STEP + k, slots, "none") for k in (1, 2))
@@ -100,11 +99,10 @@ class Bench:
             batch = dataset.__getitems__([(SLOT_STEP + index, 0), (SLOT_STEP + index, 1)])
             known: tuple[list, list] = [], []
             for name, law in laws.items():
-                per_step = rows // law.config.rows_per_slot
-                proposal = _proposal(law, length)
+                (proposal, centre), per_step = about[name], rows // law.config.rows_per_slot
                 t, weight = _drawn(law, proposal, first[index])
                 slot = self._slot(law, _row(batch, 0, 0), t, known[0])
-                value = weight * self._moments(slot, slot, centres[name])
+                value = weight * self._moments(slot, slot, centre)
                 if chance[index] < PARTNERED:
                     # Another rate of the stratum that t lies in, of the proposal within it.
                     parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[law.config.strata]
@@ -113,7 +111,7 @@ class Bench:
                     other, other_weight = _drawn(law, proposal, low + (high - low) * second[index])
                     partner = self._slot(law, _row(batch, 1, 1), other, known[1])
                     joint = weight * other_weight * (high - low) * parts
-                    value = value - joint / PARTNERED * self._moments(slot, partner, centres[name])
+                    value = value - joint / PARTNERED * self._moments(slot, partner, centre)
                 values[name].append(value * per_step / rows**2)
             on_slot()
         return {name: ArmNoise(*np.array(of).T) for name, of in values.items()}
@@ -127,12 +125,12 @@ class Bench:
         """
         plain = DiffusionConfig(eps=self.config.diffusion.eps, strata="none")
         law, pair_law = plain_law(plain), plain_law(plain.model_copy(update={"views": "mirror"}))
-        seed, dataset, proposal = (
+        seed, dataset, proposal, centre = (
             self.config.run.seed,
             self._dataset(plain),
-            _proposal(law, self.config.data.sequence_length),
+            self._proposal(law),
+            self._centre(law),
         )
-        centre = self._centre(law)
         first, second = (strata.uniforms(seed, ROW_STEP + k, rows, how) for k, how in enumerate(("global", "none")))
         kinds: dict[str, list] = {}
         for row in range(rows):
@@ -217,6 +215,22 @@ class Bench:
         """A constant near a slot's mean loss, from steps of its own: any is right, this one leaves little noise."""
         return float(np.mean([self._step(law, SLOT_STEP - k)[1] for k in range(1, 5)])) * law.config.rows_per_slot
 
+    def _proposal(self, law: Law) -> Density:
+        """Where to look: three quarters by t^-1.5, the rest uniform.
+
+        |H|^2 falls as 1/t and varies most, and costs least, where rows mostly have no mask; for complements at both
+        ends. Drawn counts have one mask all the way from t = 1/L down.
+        """
+        low, high = law.density.edges[[0, -1]]
+        steps = np.geomspace(1e-3, 0.5, 48)
+        edges = low + (high - low) * np.concatenate([[0.0], steps, 1 - steps[-2::-1], [1.0]])
+        near = (edges[:-1] + edges[1:]) / 2
+        if law.config.views == "complement":
+            near = np.minimum(near, 1 - near)
+        if law.config.masks == "counted":
+            near = np.maximum(near, 1 / self.config.data.sequence_length)
+        return fit(edges, near**-3.0, np.ones_like(near), 0.25, "histogram")
+
     def _dataset(self, diffusion: DiffusionConfig) -> Dataset:
         return Dataset(self.config.model_copy(update={"diffusion": diffusion}), self.sources)
 
@@ -227,7 +241,7 @@ class Bench:
         law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return law
-        key = (diffusion.masks, diffusion.views == "complement", diffusion.target)
+        key = (diffusion.masks, diffusion.views == "complement", diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
             self.densities[key] = self._fit(diffusion)
         return replace(law, density=self.densities[key])
@@ -259,23 +273,6 @@ class Bench:
 
 
 # ---- slots one by one
-
-
-def _proposal(law: Law, length: int) -> Density:
-    """Where to look: three quarters by t^-1.5, the rest uniform.
-
-    |H|^2 falls as 1/t and varies most, and costs least, where rows mostly have no mask; for complements at both ends.
-    Drawn counts have one mask all the way from t = 1/length down.
-    """
-    low, high = law.density.edges[[0, -1]]
-    steps = np.geomspace(1e-3, 0.5, 48)
-    edges = low + (high - low) * np.concatenate([[0.0], steps, 1 - steps[-2::-1], [1.0]])
-    near = (edges[:-1] + edges[1:]) / 2
-    if law.config.views == "complement":
-        near = np.minimum(near, 1 - near)
-    if law.config.masks == "counted":
-        near = np.maximum(near, 1 / length)
-    return fit(edges, near**-3.0, np.ones_like(near), 0.25, "histogram")
 
 
 def _drawn(law: Law, proposal: Density, u: float) -> tuple[np.ndarray, float]:

@@ -93,7 +93,9 @@ class CountBench(Bench):
         step, slots = places[0][0], np.array([slot for _, slot in places])
         n, uniforms = len(slots), torch.from_numpy(noise.position_uniforms(0, step, slots, 16))
         ids = torch.zeros(n, 16, dtype=torch.int64)
-        return Batch(ids, torch.ones(n, 16, dtype=torch.bool), None, uniforms, torch.from_numpy(slots), torch.zeros(n, 2))
+        return Batch(
+            ids, torch.ones(n, 16, dtype=torch.bool), None, uniforms, torch.from_numpy(slots), torch.zeros(n, 2)
+        )
 
     def _backward(self, corruption, _segments, _views, tokens, share=1.0):
         k = (corruption.noisy == 1).sum(dim=1)
@@ -119,7 +121,9 @@ def test_slots_give_the_closed_forms(monkeypatch):
     """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
     bench = CountBench()
     edges, square = t3_second_moment()
-    bench.densities["independent", False, "loss"] = fit(edges, square, np.ones(1000), 1e-9, "histogram")
+    bench.densities["independent", False, "loss", "histogram", "nelbo"] = fit(
+        edges, square, np.ones(1000), 1e-9, "histogram"
+    )
     arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}
 
     def scores(slots, *names):

@@ -1,4 +1,4 @@
-# make quickstart | test | soak | study | lint. Each sets itself up; run again, it changes nothing that is already there.
+# make quickstart | test | soak | study | slurm-demo | lint. Each sets itself up; run again, it changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
@@ -6,7 +6,7 @@ RUN := runs/quickstart
 STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,bell-counted-ppots,ar
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test soak study lint
+.PHONY: setup corpus quickstart test soak study slurm-demo lint
 
 setup: .venv/.installed
 
@@ -19,10 +19,12 @@ setup: .venv/.installed
 	@touch $@
 
 # The corpus is the source of the Python that runs it: real text, no download.
-quickstart: setup
+corpus: setup
 	@$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
 		--include '*.py' --exclude test tests idle_test site-packages dist-packages lib2to3 \
 		--vocab-size 512 --validation-fraction 0.05 --out $(CORPUS)
+
+quickstart: corpus
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m mdmtrain.train configs/quickstart.yaml
 	@$(PY) -m mdmtrain.evaluate $(RUN) --rows 1000
 	@echo "run folder   $(RUN)"
@@ -44,6 +46,10 @@ soak: setup
 study: setup
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
 		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
+
+# A Slurm cluster of two nodes on this machine, a run on both, a preemption (Debian's slurm-wlm and munge, as root).
+slurm-demo: corpus
+	@$(PY) -m tests.slurm.demo
 
 lint: setup
 	$(PY) -m ruff check .

@@ -4,16 +4,19 @@
 
 An arm is a file of configs/arms laid over the configuration; runs of equal seed share initial weights and data order,
 so arms are compared by paired differences. Started again, a sweep goes on where it stopped: finished runs are passed
-over, others resume from their checkpoints. `--report` only reads what is there.
+over, others resume from their checkpoints. `--report` only reads what is there. `--slurm '--time 2:00:00'` trains on a
+cluster: a job array with a task for each run, which look after themselves as those of launchers.slurm do.
 """
 
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import stats
 
+from launchers.launch import live_job, parse
+from launchers.lifecycle import read_state
+from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import Config, resolve
@@ -131,6 +137,32 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
     if stopping.is_set():
         raise ValueError("stopped: the runs under way have saved; the same command goes on from there")
     return [run for run, good in zip(waiting, outcomes, strict=True) if not good]
+
+
+def train_on_slurm(runs: list[Run], options: str, at_once: int | None, folder: Path, console: Console) -> list[Run]:
+    """Train what is not finished as tasks of one job array, and wait for them. Returns the runs that failed.
+
+    Ctrl-C ends the waiting alone: the same command waits on, and submits what has no job.
+    """
+    waiting = [run for run in runs if not run.finished()]
+    fresh = [run for run in waiting if not live_job(run.dir)]
+    if fresh:
+        parsed = [parse(slurm_parser(), [*run.arguments, *shlex.split(options)], None) for run in fresh]
+        submit([prepare(one) for one in parsed], folder.absolute(), at_once)
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=len(runs))
+            while live := [run for run in waiting if live_job(run.dir)]:
+                bar.update(task, completed=len(runs) - len(live))
+                time.sleep(5)
+    except KeyboardInterrupt:
+        raise ValueError("not waiting any more: the jobs go on, and the same command waits for them") from None
+    failed = [run for run in waiting if not run.finished()]
+    for run in failed:
+        state = read_state(run.dir)
+        console.print(f"failed: {run.cell.name} seed {run.seed}: {state.last_error or state.phase}: see {state.log}")
+    return failed
 
 
 # ---- comparing
@@ -277,7 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="every arm under each value too")
     parser.add_argument("--dir", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--reference", default="standard", help="arm that the others are compared with")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one process each (default: 1)")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: 1 process; on Slurm all)")
+    parser.add_argument("--slurm", metavar="OPTIONS", help="train as a job array; options of launchers.slurm")
     parser.add_argument("--report", action="store_true", help="train nothing, compare what is finished")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table here")
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the differences here (PNG)")
@@ -286,12 +319,17 @@ def main(arguments: list[str] | None = None) -> None:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2") from None
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
     runs = plan(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir)
-    failed = [] if args.report else train_all(runs, args.workers, console)
+    if args.report:
+        failed = []
+    elif args.slurm is not None:
+        failed = train_on_slurm(runs, args.slurm, args.workers, args.dir, console)
+    else:
+        failed = train_all(runs, args.workers or 1, console)
     rows = compare(runs, args.reference)
     show(rows, args.reference, console)
     if args.json:

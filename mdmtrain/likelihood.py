@@ -213,14 +213,9 @@ def deal(
 ) -> np.ndarray:
     """values(numbers) of 0 .. count - 1, `batch` numbers at a time: float64 [count], in order. A collective.
 
-    Batches are formed by number and dealt to the ranks in turn, so every number of ranks computes the same; a rank left
-    over in the last round repeats a batch and its result is dropped.
+    Batches are formed by number, whatever the ranks, so every number of ranks computes the same.
     """
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
-    mine = {}
-    for first in range(0, len(batches), world.size):
-        number = min(first + world.rank, len(batches) - 1)
-        mine[number] = values(batches[number]).double().cpu().numpy()
+    dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
     reshard(model)
-    gathered = {number: part for of_rank in world.gather(mine) for number, part in of_rank.items()}
-    return np.concatenate([gathered[number] for number in range(len(batches))])
+    return np.concatenate(dealt)

@@ -25,12 +25,13 @@ from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
-from mdmtrain.monitor.metrics import MetricsLog
+from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
-from mdmtrain.optim import WeightAverage, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.world import AgreedError, AgreedStop, World, init_world
 from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.probe import Probe
 
 
 def train(config: Config, world: World) -> None:
@@ -64,7 +65,8 @@ def train(config: Config, world: World) -> None:
         origin = f"weights of {load_initial_weights(config, identity, model, world)}"
     if config.optim.ema_decay is not None:
         average = WeightAverage(model, config.optim.ema_decay)
-    step, recorder = 0, StepRecorder(config, plan, world.device)
+    step, recorder = 0, StepRecorder(config, plan, world.device, world.rank)
+    probe, pair = Probe(model, config, tokenizer.mask_id, world), GradientPair(model)
     if resumed is not None:
         store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
@@ -82,6 +84,11 @@ def train(config: Config, world: World) -> None:
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
+    if sampler.fits("once") and resumed is None:
+        rates, rows, masks = config.diffusion.grid
+        say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
+        p = probe.fit(sampler.law(0.0), sources)
+        sampler.use(world.agree(lambda: p, main_only=True))  # the same bits everywhere
 
     # ---- the loop
     device = world.device
@@ -108,6 +115,10 @@ def train(config: Config, world: World) -> None:
             statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
             eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
+        if pair.half:
+            recorder.add_pair(sums, pair.compare())
+        elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
+            pair.keep()
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)
         norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
@@ -120,12 +131,17 @@ def train(config: Config, world: World) -> None:
         if sampler.due(step):
             sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
 
-        stopped = stop.poll()
+        stopped = stop.poll() if not pair.half else 0  # nor across a stop: one step later
         last = step == run.steps or bool(stopped)
         evaluating = step % config.eval.every == 0 or step == run.steps
         saving = step % config.checkpoint.save_every == 0 or last
-        if step % config.monitor.log_every == 0 or evaluating or saving:
+        if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             records = recorder.flush()  # the only place where the host waits for the device
+            if probe.due(step):
+                components, seconds, share = probe.decompose(law, validation, step)
+                records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
+                if metrics is not None:
+                    metrics.probe_cost(step, seconds, share)
             if metrics is not None:
                 metrics.write(records)
             progress.update(records[-1], bits_per_nat)
@@ -150,7 +166,7 @@ def train(config: Config, world: World) -> None:
             folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
             progress.note(f"step {step}  checkpoint {folder}")
             exports.start(folder)
-        if evaluating or saving:
+        if evaluating or saving or probe.due(step):
             recorder.resume_clock()
 
     stop.drain()

@@ -46,7 +46,7 @@ def trained(corpus, tmp_path_factory) -> Path:
         "diffusion": {"schedule": "cosine"},
         "optim": {"lr": 3e-3, "schedule": "wsd", "ema_decay": 0.8},
         "checkpoint": {"save_every": 10, "keep_last": 2},
-        "monitor": {"log_every": 5},
+        "monitor": {"log_every": 5, "probe_every": 15, "probe": [4, 2, 2]},
         "eval": {"every": 15, "rows": 16, "samples": 2, "batch": 8},
     }
     output = run("mdmtrain.train", str(write_config(tree, folder / "config.yaml")))
@@ -68,6 +68,7 @@ def test_run_folder(trained):
         assert sum(record["rate_histogram"]) == 16
         assert 0 < record["masked_fraction"] < 1 and not record["skipped"]
     assert training[-1]["nelbo"] < training[0]["nelbo"]
+    assert [r["step"] for r in training if "probe" in r] == [15, 30]
 
 
 def test_tensorboard_shows_what_metrics_say(trained):
@@ -78,6 +79,7 @@ def test_tensorboard_shows_what_metrics_say(trained):
     drawn = {event.step: event.value for event in events.Scalars("train/loss")}
     written = {r["step"]: r["loss"] for r in read_metrics(trained) if "split" not in r}
     assert drawn.keys() == written.keys()
+    assert [image.step for image in events.Images("train/rate_density")] == [15, 30]
     assert all(drawn[step] == pytest.approx(value, rel=1e-6) for step, value in written.items())
 
 

@@ -12,9 +12,10 @@ from mdmtrain import likelihood
 from mdmtrain.data.text import Rows
 from mdmtrain.diffusion.objective import corrupt_counted
 from mdmtrain.likelihood import ESTIMATORS, Comparison, Estimate, Estimator, compare, estimate, plan
+from tests.spawn import fake_world
 
 L, MASK, EPS = 5, 9, 0.3
-ALONE = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"), gather=lambda value: [value])
+ALONE = fake_world()
 
 
 class Table(torch.nn.Module):
@@ -215,9 +216,9 @@ def test_every_number_of_ranks_computes_the_same(name, size):
         return [value]
 
     for rank in range(size):
-        world = SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"), gather=keep)
+        world = fake_world(keep, rank, size)
         with pytest.raises(KeyError):  # a rank alone lacks the others' batches
             estimate(Table(), rows, one, 8, MASK, world)
-    together = SimpleNamespace(rank=0, size=size, device=torch.device("cpu"), gather=lambda value: parts)
+    together = fake_world(lambda value: parts, size=size)
     found = estimate(Table(), rows, one, 8, MASK, together)
     assert found.nats.tolist() == estimate(Table(), rows, one, 8, MASK, ALONE).nats.tolist()

@@ -49,14 +49,17 @@ def describe_run(folder: Path, config: Config) -> None:
     write_atomically(folder / "config.yaml", config.to_yaml())
     environment = {
         "command": shlex.join(sys.argv),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "python": platform.python_version(),
         "packages": {package.metadata["Name"]: package.version for package in metadata.distributions()},
     }
     write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Of this checkout; of the one that a job's copy of the code was taken from, as the launcher says."""
+    if told := os.environ.get("MDMTRAIN_REVISION"):
+        return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

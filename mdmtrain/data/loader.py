@@ -205,3 +205,12 @@ def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, docum
             f"prompt: raise eval.rows or data.sequence_length={sequence_length}"
         )
     return stack_rows(read, document_mask)
+
+
+def random_rows(splits: list[PreparedSplit], config: DataConfig, rows: int, bits: np.random.Philox) -> Rows:
+    """`rows` rows drawn independently from the mixture, as often as chance has it."""
+    weights = np.array([source.weight for source in config.sources])
+    chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
+    counts, L = [windows(split, config.sequence_length) for split in splits], config.sequence_length
+    places = [(splits[s], int(word) % counts[s]) for s, word in zip(chosen, bits.random_raw(rows), strict=True)]
+    return stack_rows([read_row(*place, L, L, config.document_mask) for place in places], config.document_mask)

@@ -66,7 +66,10 @@ class Law:
 
     def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> Draws:
         """Rates of all slots of a step, the same on every rank. `blocks`: ranks, used by `strata: rank` alone."""
-        u = strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks)
+        return self.rates_at(strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks))
+
+    def rates_at(self, u: np.ndarray) -> Draws:
+        """The rates that uniforms on [0, 1) stand for: float64 [n]."""
         if self.config.schedule == "cosine":
             return Draws(*draw_cosine(u, self.config.eps))
         return Draws(*self.density.draw(u))

@@ -47,6 +47,19 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def deal(self, count: int, compute: Callable[[int], T]) -> list[T]:
+        """compute(0) .. compute(count - 1), dealt to the ranks in turn; every rank gets all of them. A collective.
+
+        `compute` may be one too (a forward pass of FSDP): a rank left over in the last round repeats the last one, and
+        its result is dropped.
+        """
+        mine = {}
+        for first in range(0, count, self.size):
+            number = min(first + self.rank, count - 1)
+            mine[number] = compute(number)
+        gathered = {number: value for part in self.gather(mine) for number, value in part.items()}
+        return [gathered[number] for number in range(count)]
+
     def agree(self, act: Callable[[], T], main_only: bool = False) -> T:
         """Run `act` on every rank, or on rank 0 alone, whose result then goes to all. A collective.
 
@@ -111,8 +124,8 @@ class AgreedStop:
     """A stop that all ranks take at the same step.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them. Each step sends the flag round without
-    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second signal
-    takes its default course.
+    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second Ctrl-C
+    takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -126,7 +139,8 @@ class AgreedStop:
 
     def _request(self, number: int, frame) -> None:
         self._requested = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def poll(self) -> int:
         """Call once a step on every rank. The number of a signal that some rank got by the step before, or 0."""

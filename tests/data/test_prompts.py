@@ -15,6 +15,7 @@ from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.evaluate import baselines, evaluate_split
+from tests.spawn import fake_world
 
 WORDS = ["alpha", "beta", "gamma", "caf\u00e9", "(", ")", "\n", "return", "delta"]
 OPTIONS = Options(vocab_size=300, validation_fraction=0.2, shard_tokens=2000)
@@ -235,7 +236,7 @@ class Constant(torch.nn.Module):
         return torch.full((len(positions),), 2.0)
 
 
-WORLD = SimpleNamespace(size=1, rank=0, device=torch.device("cpu"), gather=lambda value: [value])
+WORLD = fake_world()
 
 
 def test_evaluation_counts_tokens_and_bytes_of_responses_alone(folder):

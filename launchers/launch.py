@@ -1,0 +1,156 @@
+"""What launchers.slurm and launchers.local share: the command line, the checks before anything starts, RUN/job.
+
+RUN/job holds a copy of the code, the whole configuration as it was resolved, and the options of the launch, so that a
+job in the queue does not notice edits. It is replaced by the next launch into the same run folder.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers import slurm_client
+from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state, write_state
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint.run_folder import git_revision
+from mdmtrain.checkpoint.store import TOKENIZER_FILE, write_atomically
+from mdmtrain.config import Config, RunPlan, resolve
+from mdmtrain.data.loader import open_sources
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.monitor.logs import CommandParser
+from mdmtrain.parallel.world import writing
+from mdmtrain.train import find_resume, run_identity
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that may start: everything that needs no cluster has been checked."""
+
+    run_dir: Path  # absolute
+    config: Config
+    options: argparse.Namespace
+    plan: RunPlan
+    shape: ModelShape
+    explanation: tuple[str, ...]  # the resolved plan, a sentence each
+
+    @property
+    def log(self) -> Path:
+        return self.run_dir / "logs"
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def parser(name: str, description: str) -> CommandParser:
+    made = CommandParser(prog=f"python -m launchers.{name}", description=description)
+    made.add_argument("config", nargs="*", metavar="CONFIG | section.key=value", help="as mdmtrain.train takes them")
+    made.add_argument("--nodes", type=positive, default=1)
+    made.add_argument("--gpus-per-node", type=count, default=0, metavar="M", help="0: gloo on the CPU")
+    made.add_argument("--ranks-per-node", type=positive, metavar="R", help="one for each GPU, or one without GPUs")
+    made.add_argument("--max-crashes", type=positive, default=3, metavar="N",
+                      help="give up after N crashes in a row without a new checkpoint (3)")  # fmt: skip
+    made.add_argument("--dry-run", action="store_true", help="check and print everything, start nothing")
+    return made
+
+
+def parse(made: CommandParser, arguments: Sequence[str], defaults: dict | None) -> argparse.Namespace:
+    """The options of a launch; `defaults` are those of an earlier one."""
+    if defaults is not None:
+        same = {**defaults, "config": None, "dry_run": False}
+        if any(word.startswith(("--ranks-per-node", "--gpus-per-node")) for word in arguments):
+            same["ranks_per_node"] = None  # follows from the number of GPUs, unless it is given
+        made.set_defaults(**same)
+    options = made.parse_intermixed_args(list(arguments))
+    options.ranks_per_node = options.ranks_per_node or options.gpus_per_node or 1
+    if options.gpus_per_node and options.ranks_per_node > options.gpus_per_node:
+        raise ValueError(f"--ranks-per-node {options.ranks_per_node} with --gpus-per-node {options.gpus_per_node}: "
+                         "a rank needs a GPU to itself; start fewer")  # fmt: skip
+    return options
+
+
+def prepare(options: argparse.Namespace) -> Launch:
+    """Check what can be checked before the ranks exist. Raises ValueError."""
+    config = configuration.load(options.config)
+    world = options.nodes * options.ranks_per_node
+    plan = resolve(config, world)
+    run_dir = Path(config.run.dir).absolute()
+    refuse_if_in_use(run_dir)
+    sources = open_sources(config.data, "train", "size")
+    open_sources(config.data, "validation", "size")
+    tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
+    shape = model_shape(config.model, tokenizer.vocab_size)
+    find_resume(config, run_dir, run_identity(config, shape, tokenizer, [source.fingerprint for source in sources]))
+    step = newest_step(run_dir)
+    if step >= config.run.steps:
+        raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")
+    start = f"from step {step}" if step else "from the beginning"
+    ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
+    return Launch(
+        run_dir, config, options, plan, shape, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons)
+    )
+
+
+def live_job(run_dir: Path) -> tuple[str, str] | None:
+    """Id and state, as Slurm has it, of the job that will train or trains here, or None."""
+    state = read_state(run_dir)
+    if state is None or state.kind != "slurm" or not state.job:
+        return None
+    now = slurm_client.job_state(state.job)
+    return (state.job, now.name) if now.lives else None
+
+
+def refuse_if_in_use(run_dir: Path) -> None:
+    """Raise ValueError where a job for this folder is in a queue, or a live process holds its lock (see RunLock)."""
+    if live := live_job(run_dir):
+        raise ValueError(f"run folder {run_dir} is in use by job {live[0]} ({live[1]}): cancel it with "
+                         f"python -m launchers.status cancel {run_dir}, or choose another run.dir")  # fmt: skip
+    holder = lock_holder(run_dir)
+    if holder is not None:
+        raise ValueError(f"run folder {run_dir} is in use by {holder}: stop that run, or choose another run.dir")
+
+
+def write(launch: Launch, kind: str) -> State:
+    """Write RUN/job and make RUN/logs. Returns the state to start from; raises OSError where it cannot be written."""
+    folder = job_folder(launch.run_dir)
+    with writing(launch.log):
+        launch.log.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=launch.log):
+            pass
+    before = read_state(launch.run_dir)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        code = folder / "code"
+        shutil.rmtree(code, ignore_errors=True)
+        for package in ("mdmtrain", "launchers"):
+            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    write_atomically(folder / "config.yaml", launch.config.to_yaml())
+    told = {"options": vars(launch.options), "steps": launch.config.run.steps, "revision": git_revision(),
+            "directory": os.getcwd(), "kind": kind}  # fmt: skip
+    write_atomically(folder / "launch.json", json.dumps(told, indent=1) + "\n")
+    state = State(kind, starts=before.starts if before else 0)  # a new launch: its crashes count from nothing
+    write_state(launch.run_dir, state)
+    return state
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What the ranks find in their environment, unless it is set already."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "NCCL_DEBUG": "WARN",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # which collective hung, and where
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }

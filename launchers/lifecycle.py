@@ -1,0 +1,150 @@
+"""What becomes of a run when its ranks have ended: it goes on, it is finished, or it has failed for good.
+
+RUN/job/state.json says where a launched run stands. Only the standard library is needed here and in the modules that
+run inside a job (supervise.py, rank.py): the node that supervises has better uses for its memory than another torch.
+"""
+
+import fcntl
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+EARLY = 75  # exit status of a rank that was told to stop before it had begun (EX_TEMPFAIL)
+SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
+PYTHON_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a launched run stands. Phases: queued, running, requeued, stopped, cancelled, finished, failed."""
+
+    kind: str  # slurm, or local
+    job: str = ""  # Slurm's job id, or HOST:PID of the process that supervises the ranks
+    phase: str = "queued"
+    starts: int = 0
+    crashes: int = 0  # in a row without a new checkpoint
+    began_at: int = 0  # step of the newest checkpoint when the ranks last started
+    last_error: str = ""
+    log: str = ""  # what the ranks print
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended."""
+
+    status: int  # of the command that ran them
+    early: bool = False  # told to stop before they had begun
+    error: str = ""  # what was wrong, one line
+    node: str = ""  # where the first rank crashed, if it is known
+
+
+def job_folder(run_dir: Path) -> Path:
+    return run_dir / "job"
+
+
+def this_job() -> str:
+    """The id of the job, or of the task of a job array, that this process belongs to."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may stand for the whole array there
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def read_state(run_dir: Path) -> State | None:
+    """The state of a launched run, or None where none was launched. Raises ValueError."""
+    path = job_folder(run_dir) / "state.json"
+    try:
+        return State(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: damaged: remove it, and launch the run again") from None
+
+
+def write_state(run_dir: Path, state: State) -> None:
+    path = job_folder(run_dir) / "state.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of the newest committed checkpoint, 0 without one."""
+    return max((int(p.parent.name[5:]) for p in (run_dir / "checkpoints").glob("step-*/meta.json")), default=0)
+
+
+def lock_holder(run_dir: Path) -> str | None:
+    """The live process, on any node, that holds a run folder's lock (see RunLock), or None."""
+    lock = run_dir / ".lock"
+    if not lock.is_file():
+        return None
+    with open(lock, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
+
+
+# ---- decisions
+
+
+def begin(state: State, step: int, max_crashes: int) -> State:
+    """The state at the start of the ranks. Phase `failed`: do not start them."""
+    if state.phase == "running":  # nobody was left to say how the last start ended
+        died = Ended(1, error=f"start {state.starts} was cut off: its node, or the process that supervises, died")
+        state = conclude(state, died, step, step + 1, max_crashes)
+    if state.phase == "failed":
+        return state
+    return replace(state, phase="running", starts=state.starts + 1, began_at=step)
+
+
+def conclude(state: State, ended: Ended, step: int, steps: int, max_crashes: int) -> State:
+    """The state after the ranks have ended. Phase `requeued`: start them again.
+
+    step: of the newest checkpoint; steps: of the whole run. A crash counts when it left no new checkpoint behind.
+    """
+    if step >= steps:
+        return replace(state, phase="finished", crashes=0)
+    progress = step > state.began_at
+    if ended.status == 0 or ended.early:  # an agreed stop: as often as it takes
+        return replace(state, phase="requeued", crashes=0 if progress else state.crashes)
+    crashes = 0 if progress else state.crashes + 1
+    phase = "failed" if crashes >= max_crashes else "requeued"
+    return replace(state, phase=phase, crashes=crashes, last_error=ended.error)
+
+
+class ErrorLines:
+    """Picks what was wrong from the lines that ranks and srun write to standard error."""
+
+    def __init__(self) -> None:
+        self._ours = self._python = self._death = ""  # the first line of each kind
+        self._killed = False
+        self.early = False
+        self.node = ""
+
+    def feed(self, line: str) -> None:
+        line = line.strip()
+        if line.startswith("error: "):
+            self._ours = self._ours or line.removeprefix("error: ")
+        elif exited := SRUN_ERROR.match(line):
+            self.rank_ended(*exited.groups())
+        elif PYTHON_ERROR.match(line):
+            self._python = self._python or line
+
+    def rank_ended(self, node: str, ranks: str, how: str) -> None:
+        """how: as srun says it, such as 'Killed' or 'Exited with exit code 1'."""
+        self.early |= how.endswith(f"exit code {EARLY}")
+        if self._death:
+            return  # the first death says more than those of peers that were left alone
+        self._death, self._killed = f"rank {ranks} on {node}: {how}", "exit code" not in how
+        if not how.endswith("exit code 2"):  # 2: a user's error, no node's
+            self.node = node
+
+    def ended(self, status: int) -> Ended:
+        if status == 0:
+            return Ended(0)
+        said = [self._ours, self._python]
+        error = next(filter(None, [self._death, *said] if self._killed else [*said, self._death]), f"status {status}")
+        return Ended(status, self.early, error[:300], self.node)

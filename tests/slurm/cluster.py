@@ -19,6 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 PACKAGES = "apt-get install slurm-wlm munge"
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"  # where Debian has the daemons
 PATIENCE = 120.0  # seconds for anything that takes one on an idle machine
 
 CONF = """\
@@ -66,7 +67,7 @@ def missing() -> str | None:
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
         return "a Slurm cluster of one's own needs root"
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     return f"no {', '.join(absent)} on this machine: {PACKAGES}" if absent else None
 
 
@@ -91,7 +92,7 @@ class Cluster:
     def __init__(self):
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.root.chmod(0o755)  # munged wants its socket in a folder that all may enter; sockets want a short path
-        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
+        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "Cluster":

@@ -30,7 +30,7 @@ quickstart: corpus
 	@echo "run folder   $(RUN)"
 	@echo "TensorBoard  .venv/bin/tensorboard --logdir $(RUN)/events"
 	@echo "infilled by the model, between its prefix and suffix:"
-	@$(PY) -m mdmtrain.generate $(RUN) --length 12 --temperature 0.5 \
+	@$(PY) -m mdmtrain.generate $(RUN) --gen-length 12 --temperature 0.5 \
 		--prefix "$$(printf 'import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self')" \
 		--suffix "$$(printf ' = path\n\n    def close(self):\n        return None\n')"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from mdmtrain import yaml12
 
@@ -62,7 +62,8 @@ class DataConfig(Section):
         0.01,
         ge=0,
         le=1,
-        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16)",
+        description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16); "
+        "prompts and responses keep theirs",
     )
     verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
@@ -81,7 +82,10 @@ class DiffusionConfig(Section):
     target: Literal["loss", "gradient"] = Field("gradient", description="ppots: whose second moment is fitted")
     form: Literal["histogram", "epr"] = Field("histogram", description="ppots: bins, or the paper's parametric family")
     when: Literal["online", "once"] = Field(
-        "online", description="ppots: refit during training, or fit only once, early"
+        "online", description="ppots: refit during training, or fit once, before it, on a grid"
+    )
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (70, 15, 15), description="when: once: rates x sequences x masks of the fit (forward passes of single rows)"
     )
     bins: int = Field(64, ge=8, le=1024, multiple_of=8, description="cells of the sampler and of the statistics")
     floor: float = Field(0.2, gt=0, le=1, description="ppots: share of the uniform; no importance weight over 1/floor")
@@ -109,6 +113,9 @@ class DiffusionConfig(Section):
         (), description="ISAD: ids or pieces masked more often; biased, see docs"
     )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
+    syrm_tokens: tuple[str | int, ...] = Field(
+        (), description="SyRM: ids or pieces that are masked in prompts too; another objective, see docs"
+    )
 
     @property
     def rows_per_slot(self) -> int:
@@ -118,13 +125,17 @@ class DiffusionConfig(Section):
     def _has_a_law(self) -> "DiffusionConfig":
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
+        if self.when == "once" and self.grid[0] * self.grid[1] < 2 * self.bins:
+            raise ValueError(
+                f"grid needs at least {2 * self.bins} rates x sequences, to reach each of bins={self.bins}"
+            )
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
             raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
         if self.objective == "ar" and (other or self.counts or self.views != "single"):
             raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
         return self
@@ -178,11 +189,33 @@ class CheckpointConfig(Section):
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
+    export_every: int | None = Field(
+        None, gt=0, description="steps between exports to RUN/exports, and after the last step; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _exports_are_of_checkpoints(self) -> "CheckpointConfig":
+        if self.export_every is not None and self.export_every % self.save_every:
+            raise ValueError(f"export_every={self.export_every} is not a multiple of save_every={self.save_every}")
+        return self
 
 
 class MonitorConfig(Section):
     log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
     tensorboard: bool = Field(True, description="write RUN/events")
+    probe_every: int | None = Field(
+        100, ge=0, description="steps between looks at the loss's variance and the gradient's noise; 0 or null: none"
+    )
+    probe: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (8, 4, 2), description="validation sequences x rates x masks of a decomposition"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_estimator(self) -> "MonitorConfig":
+        sequences, rates, masks = self.probe
+        if sequences < 4 or sequences % 2 or rates < 2 or masks < 2:
+            raise ValueError("probe needs an even number of at least 4 sequences, and at least 2 rates and 2 masks")
+        return self
 
 
 class EvalConfig(Section):

@@ -1,44 +1,55 @@
 """How good is a model: its NELBO on held-out text, with its standard error.
 
-    python -m mdmtrain.evaluate RUN_OR_CHECKPOINT [--data PATH...] [--json FILE]
+    python -m mdmtrain.evaluate RUN_OR_CHECKPOINT [--data PATH...] [--estimator NAME...] [--json FILE]
 
-The estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact NELBO,
-an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows and
-samples.
+The default estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact
+NELBO, an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows
+and samples. The others check it: `likelihood.py` has them all, docs/evaluation.md says which to use. On prompts and
+responses it bounds the responses given their prompts (and lengths): tokens, bytes and baselines are the responses'.
 """
 
+import argparse
 import json
 import math
+import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import EvalConfig
-from mdmtrain.data.loader import validation_rows, windows
+from mdmtrain.data.loader import validation_rows
 from mdmtrain.data.shards import PreparedSplit
-from mdmtrain.diffusion import noise, strata
-from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import corrupt_counted, next_token, row_losses
+from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair, read_records
+from mdmtrain.likelihood import (
+    ESTIMATORS,
+    MOST_ERRORS,
+    NEXT_TOKEN,
+    Comparison,
+    Estimate,
+    Estimator,
+    compare,
+    estimate,
+)
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
-from mdmtrain.monitor.metrics import finite
+from mdmtrain.monitor.logs import CommandParser, log, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
-from mdmtrain.parallel.wrap import reshard
 
 BASELINE_PART = 1 << 20  # tokens read at once
+UNITS = {"nelbo": 4, "bits_per_byte": 4, "perplexity": 2}  # fields of an evaluation, and decimals shown
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of one split. bits_per_byte takes the tokens per byte of the whole split."""
+    """The NELBO of one split: of its tokens, or where it has prompts, of the responses (and eos) given these.
+
+    bits_per_byte takes the eligible tokens per byte of the whole split.
+    """
 
     split: str
     nelbo: float  # nats per token
@@ -57,36 +68,6 @@ class Evaluation:
         )
 
 
-@torch.no_grad()
-def row_values(
-    model: Transformer, ids: Tensor, segments: Tensor | None, config: EvalConfig, mask_id: int, world: World
-) -> np.ndarray:
-    """One unbiased NELBO estimate per (row, sample), in nats per token: float64 [R, samples]. A collective.
-
-    ids: int64 [R, L]. Batches are formed by global index and dealt to the ranks in turn, so every number of ranks
-    computes the same values; a rank left over in the last round repeats a batch and its result is dropped.
-    """
-    rows, length = ids.shape
-    slots = rows * config.samples
-    u = strata.uniforms(config.seed, 0, slots, "global", Stream.EVALUATION)
-    batches = [np.arange(first, min(first + config.batch, slots)) for first in range(0, slots, config.batch)]
-    mine = {}
-    for first in range(0, len(batches), world.size):
-        chosen = batches[number := min(first + world.rank, len(batches) - 1)]
-        row = torch.from_numpy(chosen // config.samples)
-        positions = noise.position_uniforms(config.seed, 1, chosen, length, Stream.EVALUATION)
-        if model.shape.causal:
-            corrupted = next_token(ids[row], np.full(len(row), length)).to(world.device)
-        else:
-            corrupted = corrupt_counted(ids[row], torch.from_numpy(positions), u[chosen], mask_id).to(world.device)
-        visible = None if segments is None else segments[row].to(world.device)
-        ce = model(corrupted.noisy, corrupted.positions, corrupted.targets, visible)
-        mine[number] = row_losses(ce, corrupted).double().cpu().numpy() / length
-    reshard(model)
-    gathered = {number: values for part in world.gather(mine) for number, values in part.items()}
-    return np.concatenate([gathered[number] for number in range(len(batches))]).reshape(rows, config.samples)
-
-
 def evaluate_split(
     model: Transformer,
     split: PreparedSplit,
@@ -97,17 +78,18 @@ def evaluate_split(
     mask_id: int,
     world: World,
 ) -> Evaluation:
-    """The NELBO on evenly spaced rows of a validation split. A collective; the same on any number of ranks."""
-    ids, segments = validation_rows(split, config.rows, sequence_length, document_mask)
-    values = row_values(model, ids, segments, config, mask_id, world)
-    per_row = values.mean(axis=1)
-    nelbo = float(per_row.mean())
-    se = float(per_row.std(ddof=1) / math.sqrt(len(per_row))) if len(per_row) > 1 else math.inf
-    bits = split.tokens / split.bytes / math.log(2)
+    """The NELBO on evenly spaced rows of a validation split, per eligible token. A collective; any number of ranks."""
+    rows = validation_rows(split, config.rows, sequence_length, document_mask)
+    counted = Estimator("counted", config.samples, config.seed, 0.0)
+    found = estimate(model, rows, counted, config.batch, mask_id, world)
+    return in_units(name, found, config.samples, split.eligible_tokens / split.bytes)
+
+
+def in_units(name: str, found: Estimate, samples: int, tokens_per_byte: float) -> Evaluation:
+    """An estimate in nats per token, bits per byte and perplexity."""
+    nelbo, se, bits = found.nelbo, found.standard_error, tokens_per_byte / math.log(2)
     perplexity = math.exp(min(nelbo, 700.0))  # a diverged model is reported, not a reason to stop
-    return Evaluation(
-        name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(per_row), config.samples
-    )
+    return Evaluation(name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(found.nats), samples)
 
 
 def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
@@ -115,89 +97,255 @@ def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
     return [s.split if len(splits) == 1 else f"{s.split}/{Path(f).name}" for s, f in zip(splits, folders, strict=True)]
 
 
+def set_names(paths: list[str], split: str) -> list[str]:
+    """The same for paths, some of which may be files, which are called what they are called."""
+    folders = [split if len(paths) == 1 else f"{split}/{Path(path).name}" for path in paths]
+    return [name if Path(path).is_dir() else Path(path).name for path, name in zip(paths, folders, strict=True)]
+
+
+# ---- what is evaluated
+
+
+@dataclass(frozen=True)
+class Material:
+    """The rows of one validation set, and what was made of its text."""
+
+    name: str
+    rows: Rows
+    policy: str  # how the text became rows, and what of it is scored
+    tokens: int  # of the whole set, with bos and eos where these are scored
+    bytes: int  # of its text, in UTF-8
+    documents: int
+    stream: PreparedSplit | TextSplit | None  # for the baselines
+    details: dict = field(default_factory=dict)  # more counts, for the report
+
+
+def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: store.LoadedModel) -> Material:
+    """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
+    length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
+    if path.endswith(".jsonl") and Path(path).is_file():
+        records = read_records(Path(path))
+        if "continuation" in records[0][1]:
+            return _continuations(records, name, loaded)
+    if Path(path).is_dir():
+        stream = open_split(path, args.split, loaded)
+    else:
+        stream = TextSplit(path, loaded.tokenizer, args.lines)
+    common = (stream.eligible_tokens, stream.bytes, stream.documents, stream)
+    if stream.prompts:
+        rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
+        policy = f"a prompt and its response a row, cut at {length} tokens; the response and its eos are scored"
+        return Material(name, rows, policy, *common)
+    scored = "bos and eos of each document are scored"
+    if args.wrap == "no":
+        rows, longer = document_rows(stream, count, length, args.long == "cut", pad_id)
+        what = "cut there" if args.long == "cut" else "go on in rows of their own"
+        policy = f"one document a row, padding not scored; those over {length} tokens {what}; {scored}"
+        return Material(name, rows, policy, *common, {"longer_documents": longer})
+    if stream.tokens < length:
+        raise ValueError(
+            f"{path}: the {stream.split} split has {stream.tokens:,} tokens, not one row of data.sequence_length="
+            f"{length}: evaluate it with --wrap no, or prepare more text"
+        )
+    rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
+    sees = "its document" if loaded.config.data.document_mask else "its row"
+    policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
+    return Material(name, rows, policy, *common)
+
+
+def _continuations(records: list[tuple[str, dict]], name: str, loaded: store.LoadedModel) -> Material:
+    """Every record's continuation, given its prefix."""
+    length, pairs = loaded.config.data.sequence_length, []
+    for place, record in records:
+        prefix, continuation = record.get("prefix", ""), record.get("continuation")
+        if not isinstance(prefix, str) or not isinstance(continuation, str) or not continuation:
+            raise ValueError(f"{place}: needs 'continuation', a string with text in it, and 'prefix', a string")
+        pairs.append(encode_pair(loaded.tokenizer, prefix, continuation))
+        given, rest = (len(part) for part in pairs[-1])
+        if given + rest > length:
+            raise ValueError(
+                f"{place}: prefix ({given} tokens with bos) and continuation ({rest}) exceed the {length} tokens that "
+                "the model was trained on: shorten them"
+            )
+    size = sum(len(record["continuation"].encode()) for _, record in records)
+    policy = "continuation given bos and prefix; neither these nor an eos are scored"
+    rows = continuation_rows(pairs, loaded.tokenizer.pad_id)
+    return Material(name, rows, policy, int(rows.eligible.sum()), size, len(records), None)
+
+
 # ---- command
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model has to beat, on the same split."""
+    """What the model has to beat, on the same tokens of the same split."""
 
     unigram_nats_per_token: float  # entropy of the split's token frequencies
     unigram_bits_per_byte: float
     gzip_bits_per_byte: float  # gzip -9 of the split's text
 
 
-def baselines(split: PreparedSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    """One pass over the split, a part at a time. decode: token ids -> text."""
+def baselines(split: PreparedSplit | TextSplit, decode: Callable[[list[int]], str]) -> Baselines:
+    """One pass over the eligible tokens of a split, a part at a time. decode: token ids -> text."""
     counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
     for start in range(0, split.tokens, BASELINE_PART):
-        ids = split.read(start, min(BASELINE_PART, split.tokens - start))
+        length = min(BASELINE_PART, split.tokens - start)
+        ids = split.read(start, length)[split.eligible(start, length)]
         counts += np.bincount(ids, minlength=split.vocab_size)
         packed += len(packer.compress(decode(ids.tolist()).encode("utf-8")))
-    share = counts[counts > 0] / split.tokens
+    share = counts[counts > 0] / split.eligible_tokens
     entropy = float(-(share * np.log(share)).sum())
     packed += len(packer.flush())
-    return Baselines(entropy, entropy * split.tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
+    return Baselines(entropy, entropy * split.eligible_tokens / split.bytes / math.log(2), 8 * packed / split.bytes)
 
 
-def _show(evaluation: Evaluation, base: Baselines, where: Path) -> None:
-    table = Table(title=f"{evaluation.split}: {evaluation.rows} rows x {evaluation.samples} noise draws")
-    for column in ("", "nats/token", "bits/byte", "perplexity"):
+def report(material: Material, estimates: dict[Estimator, Estimate], comparisons: list[Comparison]) -> dict:
+    """The numbers of one validation set, for JSON: those of the first estimator, then every one's."""
+    per_byte, results = material.tokens / material.bytes, []
+    for estimator, found in estimates.items():
+        evaluation = asdict(in_units(material.name, found, estimator.draws, per_byte))
+        own = {"estimator": estimator.name, "target": estimator.target, "seed": estimator.seed}
+        if estimator.name == "continuous":
+            own["eps"] = estimator.eps
+        results.append({**own, **evaluation, "noise_se": found.noise_error, "passes": found.passes})
+    first = next(iter(estimates.values()))
+    scored = int(first.tokens.sum())
+    whole = {
+        "policy": material.policy, "documents": material.documents, "tokens": material.tokens, "bytes": material.bytes,
+        "tokens_scored": scored, "bytes_scored": round(scored / per_byte), **material.details,
+    }  # fmt: skip
+    units = {"nelbo": "nats/token", "bits_per_byte": "bits/byte", "perplexity": "exp(nats/token)"}
+    numbers = {**results[0], **whole, "units": units, "estimators": results}
+    numbers["comparisons"] = [{**asdict(comparison), "agree": comparison.agree} for comparison in comparisons]
+    if material.stream is None:
+        errors = np.sqrt(first.noise)
+        numbers["continuations"] = [
+            {"nats": float(n), "noise_se": float(e), "tokens": int(p)}
+            for n, e, p in zip(first.nats, errors, first.tokens, strict=True)
+        ]
+    return numbers
+
+
+def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
+    several = len(numbers["estimators"]) > 1
+    table = Table(title=f"{numbers['split']}: {numbers['rows']} rows x {numbers['samples']} noise draws")
+    for column in ("", "nats/token", "bits/byte", "perplexity", *(("+- by draws", "passes") if several else ())):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "model (upper bound)",
-        f"{evaluation.nelbo:.4f} +- {evaluation.nelbo_se:.4f}",
-        f"{evaluation.bits_per_byte:.4f} +- {evaluation.bits_per_byte_se:.4f}",
-        f"{evaluation.perplexity:.2f} +- {evaluation.perplexity_se:.2f}",
-    )
-    unigram = base.unigram_nats_per_token
-    table.add_row("unigram", f"{unigram:.4f}", f"{base.unigram_bits_per_byte:.4f}", f"{math.exp(unigram):.2f}")
-    table.add_row("gzip -9", "", f"{base.gzip_bits_per_byte:.4f}", "")
-    console = Console()
-    console.print(str(where), highlight=False)
+    for one in numbers["estimators"]:
+        cells = [f"{one[unit]:.{digits}f} +- {one[unit + '_se']:.{digits}f}" for unit, digits in UNITS.items()]
+        if several:
+            table.add_row(
+                f"{one['estimator']} x {one['samples']}", *cells, f"{one['noise_se']:.4f}", f"{one['passes']:,}"
+            )
+        else:
+            table.add_row("model" if one["estimator"] == NEXT_TOKEN else "model (upper bound)", *cells)
+    if base is not None:
+        unigram = base.unigram_nats_per_token
+        table.add_row("unigram", f"{unigram:.4f}", f"{base.unigram_bits_per_byte:.4f}", f"{math.exp(unigram):.2f}")
+        table.add_row("gzip -9", "", f"{base.gzip_bits_per_byte:.4f}", "")
     console.print(table)
-    better = 1 - evaluation.nelbo / unigram
-    console.print(f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline")
+    for pair in numbers["comparisons"]:
+        a, b = pair["between"]
+        verdict = "agree" if pair["agree"] else "DISAGREE"
+        console.print(f"{a} - {b}: {pair['difference']:+.4f} +- {pair['standard_error']:.4f}: {verdict}")
+    if base is not None:
+        better = 1 - numbers["nelbo"] / base.unigram_nats_per_token
+        found = f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline"
+        console.print(found, highlight=False)
+    console.print(
+        f"{numbers['policy']}; scored {numbers['tokens_scored']:,} of {numbers['tokens']:,} tokens "
+        f"({numbers['bytes_scored']:,} of {numbers['bytes']:,} bytes), seed {numbers['seed']}",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def row_count(argument: str) -> int:
+    """The type of --rows: a number, or all."""
+    return sys.maxsize if argument == "all" else int(argument)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
-    parser.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="prepared folders (default: those of the run)")
-    parser.add_argument("--split", default="validation", help="split of the prepared folders (default: validation)")
-    parser.add_argument("--rows", type=int, help="sequences per folder (default: the run's eval.rows)")
-    parser.add_argument("--samples", type=int, help="noise draws per sequence (default: the run's eval.samples)")
-    parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
+    inputs = "prepared folders, text files, jsonl with 'text' or with 'prefix' and 'continuation' (default: the run's)"
+    add("--data", nargs="+", metavar="PATH", help=inputs)
+    add("--split", default="validation", help="split of the prepared folders (default: validation)")
+    add("--rows", type=row_count, help="rows (or documents) per set, evenly spaced, or 'all' (default: eval.rows)")
+    add("--wrap", choices=["yes", "no"], default="yes", help="no: one document a row (default: yes, end to end)")
+    add("--long", choices=["split", "cut"], default="split", help="with --wrap no, documents longer than a row")
+    add("--lines", action="store_true", help="every line of a text file is a document")
+    add(
+        "--estimator",
+        nargs="+",
+        choices=ESTIMATORS,
+        default=["counted"],
+        help="several are compared (default: counted)",
+    )
+    add("--mc-num", "--samples", dest="samples", type=int, help="noise draws per row (default: the run's eval.samples)")
+    add("--orders", type=int, default=4, help="orders per row, for --estimator orders (default: 4)")
+    add("--eps", type=float, help="smallest rate, for --estimator continuous (default: the run's diffusion.eps)")
+    add("--seed", type=int, help="of the noise (default: the run's eval.seed)")
+    add("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
+    add("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
-    chosen = {name: getattr(args, name) for name in ("rows", "samples") if getattr(args, name) is not None}
-    for option, value in chosen.items():
-        if value < 1:
+    for option, value in (("rows", args.rows), ("mc-num", args.samples), ("orders", args.orders)):
+        if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1")
+    if args.eps is not None and not 0 < args.eps < 1:
+        raise ValueError("--eps must lie between 0 and 1")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
     loaded = store.load_model(args.checkpoint, args.weights, world)
-    settings, data, mask_id = loaded.config.eval.model_copy(update=chosen), loaded.config.data, loaded.tokenizer.mask_id
-    folders = args.data or [source.path for source in data.sources]
-    splits = world.agree(lambda: [open_split(folder, args.split, loaded) for folder in folders])
-    results = []
-    for split, name in zip(splits, split_names(splits, folders), strict=True):
-        evaluation = evaluate_split(
-            loaded.model, split, name, settings, data.sequence_length, data.document_mask, mask_id, world
-        )
+    estimators = world.agree(lambda: choose_estimators(args, loaded))
+    paths = args.data or [source.path for source in loaded.config.data.sources]
+    count = args.rows or loaded.config.eval.rows
+    console, results = Console(), []
+    if world.is_main:
+        console.print(str(loaded.folder), highlight=False)
+    for path, name in zip(paths, set_names(paths, args.split), strict=True):
+        material = world.agree(lambda path=path, name=name: open_material(path, name, args, count, loaded))
+        estimates = {
+            one: estimate(loaded.model, material.rows, one, loaded.config.eval.batch, loaded.tokenizer.mask_id, world)
+            for one in estimators
+        }
+        comparisons = compare(estimates)
         if world.is_main:
-            base = baselines(split, loaded.tokenizer.decode)
-            _show(evaluation, base, loaded.folder)
-            numbers = {**asdict(evaluation), **asdict(base)}
-            results.append({name: finite(v) if isinstance(v, float) else v for name, v in numbers.items()})
+            base = None if material.stream is None else baselines(material.stream, loaded.tokenizer.decode)
+            numbers = report(material, estimates, comparisons)
+            _show(numbers, base, console)
+            results.append({**numbers, **(asdict(base) if base else {})})
+            for pair in comparisons:
+                if not pair.agree:
+                    log.warning(
+                        "%s: %s and %s differ by more than %g standard errors and what eps can make: one of them is "
+                        "wrong, or has too few rows for its error to be known",
+                        material.name, *pair.between, MOST_ERRORS,
+                    )  # fmt: skip
     if args.json and world.is_main:
-        report = {"checkpoint": str(loaded.folder), "results": results}
-        store.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
+        numbers = {"checkpoint": str(loaded.folder), "results": results}
+        whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # as `finite` does
+        store.write_atomically(args.json, json.dumps(whole, indent=1) + "\n")
+
+
+def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> list[Estimator]:
+    """What the options ask for. Raises ValueError."""
+    config = loaded.config
+    draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
+    if loaded.model.shape.causal:
+        if args.estimator != ["counted"]:
+            raise ValueError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
+        return [Estimator(NEXT_TOKEN, 1, seed, 0.0)]
+    return [
+        Estimator(name, args.orders if name == "orders" else draws, seed, args.eps or config.diffusion.eps)
+        for name in dict.fromkeys(args.estimator)
+    ]
 
 
 def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:
-    """A prepared split that was made with the model's own tokenizer and holds a row. Raises ValueError."""
+    """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
     opened = PreparedSplit(folder, split)
-    windows(opened, loaded.config.data.sequence_length)
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
             f"{folder}: prepared with another tokenizer than the model's: "

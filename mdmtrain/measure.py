@@ -113,7 +113,7 @@ class Bench:
         for micro_step in range(plan.accumulation):
             batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
             corruption = law.corrupt(
-                batch.ids, batch.lengths, batch.uniforms, draws.at(batch.slots.numpy()), self.mask_id
+                batch.ids, batch.eligible, batch.uniforms, draws.at(batch.slots.numpy()), self.mask_id
             ).to(self.world.device)
             loss = row_losses(
                 masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot), corruption
@@ -126,7 +126,7 @@ class Bench:
         """One row: the data of one slot, the positions' noise of another, a given rate. Rank 0's row counts."""
         corruption = law.corrupt(
             batch.ids[data : data + 1],
-            batch.lengths[data : data + 1],
+            batch.eligible[data : data + 1],
             batch.uniforms[noise : noise + 1],
             t,
             self.mask_id,
@@ -158,7 +158,7 @@ class Bench:
 
     def _law(self, diffusion: DiffusionConfig) -> Law:
         """The arm's law with the objective as named (not annealed) and, for P-POTS, a density fitted to this model."""
-        law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces))
+        law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return law
         key = (diffusion.masks, diffusion.views == "complement", diffusion.target)
@@ -179,7 +179,7 @@ class Bench:
             for micro_step in range(plan.accumulation):
                 batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
                 drawn = draws.at(batch.slots.numpy())
-                corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, self.mask_id)
+                corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, self.mask_id)
                 corruption = corruption.to(self.world.device)
                 ce = masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot)
                 statistic = row_statistics(ce, corruption, diffusion.target).double().cpu()

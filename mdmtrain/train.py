@@ -14,9 +14,10 @@ import numpy as np
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.export import SideExports
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.loader import open_sources, train_loader
+from mdmtrain.data.loader import describe_rows, open_sources, train_loader
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
@@ -24,12 +25,13 @@ from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
-from mdmtrain.monitor.metrics import MetricsLog
+from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
-from mdmtrain.optim import WeightAverage, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.world import AgreedError, AgreedStop, World, init_world
 from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.probe import Probe
 
 
 def train(config: Config, world: World) -> None:
@@ -49,7 +51,8 @@ def train(config: Config, world: World) -> None:
     model = build_model(shape, config.parallel, world)
     optimizer = build_optimizer(model, config.optim)
     average = None
-    delimiters = world.agree(lambda: token_table(config.diffusion.isad_tokens, tokenizer.pieces()))
+    listed = config.diffusion.isad_tokens
+    delimiters = world.agree(lambda: token_table(listed, tokenizer.pieces(), "diffusion.isad_tokens"))
     sampler = RateSampler(config.diffusion, world.device, delimiters)
 
     # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start
@@ -62,7 +65,8 @@ def train(config: Config, world: World) -> None:
         origin = f"weights of {load_initial_weights(config, identity, model, world)}"
     if config.optim.ema_decay is not None:
         average = WeightAverage(model, config.optim.ema_decay)
-    step, recorder = 0, StepRecorder(config, plan, world.device)
+    step, recorder = 0, StepRecorder(config, plan, world.device, world.rank)
+    probe, pair = Probe(model, config, tokenizer.mask_id, world), GradientPair(model)
     if resumed is not None:
         store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
@@ -77,8 +81,14 @@ def train(config: Config, world: World) -> None:
     loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, world.device.type == "cuda"))
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
-    for line in (f"run folder {run_dir}", origin, describe(shape), *plan.reasons):
+    rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
+    for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
+    if sampler.fits("once") and resumed is None:
+        rates, rows, masks = config.diffusion.grid
+        say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
+        p = probe.fit(sampler.law(0.0), sources)
+        sampler.use(world.agree(lambda: p, main_only=True))  # the same bits everywhere
 
     # ---- the loop
     device = world.device
@@ -86,7 +96,8 @@ def train(config: Config, world: World) -> None:
     batches = iter(loader)
     recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
-    bits_per_nat = sum(v.tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
+    exports = SideExports(config, resumed, world.is_main)
+    bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     stopped = 0
     model.train()
     while step < run.steps and not stopped:
@@ -97,13 +108,17 @@ def train(config: Config, world: World) -> None:
             model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
             batch = recorder.wait_for(batches)
             drawn = draws.at(batch.slots.numpy())
-            corruption = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, tokenizer.mask_id).to(device)
+            corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(device)
             ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
             losses = row_losses(ce, corruption)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
             statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
-            eligible = int(batch.lengths.sum()) * plan.rows_per_slot
+            eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
+        if pair.half:
+            recorder.add_pair(sums, pair.compare())
+        elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
+            pair.keep()
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)
         norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
@@ -116,12 +131,17 @@ def train(config: Config, world: World) -> None:
         if sampler.due(step):
             sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
 
-        stopped = stop.poll()
+        stopped = stop.poll() if not pair.half else 0  # nor across a stop: one step later
         last = step == run.steps or bool(stopped)
         evaluating = step % config.eval.every == 0 or step == run.steps
         saving = step % config.checkpoint.save_every == 0 or last
-        if step % config.monitor.log_every == 0 or evaluating or saving:
+        if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             records = recorder.flush()  # the only place where the host waits for the device
+            if probe.due(step):
+                components, seconds, share = probe.decompose(law, validation, step)
+                records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
+                if metrics is not None:
+                    metrics.probe_cost(step, seconds, share)
             if metrics is not None:
                 metrics.write(records)
             progress.update(records[-1], bits_per_nat)
@@ -145,11 +165,13 @@ def train(config: Config, world: World) -> None:
             }
             folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
             progress.note(f"step {step}  checkpoint {folder}")
-        if evaluating or saving:
+            exports.start(folder)
+        if evaluating or saving or probe.due(step):
             recorder.resume_clock()
 
     stop.drain()
     progress.close()
+    exports.finish()
     if metrics is not None:
         metrics.close()
     if stopped and step < run.steps:

@@ -9,6 +9,18 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
+from mdmtrain.parallel.world import World, init_world
+
+
+def fake_world(gather: Callable = lambda value: [value], rank: int = 0, size: int = 1) -> World:
+    """A rank without a process group, whose exchanges are `gather`."""
+
+    class Fake(World):
+        def gather(self, value):
+            return gather(value)
+
+    return Fake(rank, size, torch.device("cpu"), None, None)
+
 
 def run_world(function: Callable, size: int, *arguments) -> list:
     """Call function(world, *arguments) on every rank and return the results in the order of the ranks.
@@ -47,8 +59,6 @@ def _rank(function, rank, size, port, arguments, results) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    from mdmtrain.parallel.world import init_world
-
     try:
         world = init_world()
         # As bytes: a tensor in a queue is a handle to memory that goes away with this process.

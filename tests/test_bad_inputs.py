@@ -524,22 +524,118 @@ def numbers_into_a_missing_folder(lab):
     return ["a-run-to-look-for-later", "--json", str(lab.folder / "nowhere/numbers.json")]
 
 
+@case("evaluate", "{lab}/nowhere.txt: no such file or prepared folder", "check the path")
+def text_that_is_missing(lab):
+    return [str(lab.finished), "--data", str(lab.folder / "nowhere.txt")]
+
+
+@case("evaluate", "{lab}/empty.txt: no text in it")
+def text_that_is_empty(lab):
+    return [str(lab.finished), "--data", str(lab.file("empty.txt", ""))]
+
+
+@case("evaluate", "{lab}/bytes.txt at byte 2: not UTF-8", "convert")
+def text_that_is_no_text(lab):
+    file = lab.folder / "bytes.txt"
+    file.write_bytes(b"ab\xff" * 100)
+    return [str(lab.finished), "--data", str(file)]
+
+
+@case("evaluate", "{lab}/short.txt", "not one row of data.sequence_length=32", "--wrap no")
+def text_shorter_than_a_row(lab):
+    return [str(lab.finished), "--data", str(lab.file("short.txt", "short"))]
+
+
+@case("evaluate", "{lab}/pairs.jsonl:3: needs 'continuation'")
+def pairs_without_a_continuation(lab):
+    lines = '{"prefix": "a", "continuation": "b"}\n\n{"prefix": "a"}\n'
+    return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", lines))]
+
+
+@case("evaluate", "{lab}/pairs.jsonl:1: prefix (3 tokens with bos)", "(30)", "exceed the 32 tokens", "shorten")
+def pairs_longer_than_the_model(lab):
+    record = json.dumps({"prefix": "\x01\x02", "continuation": "\x03" * 30})
+    return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", record))]
+
+
+@case("evaluate", "--mc-num 7", "two sweeps", "an even number")
+def draws_that_make_no_sweeps(lab):
+    return [str(lab.finished), "--estimator", "systematic", "--mc-num", "7"]
+
+
+@case("evaluate", "--mc-num must be at least 1")
+def no_draws(lab):
+    return [str(lab.finished), "--mc-num", "0"]
+
+
+@case("evaluate", "--estimator", "'exact'", "counted", "--help")
+def unknown_estimator(lab):
+    return [str(lab.finished), "--estimator", "exact"]
+
+
+@case("evaluate", "--eps must lie between 0 and 1")
+def eps_that_is_no_rate(lab):
+    return [str(lab.finished), "--estimator", "continuous", "--eps", "1.5"]
+
+
 # -- generate
 
 
-@case("generate", "40 tokens", "--length 8", "exceed the 32 tokens", "shorten", start=cold)
+@case("generate", "the prompt", "40 tokens", "1 x --gen-length 8", "exceed the 32 tokens", "shorten", start=cold)
 def prefix_too_long(lab):
-    return [str(lab.finished), "--prefix", "\x01" * 39, "--length", "8"]
+    return [str(lab.finished), "--prefix", "\x01" * 39, "--gen-length", "8"]
 
 
-@case("generate", "--length must be at least 1")
+@case("generate", "--gen-length must be at least 1")
 def nothing_to_generate(lab):
-    return [str(lab.finished), "--length", "0"]
+    return [str(lab.finished), "--gen-length", "0"]
+
+
+@case("generate", "--block-length 5 does not divide --gen-length 12", "1, 2, 3, 4, 6, 12")
+def blocks_that_do_not_fit(lab):
+    return [str(lab.finished), "--gen-length", "12", "--block-length", "5"]
+
+
+@case("generate", "--steps 7 does not spread evenly over 4 blocks", "a multiple of 4")
+def steps_that_do_not_fit(lab):
+    return [str(lab.finished), "--gen-length", "8", "--block-length", "2", "--steps", "7"]
+
+
+@case("generate", "--remasking", "'best'", "low_confidence", "--help")
+def unknown_remasking(lab):
+    return [str(lab.finished), "--remasking", "best"]
+
+
+@case("generate", "--cfg-scale must be 0 or more")
+def guidance_below_zero(lab):
+    return [str(lab.finished), "--cfg-scale", "-0.5"]
+
+
+@case("generate", "--input {lab}/nowhere.jsonl: no such file", "check the path")
+def prompts_that_are_missing(lab):
+    return [str(lab.finished), "--input", str(lab.folder / "nowhere.jsonl"), "--output", str(lab.folder / "out.jsonl")]
+
+
+@case("generate", "{lab}/in.jsonl:2: needs 'text' with <mask> for every gap", "'prefix' and 'suffix'")
+def prompts_without_a_gap(lab):
+    file = lab.file("in.jsonl", '{"prefix": "a"}\n{"text": "no gap"}\n')
+    return [str(lab.finished), "--input", str(file), "--output", str(lab.folder / "out.jsonl")]
+
+
+@case("generate", "{lab}/in.jsonl:1: the given text", "2 x --gen-length 16", "exceed the 32 tokens")
+def gaps_that_do_not_fit(lab):
+    file = lab.file("in.jsonl", '{"text": "a<mask>b<mask>"}\n')
+    return [str(lab.finished), "--input", str(file), "--gen-length", "16", "--output", str(lab.folder / "out.jsonl")]
+
+
+@case("generate", "--input already has the texts", "leave out --prefix")
+def prompts_twice(lab):
+    return [str(lab.finished), "--input", str(lab.file("in.jsonl", '{"prefix": "a"}\n')), "--prefix", "b"]
 
 
 @case("generate", "--prefix", "utf8_text", "'a\\udcff'", "--help")
 def prefix_that_is_no_text(lab):
-    return [str(lab.finished), "--prefix", os.fsdecode(b"a\xff"), "--length", "4"]
+    return [str(lab.finished), "--prefix", os.fsdecode(b"a\xff"), "--gen-length", "4"]
 
 
 @case("generate", "--steps must be at least 1")
@@ -559,7 +655,7 @@ def temperature_that_is_no_number(lab):
 
 @case("generate", "--seed must be 0 or more", "2^63")
 def seed_too_large(lab):
-    return [str(lab.finished), "--seed", str(1 << 64), "--length", "4"]
+    return [str(lab.finished), "--seed", str(1 << 64), "--gen-length", "4"]
 
 
 @case("generate", "--json: cannot write {lab}/file/texts.json", "missing")

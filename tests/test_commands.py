@@ -1,18 +1,19 @@
 """A run used the way people use it: trained, evaluated and sampled from the command line."""
 
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
-import numpy as np
 import pytest
-import torch
 
-from mdmtrain.generate import Sampling, unmask
-from tests.conftest import ROOT, read_metrics, write_config
+from tests.conftest import ROOT, SOAK, read_metrics, write_config
+from tests.spawn import run_world
 
 
 def run(*arguments: str, ranks: int | None = None) -> str:
@@ -45,7 +46,7 @@ def trained(corpus, tmp_path_factory) -> Path:
         "diffusion": {"schedule": "cosine"},
         "optim": {"lr": 3e-3, "schedule": "wsd", "ema_decay": 0.8},
         "checkpoint": {"save_every": 10, "keep_last": 2},
-        "monitor": {"log_every": 5},
+        "monitor": {"log_every": 5, "probe_every": 15, "probe": [4, 2, 2]},
         "eval": {"every": 15, "rows": 16, "samples": 2, "batch": 8},
     }
     output = run("mdmtrain.train", str(write_config(tree, folder / "config.yaml")))
@@ -67,6 +68,7 @@ def test_run_folder(trained):
         assert sum(record["rate_histogram"]) == 16
         assert 0 < record["masked_fraction"] < 1 and not record["skipped"]
     assert training[-1]["nelbo"] < training[0]["nelbo"]
+    assert [r["step"] for r in training if "probe" in r] == [15, 30]
 
 
 def test_tensorboard_shows_what_metrics_say(trained):
@@ -77,6 +79,7 @@ def test_tensorboard_shows_what_metrics_say(trained):
     drawn = {event.step: event.value for event in events.Scalars("train/loss")}
     written = {r["step"]: r["loss"] for r in read_metrics(trained) if "split" not in r}
     assert drawn.keys() == written.keys()
+    assert [image.step for image in events.Images("train/rate_density")] == [15, 30]
     assert all(drawn[step] == pytest.approx(value, rel=1e-6) for step, value in written.items())
 
 
@@ -104,17 +107,116 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(trained, tmp_path):
     assert json.loads(raw.read_text())["results"][0]["nelbo"] != result["nelbo"], "the average is not the raw weights"
 
 
+def test_evaluation_of_other_text(trained, tmp_path):
+    """All estimators at once, on text, documents and continuations; the result of two ranks is that of one."""
+    text = tmp_path / "lines.txt"
+    text.write_text("import os\n" * 30 + "def f(x):\n    return x\n" * 20)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        '{"prefix": "import ", "continuation": "os"}\n{"prefix": "", "continuation": "def f(x): return"}\n'
+    )
+    options = ["--data", str(text), str(pairs), "--lines", "--wrap", "no", "--rows", "all", "--mc-num", "8"]
+    options += ["--estimator", "systematic", "continuous", "orders", "--eps", "0.01", "--orders", "2", "--seed", "4"]
+    reports = []
+    for ranks in (None, 2, 4) if SOAK else (None, 2):
+        file = tmp_path / f"{ranks}.json"
+        output = run("mdmtrain.evaluate", str(trained), *options, "--json", str(file), ranks=ranks)
+        assert "one document a row" in output and "agree" in output
+        reports.append(json.loads(file.read_text())["results"])
+    assert all(report == reports[0] for report in reports)
+    lines, conditional = reports[0]
+    assert lines["rows"] == lines["documents"] == 70 and lines["split"] == "lines.txt"
+    assert lines["tokens_scored"] == lines["tokens"] and lines["bytes_scored"] == lines["bytes"] == 30 * 9 + 20 * 21
+    assert [(e["estimator"], e["samples"], e["seed"]) for e in lines["estimators"]] == [
+        ("systematic", 8, 4), ("continuous", 8, 4), ("orders", 2, 4)
+    ]  # fmt: skip
+    assert lines["estimators"][1]["eps"] == 0.01 and lines["estimators"][2]["passes"] == 2 * lines["tokens"]
+    assert len(lines["comparisons"]) == 3
+    assert lines["bits_per_byte"] == pytest.approx(lines["nelbo"] * lines["tokens"] / lines["bytes"] / math.log(2))
+    few, more = (one["tokens"] for one in conditional["continuations"])
+    assert 0 < few < more
+    assert conditional["bytes"] == len("os" + "def f(x): return") and conditional["documents"] == 2
+    nats = sum(c["nats"] for c in conditional["continuations"])
+    assert conditional["nelbo"] * conditional["tokens"] == pytest.approx(nats)
+
+
 def test_generation(trained, tmp_path):
     prefix, suffix = "import \u2581 os\n\ndef f(x):\n", "    return x\n"
-    texts = []
+    results = []
     for ranks in (None, 2):
         file = tmp_path / f"{ranks}.json"
-        options = ["--prefix", prefix, "--suffix", suffix, "--length", "12", "--steps", "5", "--temperature", "0.7"]
+        options = ["--prefix", prefix, "--suffix", suffix, "--gen-length", "12", "--steps", "5", "--temperature", "0.7"]
         output = run("mdmtrain.generate", str(trained), *options, "--samples", "2", "--json", str(file), ranks=ranks)
         assert output.count(prefix) == 2 and output.count(suffix) == 2
-        texts.append(json.loads(file.read_text())["texts"])
-    assert texts[0] == texts[1], "every number of ranks draws the same"
-    assert texts[0][0] != texts[0][1], "two samples differ"
+        results.append(json.loads(file.read_text())["samples"])
+    assert results[0] == results[1], "every number of ranks draws the same"
+    first, second = results[0]
+    assert first["text"] == prefix + first["gaps"][0] + suffix
+    assert first["gaps"] != second["gaps"], "two samples differ"
+    assert first["tokens"] == 12 and first["nelbo"] > 0 and 0 <= first["token_entropy"] <= math.log(12) + 1e-9
+
+
+def test_batch_generation(trained, tmp_path):
+    """Two gaps in one text, a given text kept byte for byte, other fields passed through, guidance and blocks."""
+    records = [{"id": 7, "text": "a \u2581<mask>b <pad>\n<mask>"}, {"prefix": "x = ", "suffix": ""}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--watch"]
+    options += [
+        "--gen-length",
+        "6",
+        "--block-length",
+        "3",
+        "--steps",
+        "4",
+        "--cfg-scale",
+        "1.5",
+        "--remasking",
+        "random",
+    ]
+    run("mdmtrain.generate", str(trained), *options)
+    first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert first["id"] == 7 and first["text"] == f"a \u2581{first['gaps'][0]}b <pad>\n{first['gaps'][1]}"
+    assert len(first["gaps"]) == 2 and 6 < first["tokens"] <= 12
+    assert second["text"] == "x = " + second["gaps"][0] and second["prefix"] == "x = "
+
+
+def ask_the_harness_adapter(world, path):
+    """The harness's requests, as the harness makes them; runs in a process of its own."""
+    spec = importlib.util.spec_from_file_location("harness", ROOT / "tools/harness.py")
+    harness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(harness)
+    with patch.object(harness, "init_world", lambda: world):
+        adapter = harness.Adapter(path, mc_num=8, gen_length=8)
+
+    def requests(*arguments):
+        return [SimpleNamespace(args=one) for one in arguments]
+
+    long = "import os\n" * 40
+    scored = adapter.loglikelihood(
+        requests(("import", " os\n"), ("import", " zq\u00e9 9 9 9"), (long, " x"), ("", "a"))
+    )
+    greedy = adapter.generate_until(requests(("import os\n", {"until": []}), (long, {"until": ["\n", "i"]})))
+    rolling = adapter.loglikelihood_rolling(requests(("import os",), (long,)))
+    filled = harness.fill(adapter._loaded, ["def ", ""], harness.Sampling(4, 4, 4), 0, world)
+    given = [i for i, own in zip(filled.ids, filled.generated, strict=True) if not own]
+    rest = filled.ids[len(given) :]
+    return (
+        scored,
+        rolling,
+        greedy,
+        adapter._is_greedy(given, rest),
+        adapter._is_greedy(given, [*rest[:-1], rest[-1] - 1]),
+    )
+
+
+def test_the_harness_adapter(trained):
+    """Without the harness, whose requests are objects with `args`. tools/harness.py was run with lm_eval by hand."""
+    [(scored, rolling, texts, greedy, other)] = run_world(ask_the_harness_adapter, 1, str(trained))
+    (likelier, _), (less, no), (cut, _), (unconditional, _) = scored
+    assert less < likelier < 0 and cut < 0 and unconditional < 0 and no is False
+    assert rolling[1] < rolling[0] < 0, "the longer text, in pieces"
+    assert len(texts) == 2 and not set(texts[1]) & set("\ni")
+    assert greedy is True and other is False, "what greedy unmasking gives, and one token of it changed"
 
 
 def test_init_from_starts_a_new_run_from_other_weights(trained, tmp_path):
@@ -125,61 +227,3 @@ def test_init_from_starts_a_new_run_from_other_weights(trained, tmp_path):
     old = [r for r in read_metrics(trained) if r.get("split") == "validation"][-1]
     assert new["step"] == 15
     assert new["nelbo"] == pytest.approx(old["nelbo"], rel=1e-4), "it does not start where the other run ended"
-
-
-# ---- the sampler by itself
-
-
-class Oracle:
-    """A model that always gives the same logits to a position."""
-
-    def __init__(self, logits: torch.Tensor):
-        self.logits, self.calls = logits, 0
-
-    def __call__(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.logits[positions]
-
-
-MASK = 9
-
-
-def test_unmask_takes_the_most_confident_first():
-    """With as many steps as gaps and temperature 0, each step fixes the surest position that is left."""
-    logits = torch.zeros(4, 10)
-    logits[torch.arange(4), torch.tensor([5, 6, 7, 8])] = torch.tensor([3.0, 1.0, 4.0, 2.0])
-    logits[:, MASK] = 50.0  # the likeliest, and forbidden
-    seen = []
-
-    class Watching(Oracle):
-        def __call__(self, ids, positions):
-            seen.append(positions.tolist())
-            return super().__call__(ids, positions)
-
-    model = Watching(logits)
-    out = unmask(model, torch.full((4,), MASK), MASK, [MASK], Sampling(4, 0.0, "low_confidence", 0), 0)
-    assert out.tolist() == [5, 6, 7, 8]
-    assert seen == [[0, 1, 2, 3], [0, 1, 3], [1, 3], [1]]
-
-
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-@pytest.mark.parametrize("steps", [1, 3, 5, 99])
-def test_unmask_fills_every_gap_and_keeps_the_rest(remasking, steps):
-    ids = torch.tensor([1, MASK, 2, MASK, MASK, MASK, 3, MASK])
-    model = Oracle(torch.zeros(8, 10))
-    out = unmask(model, ids, MASK, [0, MASK], Sampling(steps, 1.0, remasking, 3), 0)
-    assert model.calls == min(steps, 5)
-    assert (out[ids != MASK] == ids[ids != MASK]).all()
-    assert not set(out.tolist()) & {0, MASK}
-
-
-def test_unmask_samples_from_the_model():
-    """At temperature 1 a single position follows softmax(logits), within 4.5 standard errors; argmax would not."""
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    model, draws = Oracle(probabilities.log()[None]), 4000
-    counts = np.zeros(5)
-    for sample in range(draws):
-        sampling = Sampling(1, 1.0, "low_confidence", 11)
-        counts[unmask(model, torch.tensor([4]), 4, [], sampling, sample).item()] += 1
-    for count, p in zip(counts, probabilities.tolist(), strict=False):
-        assert abs(count / draws - p) < 4.5 * math.sqrt(p * (1 - p) / draws)

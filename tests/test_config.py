@@ -176,6 +176,10 @@ def test_unknown_keys_name_the_nearest(base):
         ),
         *(("run.seed=9223372036854775808", "run.seed", "9223372036854775808"), ("run=5", "run", "5")),
         *(("optim.schedule=linear", "optim.schedule", '"linear"'), ("diffusion.eps=1", "diffusion.eps", "1")),
+        *(
+            ("monitor.probe=[3, 2, 2]", "monitor", '{"probe": [3, 2, 2]}'),
+            ("diffusion.grid=[0, 2, 2]", "diffusion.grid.0", "0"),
+        ),
     ],
 )
 def test_wrong_types_and_ranges_name_the_key_and_the_value(base, override, key, got):

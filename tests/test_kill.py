@@ -39,7 +39,7 @@ def test_killed_runs_end_like_an_undisturbed_one(small_run, tmp_path):
     changes = {
         "run": {"dir": str(tmp_path / "calm"), "seed": 5, "steps": 60, "global_batch": 16, "micro_batch": 8},
         "checkpoint": {"save_every": 4},
-        "monitor": {"log_every": 3},
+        "monitor": {"log_every": 3, "probe_every": 7, "probe": [4, 2, 2]},
         "eval": {"every": 15, "rows": 16, "samples": 2, "batch": 8},
     }
     config = write_config(small_run(changes), tmp_path / "config.yaml")

@@ -20,6 +20,7 @@ def trace_and_train(world, tree: dict) -> dict:
     from mdmtrain.diffusion.objective import plain_law
     from mdmtrain.model.presets import model_shape
     from mdmtrain.parallel.wrap import build_model, init_weights
+    from mdmtrain.probe import Probe
     from mdmtrain.train import train
 
     config = configuration.validate(tree, "test")
@@ -32,7 +33,7 @@ def trace_and_train(world, tree: dict) -> dict:
         for _ in range(plan.accumulation):
             batch = next(batches)
             drawn = draws.at(batch.slots.numpy())
-            noisy = law.corrupt(batch.ids, batch.lengths, batch.uniforms, drawn, mask_id=4).noisy
+            noisy = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, mask_id=4).noisy
             for row, slot in enumerate(batch.slots.tolist()):
                 content = hashlib.sha256(noisy[row].numpy().tobytes() + drawn.rates[row].tobytes()).hexdigest()
                 slots[step, slot] = (tuple(batch.samples[row].tolist()), content)
@@ -42,8 +43,11 @@ def trace_and_train(world, tree: dict) -> dict:
     weights = {
         n: hashlib.sha256(p.full_tensor().detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()
     }
+    probe = Probe(model, config, 4, world)
+    found = probe.decompose(law, open_sources(config.data, "validation"), step=7)[0]
+    p = probe.fit(plain_law(config.diffusion), open_sources(config.data, "train"))
     train(config, world)
-    return {"slots": slots, "weights": weights}
+    return {"slots": slots, "weights": weights, "probe": (found, p.tobytes())}
 
 
 def resume_and_train(world, tree: dict) -> None:
@@ -52,12 +56,17 @@ def resume_and_train(world, tree: dict) -> None:
     train(configuration.validate(tree, "test"), world)
 
 
+PER_RANK = ("masked_tokens_min", "masked_tokens_max")
+
+
 def close(a: list[dict], b: list[dict], relative: float) -> None:
-    """Equal records, floats within a relative tolerance."""
+    """Equal records of any two numbers of ranks, floats within a relative tolerance."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
         for name, value in x.items():
+            if name in PER_RANK or isinstance(value, dict):  # differences of the probe cancel: it is compared by itself
+                continue
             values, others = (value, y[name]) if isinstance(value, list) else ([value], [y[name]])
             for one, other in zip(values, others, strict=True):
                 same = one == other or (isinstance(one, float) and other == pytest.approx(one, rel=relative))
@@ -72,19 +81,22 @@ def test_the_same_run_on_1_2_and_4_ranks(small_run, tmp_path):
         run_dir = str(tmp_path / f"ranks-{size}-micro-{micro}")
         tree = small_run({"run": {"dir": run_dir, "steps": 20, "global_batch": 16, "micro_batch": micro, "seed": 5}})
         tree["data"]["workers"] = workers
+        tree["diffusion"] = {"grid": [32, 4, 2]}
         ranks = run_world(trace_and_train, size, tree)
         merged = {}
         for rank in ranks:
             assert not merged.keys() & rank["slots"].keys(), "two ranks drew the same slot"
             merged.update(rank["slots"])
-        results[size, micro] = (merged, ranks[0]["weights"])
+        assert all(rank["probe"] == ranks[0]["probe"] for rank in ranks)
+        results[size, micro] = (merged, ranks[0]["weights"], ranks[0]["probe"])
         metrics[size, micro], trees[size, micro] = read_metrics(run_dir), tree
-    slots, weights = results[1, 16]
+    slots, weights, probe = results[1, 16]
     assert len(slots) == 20 * 16
     assert len({content for _, content in slots.values()}) == len(slots), "two slots share their noise and data"
-    for other_slots, other_weights in results.values():
+    for other_slots, other_weights, other_probe in results.values():
         assert other_slots == slots
         assert other_weights == weights
+        assert other_probe == probe, "the decomposition or the fit depends on the number of ranks"
     for other in metrics.values():
         close(metrics[1, 16], other, 1e-5)
     assert metrics[1, 16][-1]["nelbo"] < 0.95 * metrics[1, 16][0]["nelbo"], "it does not learn"
@@ -95,6 +107,7 @@ def test_the_same_run_on_1_2_and_4_ranks(small_run, tmp_path):
         tree = small_run({"run": {"dir": str(tmp_path / f"resumed-{size}"), "steps": 20, "global_batch": 16}})
         tree["run"]["micro_batch"] = 4
         tree["run"]["seed"] = 5
+        tree["diffusion"] = {"grid": [32, 4, 2]}
         if size == 2:
             tree["run"]["micro_batch"] = 8
         run_dir = Path(tree["run"]["dir"])
@@ -134,13 +147,14 @@ def test_gradients_add_up_and_a_rank_without_masks_is_legal(tied):
     assert alone.abs().max() > 1e-3
 
 
-def train_and_watch(world, tree: dict) -> tuple[dict, list[bytes]]:
-    """A real run, as this rank sees it: bits of the rates that each step drew, and of each density that it took."""
+def train_and_watch(world, *trees: dict) -> list[tuple[dict, list[bytes], set[int]]]:
+    """Real runs, as this rank sees them: bits of the rates that each step drew and of each density, sizes of sums."""
     from mdmtrain.diffusion.objective import Law
     from mdmtrain.diffusion.sampler import RateSampler
+    from mdmtrain.parallel.world import World
     from mdmtrain.train import train
 
-    rates, densities, draw, use = {}, [], Law.draw, RateSampler.use
+    rates, densities, sizes, draw, use, add = {}, [], set(), Law.draw, RateSampler.use, World.sum
 
     def watched_draw(law, seed, step, *more):
         draws = draw(law, seed, step, *more)
@@ -151,32 +165,60 @@ def train_and_watch(world, tree: dict) -> tuple[dict, list[bytes]]:
         use(sampler, p)
         densities.append(sampler.density.p.tobytes())
 
-    Law.draw, RateSampler.use = watched_draw, watched_use
-    train(configuration.validate(tree, "test"), world)
-    return rates, densities
+    def watched_sum(world, tensor):
+        sizes.add(tensor.numel() * tensor.element_size())
+        return add(world, tensor)
+
+    Law.draw, RateSampler.use, World.sum = watched_draw, watched_use, watched_sum
+    seen = []
+    for tree in trees:
+        train(configuration.validate(tree, "test"), world)
+        seen.append((dict(rates), list(densities), set(sizes)))
+        rates.clear(), densities.clear(), sizes.clear()
+    return seen
 
 
 def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run, tmp_path):
-    """P-POTS with MIRROR pairs: one density on all ranks; a resumed run goes on bit for bit."""
+    """P-POTS with MIRROR pairs, online and once: one density on all ranks; a resumed run goes on bit for bit."""
 
-    def tree(name, micro):
-        changes = {
-            "run": {"dir": str(tmp_path / name), "seed": 5, "steps": 20, "global_batch": 16, "micro_batch": micro}
-        }
-        law = {"sampler": "ppots", "views": "mirror_dedup", "bins": 8, "min_hits": 2, "refit_every": 5}
-        return small_run({**changes, "diffusion": law})
+    def trees(ranks, micro):
+        # A probe after step 11: its two gradients would be those of step 10, which saves, and 11.
+        for when, every, more in (("online", 4, {"refit_every": 5}), ("once", 11, {"grid": [16, 2, 2]})):
+            run = {"dir": str(tmp_path / f"{when}-{ranks}"), "steps": 20, "global_batch": 16, "micro_batch": micro}
+            law = {"sampler": "ppots", "when": when, "views": "mirror_dedup", "bins": 8, "min_hits": 2, **more}
+            monitor = {"log_every": 5, "tensorboard": False, "probe_every": every, "probe": [4, 2, 2]}
+            yield small_run({"run": {**run, "seed": 5}, "diffusion": law, "monitor": monitor})
 
-    (alone,) = run_world(train_and_watch, 1, tree("one", 8))
-    both = run_world(train_and_watch, 2, tree("two", 4))
+    quiet = next(iter(trees(0, 8)))
+    quiet["monitor"] = {**quiet["monitor"], "probe_every": None}
+    (alone,) = run_world(train_and_watch, 1, *trees(1, 8), quiet)
+    both = run_world(train_and_watch, 2, *trees(2, 4))
     assert both[0] == both[1], "the ranks disagree: did each fit its own density?"
-    (rates, densities), ones = both[0], np.ones(8).tobytes()
-    assert len(densities) == 4 and densities[-1] != ones, "nothing was fitted"
-    first = 5 * (1 + [p != ones for p in densities].index(True))  # steps before the first fit
-    assert [alone[0][step] for step in range(first)] == [rates[step] for step in range(first)]
-    assert np.frombuffer(alone[1][-1]) == pytest.approx(np.frombuffer(densities[-1]), rel=1e-3)
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    close(one, two, 1e-4)
-    shutil.rmtree(tmp_path / "two/checkpoints/step-00000020")
-    again = run_world(train_and_watch, 2, tree("two", 4))
-    assert again[0] == again[1] and read_metrics(tmp_path / "two") == two
-    assert again[0] == ({step: rates[step] for step in range(10, 20)}, densities[2:])
+    ones, (online, once) = np.ones(8).tobytes(), both[0]
+    assert len(online[1]) == 4 and online[1][-1] != ones, "nothing was fitted"
+    assert len(once[1]) == 1 and once[1][0] != ones, "not fitted once, before the first step"
+    assert once[:2] == alone[1][:2]
+    first = 5 * (1 + [p != ones for p in online[1]].index(True))  # steps before the first fit
+    assert [alone[0][0][step] for step in range(first)] == [online[0][step] for step in range(first)]
+    assert np.frombuffer(alone[0][1][-1]) == pytest.approx(np.frombuffer(online[1][-1]), rel=1e-3)
+    # What the variance machinery adds to a step's communication: numbers by bin, by rank, and three more.
+    assert [run[2] for run in both[0]] == [{8 * (2 * 8 + 3 + 2)}] * 2
+    names = ("online-0", "online-1", "online-2", "once-1", "once-2")
+    records = {name: read_metrics(tmp_path / name) for name in names}
+    seen = {"grad_noise", "noise_scale_tokens", "probe", "rate_density"}
+    unseen = [{k: v for k, v in r.items() if k not in seen} for r in records["online-1"]]
+    assert records["online-0"] == unseen, "a look at the run changed it"
+    close(records["online-1"], records["online-2"], 1e-4)
+    close(records["once-1"], records["once-2"], 1e-4)
+    fours = [4, 8, 12, 16, 20]
+    for name, probed, paired in (("online-2", fours, fours), ("once-2", [11], [])):
+        assert [r["step"] for r in records[name] if "probe" in r] == probed
+        assert [r["step"] for r in records[name] if "grad_noise" in r] == paired
+    for when in ("online", "once"):
+        shutil.rmtree(tmp_path / f"{when}-2/checkpoints/step-00000020")
+    again = run_world(train_and_watch, 2, *trees(2, 4))
+    assert again[0] == again[1]
+    for when, before, after in zip(("online", "once"), both[0], again[0], strict=True):
+        assert read_metrics(tmp_path / f"{when}-2") == records[f"{when}-2"]
+        densities = before[1][2:] if when == "online" else []  # the checkpoint has it
+        assert after[:2] == ({step: before[0][step] for step in range(10, 20)}, densities)

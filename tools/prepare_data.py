@@ -34,8 +34,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="INPUT",
         help="text file, folder, quoted glob (** for any depth), .jsonl or .jsonl.gz (one object with a 'text' field a "
-        f"line = one document), or other .gz (text); a text file is one document, cut at line ends every "
-        f"{LONGEST_TEXT:,} bytes; hidden files in folders are not read",
+        "line = one document), or other .gz (text); a text file is one document, cut at line ends every "
+        f"{LONGEST_TEXT:,} bytes; hidden files in folders are not read. Or .jsonl whose objects all have 'prompt' and "
+        "'response': prompts are never masked in training, and sizes in bytes are those of the responses",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
@@ -139,10 +140,13 @@ def describe(summary: Summary, seconds: float) -> None:
         print(f"already prepared: {summary.out} (same inputs and options; fingerprint {manifest['fingerprint'][:12]})")
         return
     for split, content in manifest["splits"].items():
+        learned = content.get("response_tokens")  # with eos
+        text_tokens = learned - content["documents"] if learned else content["tokens"] - 2 * content["documents"]
         print(
             f"{split:<10} {content['tokens']:>15,} tokens  {content['bytes']:>15,} bytes  "
-            f"{content['bytes'] / (content['tokens'] - 2 * content['documents']):.2f} bytes/token  "
+            f"{content['bytes'] / text_tokens:.2f} bytes/token  "
             f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
+            + (f"  {learned:,} tokens of responses" if learned else "")
         )
     for reason, count in sorted(summary.skipped.items()):
         print(f"left out   {count:,} documents: {reason}")

@@ -6,6 +6,7 @@ is keyed by rank, so any number of ranks can read what any other number wrote. T
 `exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -89,14 +91,37 @@ def _remove(folder: Path) -> None:
 def _commit(folder: Path, step: int, meta: dict, tokenizer: Path, keep_last: int) -> None:
     with writing(folder):
         shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
-    whole = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
-    write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
+    write_marker(folder, {"step": step, **meta})
     # Later steps are of a future that was given up (damaged, passed over on resuming): they must not push this one out.
     kept = [f for f in complete_checkpoints(folder.parent.parent) if f <= folder][-keep_last:]
     for old in folder.parent.glob("step-*"):
-        if old < folder and old not in kept:  # what a kill left half-written goes too
+        if old < folder and old not in kept and not _held(old):  # what a kill left half-written goes too
             _remove(old)
+
+
+def write_marker(folder: Path, meta: dict) -> None:
+    """Write meta.json, which makes a complete checkpoint of what else is in the folder."""
+    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
+    whole = {"format_version": FORMAT_VERSION, **meta, "files": files}
+    write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
+
+
+def hold(folder: Path) -> IO:
+    """Keep a checkpoint from being removed as too old until the returned file is closed, or the process ends."""
+    file = open(folder / "meta.json", "rb")  # noqa: SIM115 (open, and locked, for as long as it is needed)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _held(folder: Path) -> bool:
+    try:
+        with open(folder / "meta.json", "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:  # never completed
+        return False
+    return False
 
 
 def _root_cause(error: BaseException) -> str:
@@ -189,6 +214,13 @@ def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
         ) from None
 
 
+def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
+    """What the names of the wanted tensors begin with. weights: "raw", "average", or None for the average if any."""
+    if weights == "average" and not meta["has_average"]:
+        raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
+    return "average" if weights != "raw" and meta["has_average"] else "model"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A checkpoint's model, ready to use, with what is needed to talk to it."""
@@ -207,15 +239,13 @@ def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
     """
     folder = world.agree(lambda: find(path), main_only=True)
     meta = world.agree(lambda: read_meta(folder))
-    if weights == "average" and not meta["has_average"]:
-        raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
+    source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     tokenizer = world.agree(lambda: Tokenizer.load(folder / TOKENIZER_FILE))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
         raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer it was trained with; use another checkpoint")
     here = config.parallel.model_copy(update={"replicate": 1, "shard": None, "compile": False})  # any number of ranks
     model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
-    source = "average" if weights != "raw" and meta["has_average"] else "model"
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()
     return LoadedModel(folder, model, tokenizer, config, meta)

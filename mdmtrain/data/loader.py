@@ -16,20 +16,30 @@ from mdmtrain.config import Config, DataConfig, RunPlan
 from mdmtrain.data.order import Mixture
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import noise
+from mdmtrain.diffusion.sampler import token_table
 
-LENGTHS = 16  # different lengths of rows: tables per length stay few
+LENGTHS = 16  # different lengths that a row may be cut to
 
 
 class Batch(NamedTuple):
     """The clean rows of one micro-batch (a named tuple of tensors: the loader pins it as it is)."""
 
-    ids: Tensor  # int64 [B, L], pad_id after a row's length
-    lengths: Tensor  # int64 [B], tokens before the padding
+    ids: Tensor  # int64 [B, L], pad_id after a row's tokens
+    eligible: Tensor  # bool [B, L], positions that may be masked: neither padding nor (but for SyRM) a prompt
     segments: Tensor | None  # int32 [B, L], document of each position, -1 at pads; None: all attend to all
     uniforms: Tensor  # float32 [B, L], the masking noise U of each position, in [0, 1)
     slots: Tensor  # int64 [B], place of each row in the global batch
     samples: Tensor  # int64 [B, 2], (source, window), for reports
+
+
+class Rows(NamedTuple):
+    """Clean rows, and which of their positions are to be predicted: the others stay visible throughout."""
+
+    ids: Tensor  # int64 [R, L]
+    eligible: Tensor  # bool [R, L], neither padding nor a prompt or given prefix
+    segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
 
 
 def open_sources(config: DataConfig, split: str, verify: str | None = None) -> list[PreparedSplit]:
@@ -46,13 +56,55 @@ def open_sources(config: DataConfig, split: str, verify: str | None = None) -> l
 
 
 def windows(source: PreparedSplit, length: int) -> int:
-    """Rows of `length` tokens in a split (a last, shorter one is left out). Raises ValueError where there is none."""
+    """Rows of a split: windows of `length` tokens (a last, shorter one is left out), or documents, if it has prompts.
+
+    Raises ValueError where there is none with anything to train on.
+    """
+    if source.prompts:
+        if source.document_lengths()[0].min() >= length:
+            raise ValueError(
+                f"{source.folder}: no response of the {source.split} split begins within a row of "
+                f"data.sequence_length={length}: lengthen the rows or shorten the prompts"
+            )
+        return source.documents
     if source.tokens < length:
         raise ValueError(
             f"{source.folder}: the {source.split} split has {source.tokens:,} tokens, not one row of "
             f"data.sequence_length={length}: shorten the rows or prepare more text"
         )
     return source.tokens // length
+
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def read_row(split: PreparedSplit, window: int, length: int, most: int, document_mask: bool) -> Row:
+    """One window of a split as a row of `length` positions, padded after `most` tokens.
+
+    A prompt and its response are a row of their own, from its bos, padded after its eos or cut. Returns ids int64 [L],
+    eligible bool [L] and the document of each position, int32 [L], -1 at pads.
+    """
+    first, tokens = split.document(window) if split.prompts else (window * length, most)
+    tokens = min(tokens, length)
+    ids, segments = np.full(length, split.pad_id, dtype=np.int64), np.full(length, -1, dtype=np.int32)
+    eligible = np.zeros(length, dtype=bool)
+    ids[:tokens], eligible[:tokens] = split.read(first, tokens), split.eligible(first, tokens)
+    segments[:tokens] = split.documents_in(first, tokens) if document_mask else 0
+    return ids, eligible, segments
+
+
+def stack_rows(rows: list[Row], document_mask: bool) -> Rows:
+    ids, eligible, segments = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+    return Rows(ids, eligible, segments if document_mask or (segments < 0).any() else None)
+
+
+def describe_rows(source: PreparedSplit, length: int) -> str:
+    """What a person should know about the rows of a split with prompts: a line."""
+    before, whole = source.document_lengths()
+    return (
+        f"{source.folder}: {source.documents:,} prompts with their responses, one in a row of {length}; "
+        f"{int((whole > length).sum()):,} do not fit and are cut, {int((before >= length).sum()):,} before the response"
+    )
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -62,6 +114,15 @@ class Dataset(torch.utils.data.Dataset):
         self._sources, self._data = sources, config.data
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
+        self._syrm = None
+        if config.diffusion.syrm_tokens:
+            if not any(source.prompts for source in sources):
+                raise ValueError(
+                    "diffusion.syrm_tokens also masks listed tokens of prompts, and plain text has none: leave it out, "
+                    "or prepare records with 'prompt' and 'response'"
+                )
+            pieces = Tokenizer.load(sources[0].folder).pieces()
+            self._syrm = token_table(config.diffusion.syrm_tokens, pieces, "diffusion.syrm_tokens")
         self._mixture = Mixture([source.weight for source in config.data.sources], sizes, config.run.seed)
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
@@ -70,25 +131,24 @@ class Dataset(torch.utils.data.Dataset):
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
         source, window = self._mixture(step * self._slots_per_step + slots)
-        lengths = np.array([self._row_length(step, slot) for slot in slots])
-        ids = np.full((len(slots), L), self._sources[0].pad_id, dtype=np.int64)
-        segments = np.full((len(slots), L), -1, dtype=np.int32)
-        for row, (one, first, length) in enumerate(zip(source, window * L, lengths, strict=True)):
-            split = self._sources[one]
-            ids[row, :length] = split.read(int(first), int(length))
-            segments[row, :length] = split.documents_in(int(first), int(length)) if self._data.document_mask else 0
-        masked = self._data.document_mask or (lengths < L).any()
+        rows = [
+            read_row(self._sources[one], int(number), L, self._row_length(step, slot), self._data.document_mask)
+            for one, number, slot in zip(source, window, slots, strict=True)
+        ]
+        ids, eligible, segments = stack_rows(rows, self._data.document_mask)
+        if self._syrm is not None:
+            eligible |= self._syrm[ids] & (ids != self._sources[0].pad_id)
         return Batch(
-            ids=torch.from_numpy(ids),
-            lengths=torch.from_numpy(lengths),
-            segments=torch.from_numpy(segments) if masked else None,
+            ids=ids,
+            eligible=eligible,
+            segments=segments,
             uniforms=torch.from_numpy(noise.position_uniforms(self._seed, step, slots, L)),
             slots=torch.from_numpy(slots),
             samples=torch.from_numpy(np.stack([source, window], axis=1)),
         )
 
     def _row_length(self, step: int, slot: int) -> int:
-        """Tokens of a row: all, or (for random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+        """Tokens of a window: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
             return L
@@ -129,18 +189,28 @@ def _start_worker(_worker: int) -> None:
     follow_parent()
 
 
-def validation_rows(
-    split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`rows` windows (or all, where there are fewer), always the same, spread evenly over a split.
+def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool) -> Rows:
+    """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
 
-    Returns ids int64 [R, L] and segments int32 [R, L] (None without `document_mask`); ValueError from `windows`.
+    One that is cut before its response has nothing to evaluate and is left out. No prompt is eligible, even under SyRM.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)
-    starts = [row * count // rows * sequence_length for row in range(rows)]
-    ids = np.stack([split.read(start, sequence_length) for start in starts])
-    if not document_mask:
-        return torch.from_numpy(ids), None
-    segments = np.stack([split.documents_in(start, sequence_length) for start in starts])
-    return torch.from_numpy(ids), torch.from_numpy(segments)
+    chosen = [row * count // rows for row in range(rows)]
+    read = [read_row(split, one, sequence_length, sequence_length, document_mask) for one in chosen]
+    read = [row for row in read if row[1].any()]
+    if not read:
+        raise ValueError(
+            f"{split.folder}: none of the {rows} rows of the {split.split} split has room for a response after its "
+            f"prompt: raise eval.rows or data.sequence_length={sequence_length}"
+        )
+    return stack_rows(read, document_mask)
+
+
+def random_rows(splits: list[PreparedSplit], config: DataConfig, rows: int, bits: np.random.Philox) -> Rows:
+    """`rows` rows drawn independently from the mixture, as often as chance has it."""
+    weights = np.array([source.weight for source in config.sources])
+    chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
+    counts, L = [windows(split, config.sequence_length) for split in splits], config.sequence_length
+    places = [(splits[s], int(word) % counts[s]) for s, word in zip(chosen, bits.random_raw(rows), strict=True)]
+    return stack_rows([read_row(*place, L, L, config.document_mask) for place in places], config.document_mask)

@@ -1,26 +1,23 @@
 """Text -> prepared folder: stream the documents of files, tokenize in parallel, write shards.
 
-Everything is written to a hidden folder beside the destination and moved into place as the last act, so what stands
-at the destination is complete. The content does not depend on the number of workers.
+Everything is written to a hidden folder beside the destination and moved into place as the last act (`staging`), so
+what stands at the destination is complete. The content does not depend on the number of workers.
 """
 
-import fcntl
 import gzip
 import hashlib
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,6 +31,7 @@ from mdmtrain.data.shards import (
     read_manifest,
     write_manifest,
 )
+from mdmtrain.data.staging import staging
 from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
@@ -85,7 +83,7 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     skipped: Counter[str] = Counter()
     report = progress or (lambda phase, done, total: None)
     try:
-        with _staging(out) as folder:
+        with staging(out) as folder:
             model = folder / MODEL_FILE
             if options.tokenizer:
                 tokenizer = Tokenizer.load(options.tokenizer)
@@ -94,10 +92,6 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
             manifest = write_manifest(folder, tokenizer, splits, made_from)
-            for path in (*folder.iterdir(), folder):
-                _sync(path)
-            os.replace(folder, out)
-            _sync(out.parent)
     except OSError as error:
         where = error.filename or out
         raise ValueError(f"preparing {out} failed: {where}: {error.strerror or error}; nothing was written") from None
@@ -115,41 +109,26 @@ def _identity(inputs: list[Path], options: Options) -> str:
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder beside `out`, removed at the end, however it comes (by SIGKILL: by the next run)."""
-    folder = out.parent / f".{out.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    with ExitStack() as at_the_end:
-        at_the_end.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being prepared by another process: wait for it, or stop it") from None
-        at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        for leftover in folder.iterdir():
-            leftover.unlink()
-        yield folder
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---- documents
 
 
-def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator[tuple[str, int]]:
+class Document(NamedTuple):
+    text: str  # all of it, or the response to the prompt
+    prompt: str | None = None  # never masked in training
+
+    def encode(self) -> bytes:
+        """What tells documents apart. Raises UnicodeError: JSON can spell half a surrogate pair, which is no text."""
+        return self.text.encode() if self.prompt is None else self.prompt.encode() + b"\0" + self.text.encode()
+
+
+def read_documents(
+    path: Path, bad_utf8: str, skipped: Counter[str], prompts: bool | None = None
+) -> Iterator[tuple[Document, int]]:
     """The documents of one file, each with the bytes of the file (as it lies on disk) that were read so far.
 
-    A jsonl file has one a line, a text file is one (or several where it is long). Raises ValueError naming the file and
-    the line or byte of what cannot be read; `skipped` counts what is left out.
+    A jsonl file has one a line, a text file is one (or several where it is long). prompts: whether all must have one;
+    None: as the first does. Raises ValueError naming the file and the line or byte of what cannot be read or is of the
+    other kind; `skipped` counts what is left out.
     """
     records = path.name.endswith((".jsonl", ".jsonl.gz"))
     with open(path, "rb") as raw:
@@ -157,21 +136,26 @@ def read_documents(path: Path, bad_utf8: str, skipped: Counter[str]) -> Iterator
         try:
             for number, content in enumerate(stream, 1) if records else _pieces(stream):
                 try:
-                    text = _json_text(content, f"{path}:{number}") if records else content.decode()
-                    text.encode()  # JSON can spell half a surrogate pair, which is no text
+                    place = f"{path}:{number}" if records else str(path)
+                    document = _json_document(content, place) if records else Document(content.decode())
+                    document.encode()
                 except UnicodeError as error:
                     if bad_utf8 == "error":
-                        place = f"{path}:{number}" if records else f"{path} at byte {number + error.start}"
+                        place = place if records else f"{path} at byte {number + error.start}"
                         raise ValueError(
                             f"{place}: not UTF-8 text ({error.reason}): convert the file, leave it out with --exclude, "
                             "or give --bad-utf8 skip"
                         ) from None
                     skipped["not UTF-8"] += 1
                     continue
-                if text:
-                    yield text, raw.tell()
-                else:
+                if not document.text:
                     skipped["empty"] += 1
+                    continue
+                prompts = document.prompt is not None if prompts is None else prompts
+                if prompts != (document.prompt is not None):
+                    mixed = "plain text among prompts and responses" if prompts else "a prompt among plain text"
+                    raise ValueError(f"{place}: {mixed}: prepare each kind into a folder of its own")
+                yield document, raw.tell()
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error}): replace it or leave it out") from None
 
@@ -194,25 +178,31 @@ def _pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield offset, block
 
 
-def _json_text(line: bytes, place: str) -> str:
+def _json_document(line: bytes, place: str) -> Document:
     line = line.removeprefix(b"\xef\xbb\xbf").strip()
     if not line:
-        return ""
+        return Document("")
+    wanted = "every line must be an object with a 'text' field, or with 'prompt' and 'response'"
     try:
         record = json.loads(line.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg}): every line must be an object with a 'text' field") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f"{place}: no 'text' field with a string: every line must be an object with one")
-    return record["text"]
+        raise ValueError(f"{place}: not JSON ({error.msg}): {wanted}") from None
+    fields = record.keys() & {"text", "prompt", "response"} if isinstance(record, dict) else set()
+    if len(fields) == 3:
+        raise ValueError(f"{place}: both a 'text' and a 'prompt' with its 'response': remove one of the two")
+    names = ("text",) if "text" in fields or not fields else ("prompt", "response")
+    for name in names:
+        if name not in fields or not isinstance(record[name], str):
+            raise ValueError(f"{place}: no {name!r} field with a string: {wanted}")
+    return Document(*(record[name] for name in reversed(names)))
 
 
 # ---- tokens
 
 
-def _draw(text: bytes) -> float:
+def _draw(document: Document) -> float:
     """The document's number in [0, 1): below --validation-fraction it is validation. Equal documents go together."""
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") / 2**32
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], "big") / 2**32
 
 
 def _training_texts(inputs: list[Path], options: Options, report: Progress) -> Iterator[str]:
@@ -222,8 +212,9 @@ def _training_texts(inputs: list[Path], options: Options, report: Progress) -> I
     done = 0
     for path in inputs:
         characters = 0
-        for text, _ in read_documents(path, options.bad_utf8, Counter()):
-            if _draw(text.encode()) >= options.validation_fraction:
+        for document, _ in read_documents(path, options.bad_utf8, Counter()):
+            text = (document.prompt or "") + document.text
+            if _draw(document) >= options.validation_fraction:
                 yield text
             characters += len(text)
             if characters >= share:
@@ -232,8 +223,8 @@ def _training_texts(inputs: list[Path], options: Options, report: Progress) -> I
         report("reading for the tokenizer", done, total)
 
 
-_Batch = tuple[list[str], int]  # documents, bytes of the input files read so far
-_Encoded = tuple[float, int, np.ndarray]  # of a document: its draw, its bytes, bos + tokens + eos
+_Batch = tuple[list[Document], int]  # documents, bytes of the input files read so far
+_Encoded = tuple[float, int, np.ndarray, int | None]  # draw, bytes, bos + tokens + eos, where the response starts
 _tokenizer: Tokenizer  # of this worker process
 
 
@@ -244,12 +235,14 @@ def _start_worker(model: Path) -> None:
     _tokenizer = Tokenizer.load(model)
 
 
-def _encode(texts: list[str]) -> list[_Encoded]:
+def _encode(documents: list[Document]) -> list[_Encoded]:
     encoded, dtype = [], dtype_for(_tokenizer.vocab_size)
-    for text in texts:
-        tokens = np.array([_tokenizer.bos_id, *_tokenizer.encode(text), _tokenizer.eos_id], dtype=dtype)
-        content = text.encode()
-        encoded.append((_draw(content), len(content), tokens))
+    for document in documents:
+        # By itself, so that a response starts with a token of its own, as it does when it is generated.
+        before = [_tokenizer.bos_id, *_tokenizer.encode(document.prompt or "")]
+        tokens = np.array([*before, *_tokenizer.encode(document.text), _tokenizer.eos_id], dtype=dtype)
+        response = None if document.prompt is None else len(before)
+        encoded.append((_draw(document), len(document.text.encode()), tokens, response))
     return encoded
 
 
@@ -257,14 +250,14 @@ def _encode_all(batches: Iterable[_Batch], model: Path, workers: int) -> Iterato
     """The batches encoded, in their order; a few per worker are in flight, so memory stays bounded."""
     if workers == 1:
         _start_worker(model)
-        yield from ((_encode(texts), done) for texts, done in batches)
+        yield from ((_encode(documents), done) for documents, done in batches)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(model,))
     try:
         flying: deque = deque()
-        for texts, done in batches:
-            flying.append((pool.submit(_encode, texts), done))
+        for documents, done in batches:
+            flying.append((pool.submit(_encode, documents), done))
             if len(flying) > 3 * workers:
                 future, before = flying.popleft()
                 yield future.result(), before
@@ -276,17 +269,18 @@ def _encode_all(batches: Iterable[_Batch], model: Path, workers: int) -> Iterato
 
 def _batches(inputs: list[Path], bad_utf8: str, skipped: Counter[str]) -> Iterator[_Batch]:
     """The documents of all inputs, about BATCH characters at a time."""
-    texts, size, before, done = [], 0, 0, 0
+    documents, size, before, done, prompts = [], 0, 0, 0, None
     for path in inputs:
-        for text, position in read_documents(path, bad_utf8, skipped):
-            texts.append(text)
-            size, done = size + len(text), before + position
+        for document, position in read_documents(path, bad_utf8, skipped, prompts):
+            prompts = document.prompt is not None
+            documents.append(document)
+            size, done = size + len(document.text) + len(document.prompt or ""), before + position
             if size >= BATCH:
-                yield texts, done
-                texts, size = [], 0
+                yield documents, done
+                documents, size = [], 0
         before += path.stat().st_size
-    if texts:
-        yield texts, done
+    if documents:
+        yield documents, done
 
 
 def _write_splits(
@@ -296,8 +290,8 @@ def _write_splits(
     total = sum(path.stat().st_size for path in inputs)
     lowest, highest = 1.0, 0.0
     for encoded, done in _encode_all(_batches(inputs, options.bad_utf8, skipped), folder / MODEL_FILE, workers):
-        for draw, size, tokens in encoded:
-            writers["validation" if draw < options.validation_fraction else "train"].add(tokens, size)
+        for draw, size, tokens, response in encoded:
+            writers["validation" if draw < options.validation_fraction else "train"].add(tokens, size, response)
             lowest, highest = min(lowest, draw), max(highest, draw)
         report("tokenizing", done, total)
     splits = {split: writer.close() for split, writer in writers.items()}

@@ -1,7 +1,8 @@
 """Token streams on disk: bounded shards of raw little-endian tokens, document offsets, a manifest with hashes.
 
 A split is one stream, its shards end to end; a document is bos + tokens + eos and never crosses a shard. Per shard
-`train-00000.bin` holds the tokens (uint16 or uint32) and `train-00000.docs` where each document starts (int64).
+`train-00000.bin` holds the tokens (uint16 or uint32) and `train-00000.docs` where each document starts (int64). Where
+documents are a prompt and its response, `train-00000.responses` holds where each response starts (int64).
 """
 
 import hashlib
@@ -34,35 +35,47 @@ class ShardWriter:
         self._folder, self._split, self._limit = folder, split, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
-        self._bytes = 0
+        self._bytes = self._response_tokens = 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text."""
+    def add(self, tokens: np.ndarray, text_bytes: int, response: int | None = None) -> None:
+        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text.
+
+        response: where in a document with a prompt the response starts; text_bytes are then those of the response.
+        """
         if self._file and self._tokens + len(tokens) > self._limit:
             self._finish()
         if not self._file:
             name = f"{self._split}-{len(self._shards):05d}.bin"
             self._file = open(self._folder / name, "wb")  # noqa: SIM115 (open across calls)
-            self._tokens, self._starts = 0, []
+            self._tokens, self._starts, self._responses = 0, [], []
         self._file.write(tokens.tobytes())
         self._starts.append(self._tokens)
+        if response is not None:
+            self._responses.append(self._tokens + response)
+            self._response_tokens += len(tokens) - response
         self._tokens += len(tokens)
         self._bytes += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}."""
+        """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}, "response_tokens" with prompts."""
         if self._file:
             self._finish()
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("tokens", "documents")}
+        if self._response_tokens:
+            totals["response_tokens"] = self._response_tokens
         return {**totals, "bytes": self._bytes, "shards": self._shards}
 
     def _finish(self) -> None:
         self._file.close()
         file, self._file = Path(self._file.name), None
-        starts = file.with_suffix(".docs")
-        starts.write_bytes(np.array(self._starts, dtype="<i8").tobytes())
         shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
-        self._shards.append({**shard, "documents_file": starts.name, "documents_sha256": sha256_of(starts)})
+        indices = {"documents": (".docs", self._starts), "responses": (".responses", self._responses)}
+        for name, (suffix, positions) in indices.items():
+            if positions:
+                index = file.with_suffix(suffix)
+                index.write_bytes(np.array(positions, dtype="<i8").tobytes())
+                shard |= {f"{name}_file": index.name, f"{name}_sha256": sha256_of(index)}
+        self._shards.append(shard)
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], made_from: str) -> dict[str, Any]:
@@ -109,6 +122,8 @@ class PreparedSplit:
     """One split of a prepared folder as one stream of tokens. Holds no open file, so that it goes to any process.
 
     `tokens` counts bos and eos, `bytes` is the length of the source text in UTF-8, `fingerprint` is the whole folder's.
+    `eligible_tokens` are all of them; where there are `prompts`, those of the responses, each with its eos, and `bytes`
+    counts the responses alone too.
     """
 
     def __init__(self, folder: str | Path, split: str, verify: Literal["size", "sha256"] = "size"):
@@ -124,6 +139,8 @@ class PreparedSplit:
         self.tokens: int = content["tokens"]
         self.documents: int = content["documents"]
         self.bytes: int = content["bytes"]
+        self.prompts: bool = "response_tokens" in content
+        self.eligible_tokens: int = content.get("response_tokens", self.tokens)
         self.fingerprint: str = manifest["fingerprint"]
         self.tokenizer_sha256: str = tokenizer["sha256"]
         self.vocab_size: int = tokenizer["vocab_size"]
@@ -132,6 +149,7 @@ class PreparedSplit:
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shards: list[dict[str, Any]] = content["shards"]
         self._firsts = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
+        self._first_documents = list(accumulate((shard["documents"] for shard in self._shards), initial=0))
         self._verify(verify)
 
     def _verify(self, verify: str) -> None:
@@ -139,10 +157,10 @@ class PreparedSplit:
         if not model.is_file() or sha256_of(model) != self.tokenizer_sha256:
             raise ValueError(f"{model} is missing or not the tokenizer that made this data: {AGAIN}")
         for shard in self._shards:
-            for name, size, digest in (
-                (shard["file"], shard["tokens"] * self._dtype.itemsize, shard["sha256"]),
-                (shard["documents_file"], shard["documents"] * 8, shard["documents_sha256"]),
-            ):
+            files = [(shard["file"], shard["tokens"] * self._dtype.itemsize, shard["sha256"])]
+            for index in ("documents", "responses") if self.prompts else ("documents",):
+                files.append((shard[f"{index}_file"], shard["documents"] * 8, shard[f"{index}_sha256"]))
+            for name, size, digest in files:
                 file = self.folder / name
                 if not file.is_file():
                     raise ValueError(f"{file} is missing: {AGAIN}")
@@ -156,7 +174,7 @@ class PreparedSplit:
 
         Raises ValueError on an id outside the vocabulary (shards altered after the check).
         """
-        parts = [_map(file, self._dtype)[a:b] for file, _, a, b in self._parts(start, length)]
+        parts = [_map(self.folder / shard["file"], self._dtype)[a:b] for shard, a, b in self._parts(start, length)]
         ids = np.concatenate(parts, dtype=np.int64)
         if ids.max() >= self.vocab_size:
             raise ValueError(
@@ -168,22 +186,59 @@ class PreparedSplit:
     def documents_in(self, start: int, length: int) -> np.ndarray:
         """Which document each position of [start, start + length) belongs to, counted from 0: int32 [length]."""
         begins, offset = np.zeros(length, dtype=np.int32), 0
-        for _, file, a, b in self._parts(start, length):
-            starts = _map(file, np.dtype("<i8"))
+        for shard, a, b in self._parts(start, length):
+            starts = self._index(shard, "documents")
             first, last = np.searchsorted(starts, [a, b])
             begins[offset + starts[first:last] - a] = 1
             offset += b - a
         begins[0] = 0
         return np.cumsum(begins, dtype=np.int32)
 
-    def _parts(self, start: int, length: int) -> Iterator[tuple[Path, Path, int, int]]:
-        """(token file, document file, first, end) of the shards under a range, positions counted within the shard."""
+    def eligible(self, start: int, length: int) -> np.ndarray:
+        """Which of [start, start + length) may be masked: all, or the tokens of responses and eos; bool [length]."""
+        if not self.prompts:
+            return np.ones(length, dtype=bool)
+        parts = []
+        for shard, a, b in self._parts(start, length):
+            positions = np.arange(a, b)
+            document = np.searchsorted(self._index(shard, "documents"), positions, side="right") - 1
+            parts.append(positions >= self._index(shard, "responses")[document])
+        return np.concatenate(parts)
+
+    def document(self, number: int) -> tuple[int, int]:
+        """(start, length) of a document in the stream, its bos and eos included."""
+        index = bisect_right(self._first_documents, number) - 1
+        shard, starts = self._shards[index], self._index(self._shards[index], "documents")
+        within = number - self._first_documents[index]
+        end = starts[within + 1] if within + 1 < len(starts) else shard["tokens"]
+        return int(self._firsts[index] + starts[within]), int(end - starts[within])
+
+    def document_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens before the response (bos and prompt), and in all, of each document: two int64 [documents]."""
+        assert self.prompts
+        before, whole = [], []
+        for shard in self._shards:
+            starts = self._index(shard, "documents")
+            before.append(self._index(shard, "responses") - starts)
+            whole.append(np.diff(starts, append=shard["tokens"]))
+        return np.concatenate(before), np.concatenate(whole)
+
+    def document_starts(self) -> np.ndarray:
+        """Where each document starts in the stream, ascending: int64 [documents]."""
+        parts = zip(self._shards, self._firsts, strict=False)  # the last of the firsts is the end
+        return np.concatenate([self._index(shard, "documents") + first for shard, first in parts])
+
+    def _index(self, shard: dict[str, Any], name: str) -> np.ndarray:
+        return _map(self.folder / shard[f"{name}_file"], np.dtype("<i8"))
+
+    def _parts(self, start: int, length: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+        """(shard, first, end) of the shards under a range, positions counted within the shard."""
         assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)
         index = bisect_right(self._firsts, start) - 1
         while length:
             shard, a = self._shards[index], start - self._firsts[index]
             b = min(a + length, shard["tokens"])
-            yield self.folder / shard["file"], self.folder / shard["documents_file"], a, b
+            yield shard, a, b
             start, length, index = start + b - a, length - (b - a), index + 1
 
 

@@ -13,41 +13,53 @@ from pathlib import Path
 
 import sentencepiece
 
+from mdmtrain.data.hub import ESCAPE, ROLES, SPACE_MARK, HubPieces
+
 MODEL_FILE = "tokenizer.model"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
 
 # sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
 # private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
-_SPACE_MARK, _ESCAPE = "\u2581", "\U0010f581"
-_PROBE = f"a  b \n\n\t\r\n\0 {_SPACE_MARK}{_ESCAPE}0 </s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
+_PROBE = f"a  b \n\n\t\r\n\0 {SPACE_MARK}{ESCAPE}0 </s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
 
 
 def _escape(text: str) -> str:
-    return text.replace(_ESCAPE, _ESCAPE + "0").replace(_SPACE_MARK, _ESCAPE + "1")
+    return text.replace(ESCAPE, ESCAPE + "0").replace(SPACE_MARK, ESCAPE + "1")
 
 
 def _unescape(text: str) -> str:
-    return text.replace(_ESCAPE + "1", _SPACE_MARK).replace(_ESCAPE + "0", _ESCAPE)
+    return text.replace(ESCAPE + "1", SPACE_MARK).replace(ESCAPE + "0", ESCAPE)
 
 
 class Tokenizer:
     """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one; `sha256` is its identity in every manifest."""
 
     def __init__(self, model: bytes, name: str):
-        """`model` is the content of a sentencepiece model file; `name` stands for it in errors (ValueError)."""
-        self._pieces = sentencepiece.SentencePieceProcessor()
+        """`model` is the content of a sentencepiece model file, or what `hub.bundle` made of a foreign tokenizer.
+
+        `name` stands for it in errors (ValueError).
+        """
+        foreign = model[:1] == b"{"
         try:
-            self._pieces.LoadFromSerializedProto(model)
+            if foreign:
+                pieces = HubPieces(model)
+                numbers = [pieces.piece_to_id(pieces.names.get(role, "")) for role in ROLES]
+            else:
+                pieces = sentencepiece.SentencePieceProcessor()
+                pieces.LoadFromSerializedProto(model)
+                numbers = [pieces.bos_id(), pieces.eos_id(), pieces.pad_id(), pieces.piece_to_id("<mask>")]
+                numbers = [i if i >= 0 and pieces.is_control(i) else -1 for i in numbers]
+        except ValueError as error:
+            raise ValueError(f"tokenizer {name}: {error}") from None
         except (RuntimeError, OSError):
             raise ValueError(f"{name} is not a sentencepiece model") from None
+        self._pieces = pieces
+        self._escaped = not foreign or pieces.piece_to_id(SPACE_MARK) >= 0  # byte-level pieces have no mark for spaces
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._pieces.get_piece_size()
-        self.bos_id: int = self._pieces.bos_id()
-        self.eos_id: int = self._pieces.eos_id()
-        self.pad_id: int = self._pieces.pad_id()
-        self.mask_id: int = self._pieces.piece_to_id("<mask>")
-        reserved = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "mask": self.mask_id}
-        missing = [key for key, i in reserved.items() if i < 0 or not self._pieces.is_control(i)]
+        self.vocab_size: int = pieces.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = numbers
+        reserved = dict(zip(ROLES, numbers, strict=True))
+        missing = [role for role, i in reserved.items() if i < 0]
         if missing:
             raise ValueError(
                 f"tokenizer {name} has no control piece for {', '.join(missing)}: train one with "
@@ -110,16 +122,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no bos or eos added, never a reserved id."""
-        return self._pieces.encode(_escape(text))
+        return self._pieces.encode(_escape(text) if self._escaped else text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; reserved ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         skip = {self.bos_id, self.eos_id, self.pad_id, self.mask_id}
-        return _unescape(self._pieces.decode([int(i) for i in ids if i not in skip]))
+        text = self._pieces.decode([int(i) for i in ids if i not in skip])
+        return _unescape(text) if self._escaped else text
 
     def pieces(self) -> list[str]:
         """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
-        return [self._pieces.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(self.vocab_size)]
+        return [self._pieces.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(self.vocab_size)]
 
 
 def model_file(path: str | Path) -> Path:

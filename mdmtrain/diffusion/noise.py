@@ -19,8 +19,10 @@ class Stream(IntEnum):
     ORDER = 3  # the order of the samples; step = epoch, slot = source
     INIT = 4  # initial weights; step = first 8 bytes of sha256(parameter name)
     LENGTH = 5  # which rows are cut to a random length, and to which
-    EVALUATION = 6  # the fixed noise of evaluation; step 0: strata, step 1: positions
+    EVALUATION = 6  # the fixed noise of evaluation; two steps an estimator: strata, positions
     GENERATION = 7  # sampling: positions and tokens
+    PROBE = 8  # the live decomposition; step 2s: rows and rates of the probe after step s, step 2s + 1: positions
+    FIT = 9  # the fit of p before training; step 0: rows, step 1: strata, step 2: positions
 
 
 def philox(seed: int, stream: Stream, step: int, slot: int = 0, block: int = 0) -> np.random.Philox:

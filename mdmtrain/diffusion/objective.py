@@ -9,7 +9,7 @@ method changes is where t comes from (the sampler's density p), which positions 
 its expectation is always the average of omega(t) l over t, except where `isad` says otherwise.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -63,11 +63,13 @@ class Law:
     density: Density
     omega: Omega
     delimiters: Tensor | None = None  # bool [vocabulary], isad's listed tokens
-    _tables: dict[int, tuple] = field(default_factory=dict, init=False, compare=False)
 
     def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> Draws:
         """Rates of all slots of a step, the same on every rank. `blocks`: ranks, used by `strata: rank` alone."""
-        u = strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks)
+        return self.rates_at(strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks))
+
+    def rates_at(self, u: np.ndarray) -> Draws:
+        """The rates that uniforms on [0, 1) stand for: float64 [n]."""
         if self.config.schedule == "cosine":
             return Draws(*draw_cosine(u, self.config.eps))
         return Draws(*self.density.draw(u))
@@ -81,20 +83,21 @@ class Law:
             rates = rates.repeat(2)
         return self.density.cell(rates)
 
-    def corrupt(self, ids: Tensor, lengths: Tensor, uniforms: Tensor, draws: Draws, mask_id: int) -> Corruption:
+    def corrupt(self, ids: Tensor, eligible: Tensor, uniforms: Tensor, draws: Draws, mask_id: int) -> Corruption:
         """Mask a micro-batch on the host, where the number of masked positions costs no device synchronisation.
 
-        ids: int64 [S, L] of S slots; lengths: int64 [S]; uniforms: float32 [S, L]; draws: those of the slots.
+        ids: int64 [S, L] of S slots; eligible: bool [S, L], positions that may be masked; uniforms: float32 [S, L];
+        draws: those of the slots. A row with nothing eligible is legal and counts as 0.
         """
-        U, P = uniforms.numpy(), lengths.numpy()
         if self.config.objective == "ar":
-            return next_token(ids, P)
+            return next_token(ids, eligible)
+        U, E = uniforms.numpy(), eligible.numpy()
         if self.config.masks == "counted":
-            views, weights, units = self._counted(U, P, draws)
+            views, weights, units = self._counted(U, E, draws)
         elif self.config.weights == "count":
-            views, weights, units = self._weighed_by_count(U, P, draws)
+            views, weights, units = self._weighed_by_count(U, E, draws)
         else:
-            views, weights, units = self._weighed_by_rate(ids, U, P, draws)
+            views, weights, units = self._weighed_by_rate(ids, U, E, draws)
         rows = _interleave(views)
         return assemble(
             ids.repeat_interleave(len(views), dim=0), rows, _interleave(weights), _interleave(units), mask_id
@@ -102,84 +105,80 @@ class Law:
 
     # ---- Bernoulli masks, each position by itself with probability t
 
-    def _weighed_by_rate(self, ids: Tensor, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _weighed_by_rate(self, ids: Tensor, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
         """Weight omega(t)/(p(t) t), and what pairs make of it."""
-        t, P_column = draws.rates[:, None], np.maximum(P, 1)[:, None]
+        t, P = draws.rates[:, None], np.maximum(E.sum(axis=1, keepdims=True), 1)
         weight = self.omega(t) / draws.density[:, None]
         if self.config.views == "complement":  # one weight for the pair: each of the two rates could have drawn it
-            first, opposite = masks.bernoulli(U, draws.rates, P), 1.0 - t
+            first, opposite = masks.bernoulli(U, draws.rates, E), 1.0 - t
             pair = 2.0 / (draws.density[:, None] + self.density.at(opposite))
             weights = [pair * self.omega(t) / t, pair * self.omega(opposite) / opposite]
-            return [first, masks.complement(first, P)], weights, [1 / (P_column * t), 1 / (P_column * opposite)]
+            return [first, masks.complement(first, E)], weights, [1 / (P * t), 1 / (P * opposite)]
         q = (
             t
             if self.delimiters is None
             else np.where(self.delimiters[ids].numpy(), np.minimum(1.0, t + self.config.isad_delta), t)
         )
-        first, unit = masks.bernoulli(U, q, P), 1 / (P_column * q)
+        first, unit = masks.bernoulli(U, q, E), 1 / (P * q)
         if self.config.views == "single":
             return [first], [weight / q], [unit]
-        second = masks.mirrored(U, q, P)
+        second = masks.mirrored(U, q, E)
         if self.config.views == "mirror":
             return [first, second], [weight / q] * 2, [unit] * 2
         # dedup: each position once per pair, wherever it is masked; half of it in each view where it is in both
         once = 2.0 * weight / np.minimum(1.0, 2.0 * t) * np.where(first & second, 0.5, 1.0)
         return [first, second], [once, once], [unit] * 2
 
-    def _weighed_by_count(self, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _weighed_by_count(self, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
         """omega_k / (q(k) k) for a row with k masks: the mean of the rate weight given the count (Rao-Blackwell)."""
-        masked = masks.bernoulli(U, draws.rates, P)
-        counts = masked.sum(axis=1)
+        masked = masks.bernoulli(U, draws.rates, E)
+        counts, P = masked.sum(axis=1), E.sum(axis=1)
         return [masked], [self._count_weights(P, counts)], [1 / (np.maximum(P, 1) * draws.rates)[:, None]]
 
     # ---- the number of masks itself is drawn
 
-    def _counted(self, U: np.ndarray, P: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _counted(self, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
         """k = ceil(t P) of P positions, uniformly; for a pair of complements k is drawn on 0 .. P."""
+        P = E.sum(axis=1)
         if self.config.views == "complement":
             counts = np.minimum(np.floor(draws.rates * (P + 1)).astype(np.int64), P)
         else:
-            counts = np.clip(np.ceil(draws.rates * P).astype(np.int64), 1, P)
-        first, weight = masks.counted(U, counts, P), self._count_weights(P, counts)
+            counts = np.clip(np.ceil(draws.rates * P).astype(np.int64), np.minimum(P, 1), P)
+        first, weight = masks.counted(U, counts, E), self._count_weights(P, counts)
         unit = 1 / np.maximum(counts, 1)[:, None]
         if self.config.views == "single":
             return [first], [weight], [unit]
         if self.config.views == "complement":
             weights = [weight, self._count_weights(P, counts, P - counts)]
-            return [first, masks.complement(first, P)], weights, [unit, 1 / np.maximum(P - counts, 1)[:, None]]
-        second = masks.counted_mirrored(U, counts, P)
+            return [first, masks.complement(first, E)], weights, [unit, 1 / np.maximum(P - counts, 1)[:, None]]
+        second = masks.counted_mirrored(U, counts, E)
         if self.config.views == "mirror":
             return [first, second], [weight, weight], [unit, unit]
-        share = (counts / np.minimum(P, 2 * counts))[:, None]
+        share = (counts / np.maximum(np.minimum(P, 2 * counts), 1))[:, None]
         once = 2.0 * weight * share * np.where(first & second, 0.5, 1.0)
         return [first, second], [once, once], [unit, unit]
 
     def _count_weights(self, P: np.ndarray, counts: np.ndarray, shown: np.ndarray | None = None) -> np.ndarray:
         """omega_k / (q(drawn) k) per row, k the masks of the view (default: those drawn): float64 [rows, 1]."""
         shown = counts if shown is None else shown
-        weights = np.zeros(len(P))
-        for length in np.unique(P):
-            rows = length == P
-            law, omega = self.count_law(int(length))
-            k = shown[rows]
-            weights[rows] = omega[k] / (law[counts[rows]] * np.maximum(k, 1))
+        weights, some = np.zeros(len(P)), shown > 0
+        q, k = self.count_probability(P[some], counts[some]), shown[some]
+        weights[some] = self.omega.of_count(P[some], k) / (q * k)
         return weights[:, None]
 
-    def count_law(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(q(k), omega_k) for k = 0 .. length masked of `length` positions: two float64 [length + 1]."""
-        if length not in self._tables:
-            self._tables[length] = (self._count_probabilities(length), self.omega.of_counts(length))
-        return self._tables[length]
+    def count_probability(self, P: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """q(k): the probability that k of P >= 1 eligible positions are masked. int64 [n] each; float64 [n].
 
-    def _count_probabilities(self, length: int) -> np.ndarray:
-        k = np.arange(length + 1)
+        Of the rows at hand alone: with prompts and responses P takes as many values as there are rows, and a table of
+        all k for a single P of 4,096 would cost as much as 128 micro-batches of 32 rows.
+        """
         if self.config.masks == "counted":
             if self.config.views == "complement":
-                return np.diff(self.density.cdf(np.arange(length + 2) / (length + 1)))
-            return np.concatenate([[0.0], np.diff(self.density.cdf(k / length))])
+                return self.density.cdf((k + 1) / (P + 1)) - self.density.cdf(k / (P + 1))
+            return np.where(k > 0, self.density.cdf(k / P) - self.density.cdf((k - 1) / P), 0.0)
         edges, p = self.density.edges, self.density.p
-        below = betainc(k[:, None] + 1.0, length - k[:, None] + 1.0, edges[None, :])
-        return (p * np.diff(below, axis=1)).sum(axis=1) / ((edges[-1] - edges[0]) * (length + 1))
+        below = betainc(k[:, None] + 1.0, (P - k)[:, None] + 1.0, edges)
+        return (p * np.diff(below, axis=1)).sum(axis=1) / ((edges[-1] - edges[0]) * (P + 1))
 
 
 def rate_range(config: DiffusionConfig) -> tuple[float, float]:
@@ -216,29 +215,34 @@ def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.nda
     )
 
 
-def next_token(ids: Tensor, lengths: np.ndarray) -> Corruption:
-    """The autoregressive reference: nothing is masked, position i predicts token i + 1, and all weigh the same.
+def next_token(ids: Tensor, eligible: Tensor) -> Corruption:
+    """The autoregressive reference: nothing is masked, and each eligible position is predicted from those before it.
 
-    ids: int64 [B, L]; lengths: int64 [B]. The weight L/(L - 1) makes a full row's sum / L its mean cross-entropy.
+    ids: int64 [B, L]; eligible: bool [B, L]. The first position cannot be predicted; the weight, eligible positions
+    over predicted ones (L/(L - 1) in a full row), makes a row's sum / P its mean cross-entropy.
     """
-    length = ids.shape[1]
-    known = torch.from_numpy(masks.eligible(ids.shape, lengths - 1))
+    known = eligible.roll(-1, dims=1)
+    known[:, -1] = False
     positions = known.flatten().nonzero().squeeze(1)
-    ones = torch.ones(len(positions))
-    return Corruption(ids, positions, ids.flatten()[positions + 1], ones * length / (length - 1), ones / (length - 1))
+    predicted = known.sum(dim=1).clamp(min=1)
+    rows = positions // ids.shape[1]
+    weights, units = (eligible.sum(dim=1) / predicted)[rows], (1 / predicted)[rows]
+    return Corruption(ids, positions, ids.flatten()[positions + 1], weights, units)
 
 
-def corrupt_counted(ids: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
+def corrupt_counted(ids: Tensor, eligible: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
-    k = floor(u L) + 1 positions, uniformly; each masked position weighs L/k, that is: the row's value
-    sum(weights * CE) / L is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is
-    (1/L) sum_k c_k, the exact NELBO per token. ids: int64 [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
+    k = floor(u P) + 1 of the P eligible positions, uniformly; each masked one weighs P/k, that is: the row's value
+    sum(weights * CE) / P is the mean CE over its masked positions. Over u ~ U[0, 1) its expectation is (1/P) sum_k c_k,
+    the exact NELBO per token; a row with P = 0 has none and counts as 0.
+    ids: int64 [B, L]; eligible: bool [B, L]; uniforms: float32 [B, L]; u: float64 [B] on [0, 1).
     """
-    length = ids.shape[1]
-    counts = np.floor(u * length).astype(np.int64) + 1
-    masked = masks.counted(uniforms.numpy(), counts, np.full(len(u), length))
-    return assemble(ids, masked, (length / counts)[:, None], (1 / counts)[:, None], mask_id)
+    P = eligible.numpy().sum(axis=1)
+    counts = np.minimum(np.floor(u * P).astype(np.int64) + 1, P)
+    masked = masks.counted(uniforms.numpy(), counts, eligible.numpy())
+    k = np.maximum(counts, 1)[:, None]
+    return assemble(ids, masked, P[:, None] / k, 1 / k, mask_id)
 
 
 def _interleave(views: list[np.ndarray]) -> np.ndarray:

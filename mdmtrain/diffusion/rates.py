@@ -54,13 +54,17 @@ def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: 
     family fitted to the cells. Any outcome is unbiased; only its variance depends on how good the fit is.
     """
     widths = np.diff(edges) / (edges[-1] - edges[0])
-    p = omega * np.sqrt(np.maximum(second_moment, 0.0))
-    if not p.sum() > 0:
-        return Density(edges, np.ones_like(p))
-    p = p / (p * widths).sum()
+    p = optimum(edges, second_moment, omega)
     if form == "epr":
         p = _fit_epr((edges[:-1] + edges[1:]) / 2, p, widths)
     return Density(edges, (1.0 - floor) * p + floor)
+
+
+def optimum(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray) -> np.ndarray:
+    """omega sqrt(second moment) with mean 1 over the range, or the uniform density where nothing is known."""
+    p = omega * np.sqrt(np.maximum(second_moment, 0.0))
+    mass = (p * np.diff(edges)).sum() / (edges[-1] - edges[0])
+    return p / mass if mass > 0 else np.ones_like(p)
 
 
 def _epr(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.diffusion.objective import Law, omega_at, rate_range
-from mdmtrain.diffusion.rates import Density, fit, uniform_density
+from mdmtrain.diffusion.rates import Density, fit, optimum, uniform_density
 
 
 class RateSampler:
@@ -25,10 +25,9 @@ class RateSampler:
         self.tensors = {**zeros, "p": torch.ones(config.bins, dtype=torch.float64, device=device)}
         self._law: Law | None = None
 
-    @property
-    def fitting(self) -> bool:
-        """Does this run ever refit?"""
-        return self._config.sampler == "ppots"
+    def fits(self, when: str) -> bool:
+        """Is p fitted "online", or "once", before training?"""
+        return self._config.sampler == "ppots" and self._config.when == when
 
     def law(self, progress: float) -> Law:
         """How the step at `progress` in [0, 1] of the run draws and weighs; the same object while nothing changes."""
@@ -52,20 +51,25 @@ class RateSampler:
 
     def due(self, step: int) -> bool:
         """Is it time to refit, `step` steps done?"""
-        return self.fitting and step % self._config.refit_every == 0
+        return self.fits("online") and step % self._config.refit_every == 0
 
     def fitted(self) -> np.ndarray:
         """The density that the statistics ask for: float64 [bins]; the present one until every bin has enough rows."""
         hits = self.tensors["hits"].cpu().numpy()
-        enough = hits.min() >= self._config.min_hits
-        once_done = self._config.when == "once" and bool((self.density.p != 1).any())
-        if not enough or once_done:
+        if hits.min() < self._config.min_hits:
             return self.density.p
+        return fit(*self._moments(), self._config.floor, self._config.form).p
+
+    def picture(self) -> dict[str, list[float]]:
+        """The density in use, and the one that the statistics ask for by themselves (0 where there are none yet)."""
+        return {"used": self.density.p.tolist(), "wanted": optimum(*self._moments()).tolist()}
+
+    def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Edges, mean statistic and omega of the cells: that of the last step, as annealing moves p with it."""
         sums, counts = self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
-        edges = self.density.edges
-        now = self._law or self.law(0.0)  # the weighting of the last step: annealing moves p with it
-        omega = now.omega((edges[:-1] + edges[1:]) / 2)
-        return fit(edges, sums / counts, omega, self._config.floor, self._config.form).p
+        edges, now = self.density.edges, self._law or self.law(0.0)
+        means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        return edges, means, now.omega((edges[:-1] + edges[1:]) / 2)
 
     def use(self, p: np.ndarray) -> None:
         """Draw from this density from the next step on."""
@@ -77,16 +81,17 @@ class RateSampler:
         self.density = Density(self.density.edges, self.tensors["p"].cpu().numpy())
 
 
-def token_table(tokens: tuple[str | int, ...], pieces: list[str]) -> Tensor | None:
-    """ISAD's listed tokens as a table: bool [vocabulary], or None. Raises ValueError for one that is not there."""
+def token_table(tokens: tuple[str | int, ...], pieces: list[str], key: str) -> Tensor | None:
+    """Listed tokens (ids or pieces; `key` lists them) as a table: bool [vocabulary], or None.
+
+    Raises ValueError for one that is not there.
+    """
     if not tokens:
         return None
     table = torch.zeros(len(pieces), dtype=torch.bool)
     for token in tokens:
         index = token if isinstance(token, int) else pieces.index(token) if token in pieces else -1
         if not 0 <= index < len(pieces):
-            raise ValueError(
-                f"diffusion.isad_tokens: the tokenizer has no piece {token!r}: give an id or a piece it has"
-            )
+            raise ValueError(f"{key}: the tokenizer has no piece {token!r}: give an id or a piece it has")
         table[index] = True
     return table

@@ -38,25 +38,23 @@ class Omega:
                 return density / self._bell_mean()
         raise AssertionError(self.name)
 
-    def of_counts(self, length: int) -> np.ndarray:
-        """omega_k for k = 0 .. length of `length` positions: float64 [length + 1] (VARIANCE.md section 5, COUNT).
+    def of_count(self, P: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """omega_k of k >= 1 masked of P eligible positions: int64 [n] each; float64 [n] (VARIANCE.md section 5, COUNT).
 
-        The average over t uniform on [low, high] of omega(t) times the density of Beta(k, length - k + 1): what omega
-        becomes when the loss is seen as a function of the number of masked positions. omega_0 is 0: no mask, no loss.
+        The average over t uniform on [low, high] of omega(t) times the density of Beta(k, P - k + 1): what omega
+        becomes when the loss is seen as a function of the number of masked positions. (omega_0 is 0: no mask, no loss.)
         """
-        k = np.arange(1, length + 1, dtype=np.float64)
-        rest = length - k + 1
+        k, rest = np.asarray(k, dtype=np.float64), P - k + 1.0
         one = self._beta_mass(k, rest)
         match self.name:
             case "nelbo":
-                named = one
+                return one
             case "plain":
-                named = 2.0 / (self.low + self.high) * k / (length + 1) * self._beta_mass(k + 1, rest)
+                named = 2.0 / (self.low + self.high) * k / (P + 1) * self._beta_mass(k + 1, rest)
             case "bell":
                 ratio = np.exp(betaln(k + self.bell - 1, rest + self.bell - 1) - betaln(k, rest) - self._log_beta())
                 named = ratio * self._beta_mass(k + self.bell - 1, rest + self.bell - 1) / self._bell_mean()
-        mixed = one if self.name == "nelbo" else (1.0 - self.anneal) * named + self.anneal * one
-        return np.concatenate([[0.0], mixed])
+        return (1.0 - self.anneal) * named + self.anneal * one
 
     def _beta_mass(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Average over [low, high] of the Beta(a, b) density."""

@@ -5,14 +5,19 @@ import math
 import os
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from mdmtrain.monitor.logs import log
 from mdmtrain.parallel.world import writing
 
 OCTILES = 8
-BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
+LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
+STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
+BY_OCTILE = {LOSS_BY_OCTILE: "loss_by_rate", STATISTIC_BY_OCTILE: "statistic_by_rate"}  # record -> group of tags
 HISTOGRAM = "rate_histogram"  # rows of the global batch in each eighth
+COMPONENTS = "probe"  # {"A", "B_t", "B_int", "C"}: the decomposition of the loss's variance
+DENSITY = "rate_density"  # {"used", "wanted"}: p by cell of the rate
 
 
 class MetricsLog:
@@ -67,12 +72,18 @@ class MetricsLog:
         step = record["step"]
         group = record.get("split", "train")
         for name, value in record.items():
-            if name == BY_OCTILE:
+            if name in BY_OCTILE:
                 for octile, mean in enumerate(value):
                     if mean is not None:
-                        self._board.add_scalar(f"loss_by_rate/octile_{octile}", mean, step)
+                        self._board.add_scalar(f"{BY_OCTILE[name]}/octile_{octile}", mean, step)
             elif name == HISTOGRAM:
                 self._draw_histogram(value, step)
+            elif name == COMPONENTS:
+                for component, size in value.items():
+                    if size is not None:
+                        self._board.add_scalar(f"{COMPONENTS}/{component}", size, step)
+            elif name == DENSITY:
+                self._board.add_figure("train/rate_density", density_figure(value), step)
             elif name not in ("step", "time") and isinstance(value, (int, float)):
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
@@ -91,10 +102,30 @@ class MetricsLog:
             global_step=step,
         )
 
+    def probe_cost(self, step: int, seconds: float, share: float) -> None:
+        """What a probe cost, apart from the speed of training: drawn only, as records of equal runs are equal."""
+        if self._board is not None:
+            self._board.add_scalar("probe/seconds", seconds, step)
+            self._board.add_scalar("probe/share_of_time", share, step)
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def density_figure(density: dict[str, list[float]]) -> Figure:
+    """p(t) as it is drawn from, the optimum of the statistics that it was or would be fitted to, and uniform."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    cells = len(density["used"])
+    edges = [cell / cells for cell in range(cells + 1)]
+    axes.stairs(density["wanted"], edges, color="#bbbbbb", fill=True, label="omega sqrt(E[statistic | t])")
+    axes.stairs(density["used"], edges, color="#4477aa", linewidth=1.8, label="p(t), in use")
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="uniform")
+    axes.set(xlabel="masking rate t, from the smallest to the largest", ylabel="density", xlim=(0, 1), ylim=(0, None))
+    axes.legend()
+    return figure
 
 
 def finite(value: float) -> float | None:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mdmtrain.config import Config, RunPlan
 from mdmtrain.diffusion.objective import Draws, Law
-from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES, finite
+from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATISTIC_BY_OCTILE, finite
 
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
+CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
+PAIR_DECAY = 0.9  # per pair, of the noise scale's two halves
 
 
 @dataclass
@@ -24,27 +26,31 @@ class _Pending:
     row_counts: np.ndarray  # int64 [bins], rows of the global batch in each cell of the sampler
     shares: np.ndarray  # float64 [bins], their probability
     effective: float  # effective sample size of the importance weights, over the number of slots
-    numbers: Tensor  # float64 [2 bins + 4]: the sums, gradient norm, skipped
+    numbers: Tensor  # float64 [sums + 2]: the sums, gradient norm, skipped
 
 
 class StepRecorder:
     """Collects the steps between two flushes.
 
-    The vector of sums (float64 [2 bins + 2], added up over ranks once a step) holds, by cell of the masking rate, the
-    weighted losses of the rows and their P-POTS statistics; then the masked and the eligible positions.
+    The vector of sums (float64 [2 bins + 3 + ranks], added up over ranks once a step: its size does not depend on the
+    batch) holds, by cell of the masking rate, the weighted losses of the rows and their P-POTS statistics; then the
+    eligible positions, what a GradientPair found (zeros in most steps), and the masked positions of each rank.
 
     It also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the running mean of
     the weighted loss y in each cell. b is a constant to the step, so the gradient does not change by a bit: it is
     a quieter curve of the same expectation (`loss_smooth`), no more; under global strata little is left to quieten.
+    How much quieter: the running mean of its squared steps over that of the raw curve (`loss_smooth_variance_ratio`).
     """
 
-    def __init__(self, config: Config, plan: RunPlan, device: torch.device):
+    def __init__(self, config: Config, plan: RunPlan, device: torch.device, rank: int):
         self.skips_in_a_row = 0
         self._bins = config.diffusion.bins
         self._complement = config.diffusion.views == "complement"
         self._clip_norm = config.optim.clip_norm
         self._rows, self._positions = config.run.global_batch, plan.tokens_per_step
-        self._device = device
+        self._device, self._rank, self._ranks = device, rank, plan.world_size
+        self._means: dict[str, float] = {}
+        self._last: list[float] = []  # loss and loss_smooth of the last step that was not skipped
         self._baseline = np.zeros(self._bins)
         self._seen = np.zeros(self._bins, dtype=bool)
         self._pending: list[_Pending] = []
@@ -53,14 +59,15 @@ class StepRecorder:
 
     def state(self) -> dict:
         """What a resumed run needs to go on with the same numbers, for meta.json."""
-        return {"skips_in_a_row": self.skips_in_a_row, "baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
+        baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
+        return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
     def restore(self, state: dict) -> None:
-        self.skips_in_a_row = state["skips_in_a_row"]
+        self.skips_in_a_row, self._means, self._last = state["skips_in_a_row"], state["means"], state["last"]
         self._baseline, self._seen = np.array(state["baseline"]), np.array(state["seen"])
 
     def new_sums(self) -> Tensor:
-        return torch.zeros(2 * self._bins + 2, dtype=torch.float64, device=self._device)
+        return torch.zeros(2 * self._bins + 3 + self._ranks, dtype=torch.float64, device=self._device)
 
     def statistics(self, sums: Tensor) -> Tensor:
         """The part of the sums that the sampler is fitted from: float64 [bins]."""
@@ -80,8 +87,12 @@ class StepRecorder:
         cell = torch.from_numpy(cells).to(self._device, non_blocking=True)
         sums.index_add_(0, cell, losses.double())
         sums.index_add_(0, cell + self._bins, statistics.double())
-        sums[2 * self._bins] += masked
-        sums[2 * self._bins + 1] += eligible
+        sums[2 * self._bins] += eligible
+        sums[2 * self._bins + 3 + self._rank] += masked
+
+    def add_pair(self, sums: Tensor, pair: Tensor) -> None:
+        """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
+        sums[2 * self._bins + 1 : 2 * self._bins + 3] = pair
 
     def add_step(
         self, step: int, law: Law, draws: Draws, row_counts: np.ndarray, sums: Tensor, norm: Tensor, skipped: Tensor,
@@ -114,31 +125,58 @@ class StepRecorder:
         self._flushed = time.monotonic()
 
     def _record(self, pending: _Pending, numbers: np.ndarray, speed: float, wait: float) -> dict:
-        by_bin, (masked, eligible, norm, skipped) = numbers[: self._bins], numbers[2 * self._bins :]
-        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        by_bin, statistics = numbers[: 2 * self._bins].reshape(2, -1)
+        eligible, noise, signal, *masked, norm, skipped = numbers[2 * self._bins :].tolist()
+        after_skip, self.skips_in_a_row = self.skips_in_a_row > 0, self.skips_in_a_row + 1 if skipped else 0
         total, length = float(by_bin.sum()), self._positions / self._rows
-        octile_sums = by_bin.reshape(OCTILES, -1).sum(axis=1)
+        smooth = self._smooth(by_bin / length, pending, bool(skipped))
         octile_counts = pending.row_counts.reshape(OCTILES, -1).sum(axis=1)
-        return {
+
+        def by_octile(sums: np.ndarray) -> list[float | None]:
+            means = zip(sums.reshape(OCTILES, -1).sum(axis=1), octile_counts, strict=True)
+            return [finite(s / c) if c else None for s, c in means]
+
+        record = {
             "step": pending.step,
             "tokens": pending.step * self._positions,
             "loss": finite(total / self._positions),
-            "nelbo": finite(total / eligible),
-            "loss_smooth": finite(self._smooth(by_bin / length, pending, bool(skipped))),
+            "nelbo": finite(total / max(eligible, 1.0)),
+            "loss_smooth": finite(smooth),
+            "loss_smooth_variance_ratio": self._quieter(total / self._positions, smooth, bool(skipped)),
             "grad_norm": finite(norm),
             "clipped": bool(self._clip_norm is not None and norm > self._clip_norm),
             "lr": pending.lr,
-            "masked_fraction": masked / eligible,
+            "masked_fraction": sum(masked) / max(eligible, 1.0),
+            "masked_tokens_min": int(min(masked)),
+            "masked_tokens_max": int(max(masked)),
             "effective_sample_share": pending.effective,
             "skipped": bool(skipped),
-            BY_OCTILE: [
-                finite(s / (c * length)) if c else None for s, c in zip(octile_sums, octile_counts, strict=True)
-            ],
+            LOSS_BY_OCTILE: by_octile(by_bin / length),
+            STATISTIC_BY_OCTILE: by_octile(statistics),
             HISTOGRAM: octile_counts.tolist(),
             "tokens_per_second": speed,
             "data_wait": wait,
             "time": time.time(),
         }
+        if noise > 0 and not skipped and not after_skip:
+            scale = self._follow("noise", noise, PAIR_DECAY) / self._follow("signal", signal, PAIR_DECAY)
+            record["grad_noise"] = noise
+            record["noise_scale_tokens"] = finite(scale * self._positions) if scale > 0 else None
+        return record
+
+    def _follow(self, name: str, value: float, decay: float) -> float:
+        """A running mean that begins with its first value."""
+        self._means[name] = decay * self._means.get(name, value) + (1 - decay) * value
+        return self._means[name]
+
+    def _quieter(self, loss: float, smooth: float, skipped: bool) -> float | None:
+        """Variance of the smooth curve over that of the raw one, both from the differences of steps in a row."""
+        if not skipped:
+            if self._last:
+                for name, now, before in zip(("loss", "smooth"), (loss, smooth), self._last, strict=True):
+                    self._follow(name, (now - before) ** 2 / 2, CURVE_DECAY)
+            self._last = [loss, smooth]
+        return self._means["smooth"] / self._means["loss"] if self._means.get("loss") else None
 
     def _smooth(self, by_bin: np.ndarray, pending: _Pending, skipped: bool) -> float:
         """The step's loss with the control variate; then the baseline learns from the step. by_bin: sums of y."""

@@ -47,6 +47,19 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def deal(self, count: int, compute: Callable[[int], T]) -> list[T]:
+        """compute(0) .. compute(count - 1), dealt to the ranks in turn; every rank gets all of them. A collective.
+
+        `compute` may be one too (a forward pass of FSDP): a rank left over in the last round repeats the last one, and
+        its result is dropped.
+        """
+        mine = {}
+        for first in range(0, count, self.size):
+            number = min(first + self.rank, count - 1)
+            mine[number] = compute(number)
+        gathered = {number: value for part in self.gather(mine) for number, value in part.items()}
+        return [gathered[number] for number in range(count)]
+
     def agree(self, act: Callable[[], T], main_only: bool = False) -> T:
         """Run `act` on every rank, or on rank 0 alone, whose result then goes to all. A collective.
 

@@ -38,9 +38,9 @@ def rows(config, world_size=1, first_step=0) -> dict:
     for rank in range(world_size):
         for i, batch in enumerate(batches(config, world_size, rank, first_step)):
             for row, slot in enumerate(batch.slots.tolist()):
-                segments = np.where(np.arange(64) < int(batch.lengths[row]), 0, -1).astype(np.int32)
+                segments = np.where(batch.eligible[row].numpy(), 0, -1).astype(np.int32)
                 segments = segments if batch.segments is None else batch.segments[row].numpy()
-                fields = [batch.ids[row], batch.lengths[row], batch.uniforms[row], batch.samples[row]]
+                fields = [batch.ids[row], batch.eligible[row], batch.uniforms[row], batch.samples[row]]
                 key = (first_step + i // per_step, slot)
                 assert key not in found
                 found[key] = [*(field.numpy().tobytes() for field in fields), segments.tobytes()]
@@ -67,7 +67,7 @@ def test_rows_are_windows_of_the_stream_each_once_an_epoch(make):
     assert count < 16 * 600  # the run is longer than an epoch
     seen = []
     for batch in batches(config):
-        assert batch.segments is None and (batch.lengths == 64).all() and batch.ids.dtype == torch.int64
+        assert batch.segments is None and batch.eligible.all() and batch.ids.dtype == torch.int64
         for ids, (source, window) in zip(batch.ids.numpy(), batch.samples.tolist(), strict=True):
             assert source == 0
             seen.append(window)
@@ -82,13 +82,14 @@ def test_short_rows_are_padded_at_the_stated_rate_and_lengths(make):
     split = open_sources(config.data, "train")[0]
     lengths = []
     for batch in batches(config):
-        pads = torch.arange(64) >= batch.lengths[:, None]
+        pads = torch.arange(64) >= batch.eligible.sum(dim=1, keepdim=True)
+        assert (batch.eligible == ~pads).all()
         assert (batch.ids[pads] == split.pad_id).all() and not (batch.ids[~pads] == split.pad_id).any()
         assert (batch.segments is None) == (not pads.any())
         if batch.segments is not None:
             assert batch.segments.dtype == torch.int32
             assert (batch.segments == torch.where(pads, -1, 0)).all()
-        lengths += batch.lengths.tolist()
+        lengths += batch.eligible.sum(dim=1).tolist()
     short = [length for length in lengths if length < 64]
     assert set(lengths) == {4 * k for k in range(1, 17)}
     assert abs(len(short) / len(lengths) - 0.25 * 15 / 16) < 4 * np.sqrt(0.25 * 0.75 / len(lengths))
@@ -96,7 +97,7 @@ def test_short_rows_are_padded_at_the_stated_rate_and_lengths(make):
 
 def test_rows_shorter_than_sixteen_tokens_have_a_token(make):
     config = make({"steps": 20}, {"random_length_fraction": 1.0, "sequence_length": 5})
-    lengths = {length for batch in batches(config) for length in batch.lengths.tolist()}
+    lengths = {length for batch in batches(config) for length in batch.eligible.sum(dim=1).tolist()}
     assert lengths == {1, 2, 3, 4, 5}
 
 
@@ -104,7 +105,8 @@ def test_segments_are_the_documents_of_the_window(make):
     config = make({"steps": 60}, {"document_mask": True, "random_length_fraction": 0.2})
     split, several = open_sources(config.data, "train")[0], 0
     for batch in batches(config):
-        for ids, segments, length in zip(batch.ids, batch.segments, batch.lengths.tolist(), strict=True):
+        lengths = batch.eligible.sum(dim=1).tolist()
+        for ids, segments, length in zip(batch.ids, batch.segments, lengths, strict=True):
             starts = ids[:length] == split.bos_id
             starts[0] = False
             assert (segments[:length] == starts.cumsum(0)).all() and (segments[length:] == -1).all()
@@ -171,12 +173,12 @@ def test_an_altered_shard_stops_the_start(make, second):
 def test_validation_rows_are_spread_over_the_split(corpus):
     split = PreparedSplit(corpus, "validation")
     count = split.tokens // 64
-    every, none = validation_rows(split, 10**6, 64, document_mask=False)
-    assert none is None and (every.flatten().numpy() == split.read(0, count * 64)).all()
-    some, segments = validation_rows(split, 60, 64, document_mask=True)
+    every, eligible, none = validation_rows(split, 10**6, 64, document_mask=False)
+    assert none is None and eligible.all() and (every.flatten().numpy() == split.read(0, count * 64)).all()
+    some, _, segments = validation_rows(split, 60, 64, document_mask=True)
     assert some.shape == segments.shape == (60, 64) and segments.dtype == torch.int32
     assert [int(torch.nonzero((every == row).all(1))[0]) for row in some] == [r * count // 60 for r in range(60)]
-    segments = validation_rows(split, 10**6, 64, document_mask=True)[1]
+    segments = validation_rows(split, 10**6, 64, document_mask=True)[2]
     bos = every[:, 1:] == split.bos_id
     assert (segments[:, 1:] == bos.cumsum(1)).all() and (segments[:, 0] == 0).all() and bos.any()
 

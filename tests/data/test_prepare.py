@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mdmtrain.data import prepare as module
+from mdmtrain.data import staging
 from mdmtrain.data.prepare import Options, prepare, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
@@ -133,7 +134,7 @@ def test_a_long_text_is_cut_between_characters_and_nothing_is_lost(line_ends, tm
     (tmp_path / "long.txt").write_bytes(text.encode())
     for limit in range(97, 110):
         monkeypatch.setattr(module, "LONGEST_TEXT", limit)
-        pieces = [text for text, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
+        pieces = [document.text for document, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
         assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) <= limit
         assert not line_ends or all(piece.endswith("\n") for piece in pieces)
 
@@ -179,13 +180,13 @@ def test_the_folder_appears_whole_by_one_rename(texts, tmp_path, monkeypatch):
         complete.append(tree(source))
         rename(source, target)
 
-    monkeypatch.setattr(module.os, "replace", watched)
+    monkeypatch.setattr(staging.os, "replace", watched)
     prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), out, OPTIONS, 1)
     assert complete == [tree(out)] and MANIFEST in complete[0]
 
 
 def test_two_preparations_of_one_folder_do_not_meet(texts, tmp_path):
-    with module._staging(tmp_path / "out"), pytest.raises(ValueError, match="being prepared by another process"):
+    with staging.staging(tmp_path / "out"), pytest.raises(ValueError, match="being prepared by another process"):
         prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), tmp_path / "out", OPTIONS, 1)
 
 
@@ -224,6 +225,7 @@ def run_forked(arguments: list, largest_file: int | None = None) -> subprocess.C
 
 
 GOOD = words(2000, 1)
+PAIR = json.dumps({"prompt": "a", "response": GOOD})
 # name -> (files, arguments, words of the error); "{}" is the folder of the files.
 BAD = {
     "no match": ({}, ["{}/*.txt"], "no input matches"),
@@ -239,6 +241,18 @@ BAD = {
     "not JSON": ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, ["{}"], "a.jsonl:2: not JSON"),
     "no text field": ({"a.jsonl": '{"text": "a"}\n\n{"txt": "b"}\n'}, ["{}"], "a.jsonl:3: no 'text' field"),
     "text is no string": ({"a.jsonl": '{"text": 3}\n'}, ["{}"], "a.jsonl:1: no 'text' field"),
+    "no response": ({"a.jsonl": f"{PAIR}\n" + '{"prompt": "a"}\n'}, ["{}"], "a.jsonl:2: no 'response' field"),
+    "no prompt": ({"a.jsonl": '{"response": "a"}\n'}, ["{}"], "a.jsonl:1: no 'prompt' field"),
+    "response is no string": ({"a.jsonl": '{"prompt": "a", "response": ["b"]}\n'}, ["{}"], "no 'response' field"),
+    "a text too": ({"a.jsonl": '{"text": "ab", "prompt": "a", "response": "b"}\n'}, ["{}"], "a.jsonl:1: both a 'text'"),
+    "kinds in a file": ({"a.jsonl": f'{PAIR}\n{{"text": "a"}}\n'}, ["{}"], "a.jsonl:2: plain text among prompts"),
+    "kinds in a folder": ({"a.txt": GOOD, "b.jsonl": PAIR}, ["{}", "--vocab-size", "280"], "b.jsonl:1: a prompt among"),
+    "text after pairs": (
+        {"a.jsonl": PAIR, "b.txt": "b"},
+        ["{}", "--tokenizer", "{tokenizer}"],
+        "b.txt: plain text",
+    ),
+    "surrogate in prompt": ({"a.jsonl": '{"prompt": "\\ud800", "response": "a"}\n'}, ["{}"], "a.jsonl:1: not UTF-8"),
     "surrogate in JSON": ({"a.jsonl": '{"text": "\\ud800"}\n'}, ["{}"], "a.jsonl:1: not UTF-8"),
     "not gzip": ({"a.txt.gz": b"plain"}, ["{}"], "a.txt.gz: damaged gzip file"),
     "truncated gzip": ({"a.txt.gz": gzip.compress(GOOD.encode())[:-20]}, ["{}"], "a.txt.gz: damaged gzip file"),

@@ -43,6 +43,11 @@ def make_law(density=None, anneal_at=1.0, delimiters=None, **choice):
     )
 
 
+def leading(P, rows, length):
+    """The P first positions of each row are eligible."""
+    return (torch.arange(length) < P).repeat(rows, 1)
+
+
 # ---- enumeration
 
 
@@ -93,7 +98,7 @@ def outcomes(law, ids, P, ce, reweigh=None, breaks=(), drawn=None, du=None):
     U, states = enumerate_uniforms(law, ids, drawn, P)
     n, s, _ = U.shape
     corruption = law.corrupt(
-        ids.repeat(n * s, 1), torch.full((n * s,), P), torch.from_numpy(U.reshape(n * s, -1).astype(np.float32)),
+        ids.repeat(n * s, 1), leading(P, n * s, len(ids)), torch.from_numpy(U.reshape(n * s, -1).astype(np.float32)),
         Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
     )  # fmt: skip
     if reweigh is not None:
@@ -205,9 +210,8 @@ def twice_in_both(c, density):
 
 def uncut(c, density):
     """omega_k = 1 with rates cut at eps."""
-    _, by_count = make_law(bumpy, weights="count").count_law(L)
-    k = counts_per_row(c)[c.positions // L]
-    return c.weights / torch.from_numpy(by_count).float()[k]
+    k = counts_per_row(c)[c.positions // L].numpy()
+    return c.weights / torch.from_numpy(make_law(weights="count").omega.of_count(L, k)).float()
 
 
 WRONG = {
@@ -361,7 +365,7 @@ def test_statistics_know_neither_sampler_nor_weighting(name):
         U, states = enumerate_uniforms(law, IDS, at, L)
         n = U.shape[1]
         c = law.corrupt(
-            IDS.repeat(n, 1), torch.full((n,), L), torch.from_numpy(U[0].astype(np.float32)),
+            IDS.repeat(n, 1), leading(L, n, L), torch.from_numpy(U[0].astype(np.float32)),
             Draws(at.rates.repeat(n), at.density.repeat(n)), MASK,
         )  # fmt: skip
         ce = torch.tensor(from_table((c.noisy == MASK).numpy())).flatten()[c.positions].float()
@@ -392,7 +396,7 @@ def moments_by_cell(law, target, probabilities=(1.0,), cross_entropy=(0.0,)):
     total, ce = np.zeros((n, s)), torch.tensor(cross_entropy)
     for pair in product(range(len(probabilities)), repeat=2):
         c = law.corrupt(
-            torch.tensor(pair).repeat(n * s, 1), torch.full((n * s,), 2),
+            torch.tensor(pair).repeat(n * s, 1), leading(2, n * s, 2),
             torch.from_numpy(U.reshape(-1, 2).astype(np.float32)),
             Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
         )  # fmt: skip
@@ -491,7 +495,7 @@ def test_t12_a_fixed_count_against_bernoulli():
     U = torch.from_numpy(sets * 0.5 + np.arange(8, dtype=np.float32) / 100)
     law = make_law(masks="counted")
     n = len(sets)
-    c = law.corrupt(torch.arange(8).repeat(n, 1), torch.full((n,), 8), U, Draws(np.full(n, 0.25), np.ones(n)), 99)
+    c = law.corrupt(torch.arange(8).repeat(n, 1), leading(8, n, 8), U, Draws(np.full(n, 0.25), np.ones(n)), 99)
     assert ((c.noisy == 99).numpy() == (sets == 0)).all()
     y = row_losses(torch.from_numpy(mu).float()[c.targets], c).double().numpy() / 8
     assert y.mean() == pytest.approx(MEAN, rel=1e-6) and y.var() == pytest.approx(0.312857, abs=2e-6)
@@ -514,7 +518,7 @@ def by_count(law, drawn, P=16):
     U = np.where(np.arange(P)[None, :] < k[:, None], low[:, None], high[:, None]).astype(np.float32)
     U = np.where((t == 1)[:, None], low[:, None], U)
     c = law.corrupt(
-        torch.zeros(len(k), P, dtype=torch.int64), torch.full((len(k),), P), torch.from_numpy(U),
+        torch.zeros(len(k), P, dtype=torch.int64), leading(P, len(k), P), torch.from_numpy(U),
         Draws(t, drawn.density.repeat(P + 1)), 1,
     )  # fmt: skip
     shown = (c.noisy == 1).sum(dim=1)
@@ -570,8 +574,7 @@ def test_t14_counts():
     stratified, iid, mean = step_variance(law, 64)
     assert mean == pytest.approx(3.002, abs=1e-4)
     assert stratified < 1.58118 and iid < 2.91152
-    _, omega_k = law.count_law(16)
-    factor = np.divide(1.0, omega_k, out=np.zeros(17), where=omega_k > 0)
+    factor = np.append(0.0, 1 / law.omega.of_count(16, np.arange(1, 17)))
     stratified, iid, mean = step_variance(law, 64, lambda y: y * factor)
     assert (stratified, iid) == pytest.approx((0.25487, 2.15690), abs=1e-4)
     assert mean == pytest.approx(3.0, abs=1e-5)  # the exact NELBO: another target than the rates' 3.002
@@ -592,7 +595,7 @@ def test_t3_mirror_total():
     U = middle[:, state].reshape(-1, P).astype(np.float32)
     rows = len(U)
     c = law.corrupt(
-        torch.zeros(rows, P, dtype=torch.int64), torch.full((rows,), P), torch.from_numpy(U),
+        torch.zeros(rows, P, dtype=torch.int64), leading(P, rows, P), torch.from_numpy(U),
         Draws(drawn.rates.repeat(len(triples)), np.ones(rows)), 1,
     )  # fmt: skip
     k = (c.noisy == 1).sum(dim=1)
@@ -610,7 +613,7 @@ def test_t3_mirror_total():
 CHOICES = dict(
     schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
-    isad_tokens=((), (1,)),
+    isad_tokens=((), (1,)), syrm_tokens=((), (1,)),
 )  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
@@ -622,7 +625,7 @@ APART = [
     *(("objective", "ar", name, value) for name, value in (("sampler", "ppots"), ("masks", "counted"))),
     *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
     *(("objective", "ar", "views", views) for views in VIEWS[1:]),
-    ("objective", "ar", "isad_tokens", (1,)),
+    *(("objective", "ar", tokens, (1,)) for tokens in ("isad_tokens", "syrm_tokens")),
 ]
 
 

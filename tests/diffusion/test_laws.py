@@ -29,6 +29,11 @@ LAWS = [
 OBJECTIVES = [("nelbo", 0.0), ("plain", 0.0), ("bell", 0.0), ("bell", 0.4)]
 
 
+def everywhere(rows):
+    """Every position is eligible, as in a full row of plain text."""
+    return torch.ones(rows.shape, dtype=torch.bool)
+
+
 def mean_ce(subset):
     """Mean cross-entropy of the masked positions, over the sequences too."""
     inside = [i for i in range(L) if subset >> i & 1]
@@ -68,7 +73,7 @@ def run(law, step, slots, reweigh=lambda corruption, drawn, views: corruption.we
     ids = IDS.repeat(slots // SEQUENCES, 1)
     drawn = law.draw(seed, step, slots, blocks=4)
     uniforms = torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.POSITIONS, step), slots * L))
-    corruption = law.corrupt(ids, torch.full((slots,), L), uniforms.view(slots, L), drawn, MASK)
+    corruption = law.corrupt(ids, everywhere(ids), uniforms.view(slots, L), drawn, MASK)
     views = law.config.rows_per_slot
     weights = reweigh(corruption, drawn, views)
     masked = (corruption.noisy == MASK).long()
@@ -125,13 +130,11 @@ def test_the_count_law_is_a_law_and_the_counts_follow_it():
     for masks, views, weights in LAWS:
         for uniform in (True, False):
             law = make_law(masks, views, weights, uniform=uniform)
-            q, omega = law.count_law(L)
-            assert q.sum() == pytest.approx(1.0, abs=1e-12) and omega[0] == 0
+            q = law.count_probability(L, np.arange(L + 1))
+            assert q.sum() == pytest.approx(1.0, abs=1e-12)
             drawn = law.draw(1, 0, 60_000)
             U = torch.from_numpy(noise.uniforms(noise.philox(1, noise.Stream.POSITIONS, 0), 60_000 * L)).view(-1, L)
-            corruption = law.corrupt(
-                torch.zeros(60_000, L, dtype=torch.int64), torch.full((60_000,), L), U, drawn, MASK
-            )
+            corruption = law.corrupt(torch.zeros_like(U, dtype=torch.int64), everywhere(U), U, drawn, MASK)
             first = (corruption.noisy[:: law.config.rows_per_slot] == MASK).sum(dim=1)
             share = np.bincount(first.numpy(), minlength=L + 1) / 60_000
             assert np.abs(share - q).max() < 5 * np.sqrt(0.25 / 60_000)
@@ -173,7 +176,7 @@ def context_free(law, mu, rows, seed=0, scale=False, isad=None):
         rows, length
     )
     ids = torch.arange(length).repeat(rows, 1)
-    corruption = law.corrupt(ids, torch.full((rows,), length), U, drawn, 99)
+    corruption = law.corrupt(ids, everywhere(ids), U, drawn, 99)
     views = law.config.rows_per_slot
     s = torch.ones(rows)
     if scale:
@@ -214,7 +217,7 @@ def views_at(t, law_views, rows=40_000, independent=False):
         seed = 5 + view * independent
         U = torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.POSITIONS, 0), rows * 8)).view(rows, 8)
         drawn = Draws(np.full(rows, t), np.ones(rows))
-        c = law.corrupt(torch.arange(8).repeat(rows, 1), torch.full((rows,), 8), U, drawn, 99)
+        c = law.corrupt(torch.arange(8).repeat(rows, 1), everywhere(U), U, drawn, 99)
         values.append(row_losses(torch.from_numpy(MU).float()[c.targets], c).view(rows, 2)[:, view].numpy())
     return np.stack(values, axis=1)
 
@@ -245,7 +248,7 @@ def test_t9_isad_is_unbiased_without_context_only():
     rows = 100_000
     U = torch.from_numpy(noise.uniforms(noise.philox(0, noise.Stream.POSITIONS, 0), rows * 2)).view(rows, 2)
     c = law.corrupt(
-        torch.tensor([[0, 1]]).repeat(rows, 1), torch.full((rows,), 2), U, Draws(np.full(rows, 0.3), np.ones(rows)), 99
+        torch.tensor([[0, 1]]).repeat(rows, 1), everywhere(U), U, Draws(np.full(rows, 0.3), np.ones(rows)), 99
     )
     values = row_losses(torch.tensor([4.0, 1.0])[c.targets], c).double().numpy() / 2
     assert_variance(values, 4.583333)
@@ -266,7 +269,7 @@ def test_t14_counting():
         for step in range(count):
             drawn = law.draw(2, step, slots)
             U = torch.from_numpy(noise.position_uniforms(2, step, np.arange(slots), length))
-            c = law.corrupt(torch.zeros(slots, length, dtype=torch.int64), torch.full((slots,), length), U, drawn, 1)
+            c = law.corrupt(torch.zeros(slots, length, dtype=torch.int64), everywhere(U), U, drawn, 1)
             k = (c.noisy == 1).sum(dim=1)
             ce = (1 + 4 * (k - 1) / 15)[c.positions // length]
             values.append(float(row_losses(ce, c).double().sum()) / (slots * length) * np.sqrt(slots))
@@ -288,11 +291,11 @@ def test_t15_count_weights_do_not_starve():
     law = Law(config, uniform_density(1e-3, 1.0), omega_at(config, 0))
     drawn = law.draw(0, 0, rows)
     counts = np.random.default_rng(0).binomial(length, drawn.rates)
-    q, omega = law.count_law(length)
     used = counts > 0
+    q, omega = law.count_probability(length, counts[used]), law.omega.of_count(length, counts[used])
     cut, uncut, rate = (np.zeros(rows) for _ in range(3))
-    cut[used] = omega[counts[used]] / q[counts[used]] / length
-    uncut[used] = 1 / q[counts[used]] / length
+    cut[used] = omega / q / length
+    uncut[used] = 1 / q / length
     rate[:] = counts / (length * drawn.rates)
     assert cut.var() < 0.3 * rate.var()
     assert abs(z_score(cut, 1.0)) < 5 and abs(z_score(rate, 1.0)) < 5

@@ -23,7 +23,7 @@ TABLE = torch.from_numpy(np.random.default_rng(0).gamma(1.0, 1.5, size=((V + 1) 
 for _code, _noisy in enumerate(product(range(V + 1), repeat=L)):
     TABLE[_code] *= _noisy.count(MASK) ** 1.5  # harder the less is visible, so that wrong counts show
 ROWS = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 0], [1, 0, 0, 2]])
-LENGTHS = torch.tensor([4, 4, 3])  # the last row is padded
+ELIGIBLE = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()  # the last row is padded
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(40)
 
 
@@ -61,8 +61,13 @@ def step_rates(config, seed, step, slots):
     return plain_law(config).draw(seed, step, slots)
 
 
-def corrupt(ids, lengths, uniforms, drawn, mask_id):
-    return plain_law(DiffusionConfig()).corrupt(ids, lengths, uniforms, drawn, mask_id)
+def corrupt(ids, eligible, uniforms, drawn, mask_id):
+    return plain_law(DiffusionConfig()).corrupt(ids, eligible, uniforms, drawn, mask_id)
+
+
+def everywhere(ids):
+    """Every position is eligible, as in a full row of plain text."""
+    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def weighed(rates, importance):
@@ -83,17 +88,17 @@ def z_score(values, expected):
 def test_training_estimator_has_its_exact_expectation(schedule, law):
     config = DiffusionConfig(eps=EPS, schedule=schedule, strata=law)
     slots, steps = 48, 400
-    ids, lengths = ROWS.repeat(slots // 3, 1), LENGTHS.repeat(slots // 3)
+    ids, eligible = ROWS.repeat(slots // 3, 1), ELIGIBLE.repeat(slots // 3, 1)
     right, wrong = [], {name: [] for name in WRONG_NORMALISATIONS}
     for step in range(steps):
         drawn = step_rates(config, 3, step, slots)
         uniforms = torch.from_numpy(noise.position_uniforms(3, step, np.arange(slots), L))
-        corruption = corrupt(ids, lengths, uniforms, drawn, MASK)
+        corruption = corrupt(ids, eligible, uniforms, drawn, MASK)
         losses = row_losses(table_ce(corruption), corruption)
         right.append(float(losses.double().sum()) / (slots * L))
         for name, normalise in WRONG_NORMALISATIONS.items():
             wrong[name].append(normalise(losses, corruption, drawn, slots))
-    expected = sum(exact_cut(row, int(n)) for row, n in zip(ROWS, LENGTHS, strict=True)) / (3 * L)
+    expected = sum(exact_cut(row, int(n)) for row, n in zip(ROWS, ELIGIBLE.sum(1), strict=True)) / (3 * L)
     assert abs(z_score(right, expected)) < 5
     for name, values in wrong.items():
         if name == "importance weight dropped" and schedule == "linear":
@@ -116,6 +121,12 @@ WRONG_NORMALISATIONS = {
 }
 
 
+def zeros(rows, length):
+    """Rows of token 0, and all of their positions eligible."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return ids, everywhere(ids)
+
+
 @pytest.mark.parametrize("law", ["global", "none"])
 def test_counted_estimator_is_the_exact_any_order_nelbo(law):
     rows, steps = 16, 600
@@ -124,12 +135,14 @@ def test_counted_estimator_is_the_exact_any_order_nelbo(law):
     for step in range(steps):
         u = strata.uniforms(5, step, rows, law, Stream.EVALUATION)
         uniforms = torch.from_numpy(noise.position_uniforms(5, step, np.arange(rows), L, Stream.EVALUATION))
-        corruption = corrupt_counted(ids, uniforms, u, MASK)
+        corruption = corrupt_counted(ids, everywhere(ids), uniforms, u, MASK)
         losses = row_losses(table_ce(corruption), corruption)
         values.append(float(losses.double().mean()) / L)
         counts = np.bincount((corruption.positions // L).numpy(), minlength=rows)
         no_cut.append(float((losses.numpy() * counts / L).mean()) / L)  # the mean CE over all positions: 1/k missing
-        corruption = corrupt_counted(ids, uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK)  # k = round(u L)
+        corruption = corrupt_counted(
+            ids, everywhere(ids), uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK
+        )  # k = round(u L)
         rounded.append(float(row_losses(table_ce(corruption), corruption).double().mean()) / L)
     expected = np.mean([exact_any_order(row, L) for row in ROWS[:2]])
     assert abs(z_score(values, expected)) < 5
@@ -149,7 +162,7 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
     ids = ROWS[:1].repeat(rows, 1)
     uniforms = torch.from_numpy(noise.position_uniforms(6, 0, np.arange(rows), L))
     for k, sets in ((1, 4), (2, 6), (3, 4), (4, 1)):
-        masked = corrupt_counted(ids, uniforms, np.full(rows, (k - 0.5) / L), MASK).noisy == MASK
+        masked = corrupt_counted(ids, everywhere(ids), uniforms, np.full(rows, (k - 0.5) / L), MASK).noisy == MASK
         assert (masked.sum(dim=1) == k).all()
         counts = np.bincount((masked * 2 ** torch.arange(L)).sum(dim=1).numpy())
         counts = counts[counts > 0]
@@ -163,7 +176,7 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_counts_are_k_of_one_to_length_and_weigh_length_over_k(u, length):
     uniforms = torch.from_numpy(noise.position_uniforms(0, 0, np.arange(1), length))
-    corruption = corrupt_counted(torch.zeros(1, length, dtype=torch.int64), uniforms, np.array([u]), 7)
+    corruption = corrupt_counted(*zeros(1, length), uniforms, np.array([u]), 7)
     k = len(corruption.positions)
     assert 1 <= k <= length and (k - 1) / length <= u + 1e-12 and u < k / length + 1e-12
     assert corruption.weights.tolist() == pytest.approx([length / k] * k, rel=1e-6)
@@ -182,7 +195,7 @@ def values_of(rates, uniforms, ce):
     """(1/L) row_losses of context-free or count-dependent models; ce(corruption, masked per row) -> [K]."""
     rows, length = uniforms.shape
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    corruption = corrupt(ids, torch.full((rows,), length), uniforms, weighed(rates, np.ones(rows)), 1)
+    corruption = corrupt(ids, everywhere(ids), uniforms, weighed(rates, np.ones(rows)), 1)
     counts = torch.bincount(corruption.positions // length, minlength=rows)
     return row_losses(ce(corruption, counts), corruption).double().numpy() / length
 
@@ -262,7 +275,7 @@ def test_t14_counted_strata_leave_no_variance_where_the_count_says_all():
 
     def mean(step, law):
         u = strata.uniforms(7, step, rows, law, Stream.EVALUATION)
-        corruption = corrupt_counted(torch.zeros(rows, 16, dtype=torch.int64), bulk(rows, 16, step), u, 1)
+        corruption = corrupt_counted(*zeros(rows, 16), bulk(rows, 16, step), u, 1)
         counts = torch.bincount(corruption.positions // 16, minlength=rows)
         ce = 1 + 4 * (counts[corruption.positions // 16] - 1) / 15
         return float(row_losses(ce, corruption).double().mean()) / 16
@@ -277,7 +290,8 @@ def test_rows_without_a_mask_occur_as_often_as_they_must():
     """E (1-t)^P over U[eps, 1]; they are rows of the batch all the same."""
     rows, eps = 40_000, 0.05
     drawn = step_rates(DiffusionConfig(eps=eps, strata="none"), 6, 0, rows)
-    corruption = corrupt(torch.zeros(rows, L, dtype=torch.int64), torch.full((rows,), L), bulk(rows, L, 6), drawn, MASK)
+    ids = torch.zeros(rows, L, dtype=torch.int64)
+    corruption = corrupt(ids, everywhere(ids), bulk(rows, L, 6), drawn, MASK)
     empty = np.bincount((corruption.positions // L).numpy(), minlength=rows) == 0
     expected = (1 - eps) ** (L + 1) / (L + 1) / (1 - eps)
     assert abs(empty.mean() - expected) < 4.5 * np.sqrt(expected * (1 - expected) / rows)
@@ -292,25 +306,26 @@ def test_rows_without_a_mask_occur_as_often_as_they_must():
 @st.composite
 def micro_batches(draw):
     rows, length = draw(st.integers(1, 6)), draw(st.integers(1, 24))
-    lengths = torch.tensor(draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows)))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    share = generator.choice([0.0, 0.5, 1.0], (rows, 1))  # of eligible positions, scattered; in some rows none
+    eligible = torch.from_numpy(generator.random((rows, length)) < share)
     ids = torch.from_numpy(generator.integers(0, 50, (rows, length)))
     uniforms = torch.from_numpy(noise.position_uniforms(draw(st.integers(0, 99)), 0, np.arange(rows), length))
     rates = np.array(draw(st.lists(st.floats(1e-3, 1), min_size=rows, max_size=rows)))
-    return ids, lengths, uniforms, weighed(rates, generator.random(rows) * 3)
+    return ids, eligible, uniforms, weighed(rates, generator.random(rows) * 3)
 
 
 @given(batch=micro_batches())
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_corruption_against_a_naive_loop(batch):
-    ids, lengths, uniforms, drawn = batch
+    ids, eligible, uniforms, drawn = batch
     untouched = ids.clone()
     corruption = corrupt(*batch, mask_id=50)
     positions, targets, weights = [], [], []
     noisy = ids.clone()
     for b in range(len(ids)):
-        for i in range(int(lengths[b])):  # padding is never masked
-            if uniforms[b, i] < drawn.rates[b]:
+        for i in range(ids.shape[1]):
+            if eligible[b, i] and uniforms[b, i] < drawn.rates[b]:
                 positions.append(b * ids.shape[1] + i)
                 targets.append(int(ids[b, i]))
                 weights.append(1 / drawn.density[b] / drawn.rates[b])
@@ -340,7 +355,7 @@ def test_row_losses_against_a_naive_loop(batch):
 def test_row_losses_carry_the_gradient_of_every_weight():
     ids, uniforms = torch.zeros(4, 16, dtype=torch.int64), bulk(4, 16, 9)
     drawn = weighed(np.array([0.3, 1e-3, 0.7, 1.0]), np.array([1.0, 1.0, 2.0, 0.5]))
-    corruption = corrupt(ids, torch.full((4,), 16), uniforms, drawn, 1)
+    corruption = corrupt(ids, everywhere(ids), uniforms, drawn, 1)
     ce = torch.rand(len(corruption.positions), requires_grad=True)
     row_losses(ce, corruption).sum().backward()
     assert torch.equal(ce.grad, corruption.weights)
@@ -348,20 +363,15 @@ def test_row_losses_carry_the_gradient_of_every_weight():
 
 def test_a_batch_without_any_mask_is_legal():
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    corruption = corrupt(ids, torch.zeros(2, dtype=torch.int64), bulk(2, 5, 0), weighed(np.ones(2), np.ones(2)), 1)
+    corruption = corrupt(ids, ~everywhere(ids), bulk(2, 5, 0), weighed(np.ones(2), np.ones(2)), 1)
     assert len(corruption.positions) == len(corruption.targets) == len(corruption.weights) == 0
     assert row_losses(torch.zeros(0), corruption).tolist() == [0, 0]
 
 
 def test_a_rate_of_one_masks_everything():
     """Uniforms never reach 1."""
-    corruption = corrupt(
-        torch.zeros(3, 999, dtype=torch.int64),
-        torch.full((3,), 999),
-        bulk(3, 999, 1),
-        weighed(np.ones(3), np.ones(3)),
-        1,
-    )
+    ids = torch.zeros(3, 999, dtype=torch.int64)
+    corruption = corrupt(ids, everywhere(ids), bulk(3, 999, 1), weighed(np.ones(3), np.ones(3)), 1)
     assert len(corruption.positions) == 3 * 999
 
 
@@ -378,12 +388,12 @@ def test_rates_of_a_step_are_those_of_its_slots_wherever_they_are_computed():
 def test_no_two_slots_share_their_masks():
     """Neither within a step nor between steps: rows masked alike are the commonest silent bug of public trainers."""
     rows, length = 24, 256
-    ids, lengths = torch.zeros(rows, length, dtype=torch.int64), torch.full((rows,), length)
+    ids = torch.zeros(rows, length, dtype=torch.int64)
     half = weighed(np.full(rows, 0.5), np.ones(rows))
 
     def masks(slots):
         steps = [torch.from_numpy(noise.position_uniforms(2, step, slots, length)) for step in (0, 1)]
-        return torch.cat([corrupt(ids, lengths, u, half, 1).noisy for u in steps]).double().numpy()
+        return torch.cat([corrupt(ids, everywhere(ids), u, half, 1).noisy for u in steps]).double().numpy()
 
     def closest(drawn):
         return np.abs(np.corrcoef(drawn)[np.triu_indices(2 * rows, 1)]).max()

@@ -145,15 +145,12 @@ def test_a_skipped_step_leaves_no_trace():
     assert all(torch.equal(sampler.tensors[name], tensor) for name, tensor in before.items())
 
 
-def test_once_fits_once():
-    sampler = learning(when="once")
-    for _ in range(3):
-        step(sampler, RISING)
-    sampler.use(sampler.fitted())
-    first = sampler.density.p
-    for _ in range(50):
-        step(sampler, RISING[::-1])
-    assert (sampler.fitted() == first).all() and not (first == 1).all()
+def test_once_is_never_due_in_training_and_the_picture_says_what_would_be_fitted():
+    once, online = learning(when="once", refit_every=1), learning(refit_every=1)
+    assert once.fits("once") and not once.due(1) and online.due(1) and not online.fits("once")
+    assert once.picture() == {"used": [1.0] * 8, "wanted": [1.0] * 8}  # before any step
+    step(once, RISING)
+    assert once.picture()["wanted"] == pytest.approx(np.sqrt(RISING) / np.sqrt(RISING).mean())
 
 
 def test_a_restored_sampler_draws_the_same():
@@ -168,8 +165,8 @@ def test_a_restored_sampler_draws_the_same():
 
 
 def test_listed_tokens():
-    assert token_table((), ["a"]) is None
-    assert token_table(("b", 0), ["a", "b", "c"]).tolist() == [True, True, False]
+    assert token_table((), ["a"], "isad_tokens") is None
+    assert token_table(("b", 0), ["a", "b", "c"], "isad_tokens").tolist() == [True, True, False]
     for missing in ("z", 3, -1):
         with pytest.raises(ValueError, match="no piece"):
-            token_table((missing,), ["a", "b", "c"])
+            token_table((missing,), ["a", "b", "c"], "isad_tokens")

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdmtrain import config
 from mdmtrain.diffusion.objective import Draws, plain_law
-from mdmtrain.monitor.metrics import BY_OCTILE, HISTOGRAM, OCTILES, MetricsLog
+from mdmtrain.monitor.metrics import BY_OCTILE, COMPONENTS, DENSITY, HISTOGRAM, OCTILES, MetricsLog
 from mdmtrain.monitor.recorder import StepRecorder, finite
+from tests.conftest import WALL_CLOCK
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
 
@@ -100,7 +101,9 @@ def test_what_is_not_finite_is_null_in_the_file(tmp_path):
 def training_record(step, loss, counts):
     octiles = [loss * (k + 1) if count else None for k, count in enumerate(counts)]
     more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "time": 1e9}
-    return {"step": step, "loss": loss, **more, BY_OCTILE: octiles, HISTOGRAM: counts}
+    if step == 4:
+        more |= {COMPONENTS: {"A": 0.5, "B_t": -0.25, "C": None}, DENSITY: {"used": [0.5, 1.5], "wanted": [0.0, 2.0]}}
+    return {"step": step, "loss": loss, **more, **dict.fromkeys(BY_OCTILE, octiles), HISTOGRAM: counts}
 
 
 def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
@@ -115,6 +118,7 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
     for step in (4, 5, 6):
         second.write([training_record(step, 20.0 + step, counts)])
     second.write([{"step": 6, "split": "validation", "nelbo": 2.5, "nelbo_se": 0.125}])
+    second.probe_cost(6, 0.5, 0.125)
     second.sync()
     second.close()
 
@@ -122,17 +126,20 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
     for r in read(tmp_path):
         group = r.get("split", "train")
         for name, value in r.items():
-            if name == BY_OCTILE:
+            if name in BY_OCTILE:
                 for k, mean in enumerate(value):
                     if mean is not None:
-                        expected.setdefault(f"loss_by_rate/octile_{k}", []).append((r["step"], mean))
-            elif name not in ("step", "time", "split", HISTOGRAM) and value is not None:
+                        expected.setdefault(f"{name.split('_')[0]}_by_rate/octile_{k}", []).append((r["step"], mean))
+            elif name not in ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY) and value is not None:
                 expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
+    expected |= {"probe/A": [(4, 0.5)], "probe/B_t": [(4, -0.25)]}
+    expected |= {"probe/seconds": [(6, 0.5)], "probe/share_of_time": [(6, 0.125)]}
     board = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     drawn = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     assert drawn == expected
     assert [loss for _, loss in drawn["train/loss"]] == [11, 12, 13, 24, 25, 26]
     assert "train/step" not in drawn and drawn["validation/nelbo"] == [(6, 2.5)]
+    assert [image.step for image in board.Images("train/rate_density")] == [4]
     assert [step for step, _ in drawn["train/grad_norm"]] == [1, 3, 4, 5, 6]  # null is a gap, not a zero
     histograms = board.Histograms("train/masking_rate")
     assert [h.step for h in histograms] == [1, 2, 3, 4, 5, 6]
@@ -147,19 +154,19 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
 BINS = 64
 
 
-def make_recorder(clip=1.0, world=1):
+def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0):
     tree = {
-        "run": {"dir": "r", "steps": 9, "global_batch": ROWS, "micro_batch": 2},
+        "run": {"dir": "r", "steps": 9, "global_batch": rows, "micro_batch": 2},
         "model": {"preset": "2m"},
         "data": {"sources": [{"path": "p"}], "sequence_length": LENGTH},
         "optim": {"lr": 0.1, "clip_norm": clip},
         "diffusion": {"eps": EPS},
     }
     settings = config.validate(tree, "test")
-    return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"))
+    return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"), rank)
 
 
-def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0):
+def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0, pair=None, others=0.0):
     """As the loop does it: micro-steps of two rows."""
     sums, law, drawn = recorder.new_sums(), plain_law(config.DiffusionConfig(eps=EPS)), Draws(rates, np.ones(ROWS))
     cells = law.row_cells(drawn)
@@ -168,6 +175,9 @@ def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=
         mine = torch.tensor(losses[two])
         recorder.add_micro_step(sums, mine, mine**2, cells[two], sum(masked[two]), sum(eligible[two]))
     counts = np.bincount(cells, minlength=BINS)
+    if pair is not None:
+        recorder.add_pair(sums, torch.tensor(pair))
+    sums += others  # of other ranks
     recorder.add_step(step, law, drawn, counts, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
     return sums
 
@@ -179,7 +189,7 @@ LOSSES = [3.0, 5.0, 8.0, 6.5]
 def test_a_record_is_the_naive_sum():
     recorder = make_recorder()
     sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
-    assert sums[2 * BINS :].tolist() == [22, 38]
+    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22]
     assert recorder.statistics(sums).sum() == pytest.approx(sum(loss**2 for loss in LOSSES))
     (shown,) = recorder.flush()
     by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
@@ -188,10 +198,14 @@ def test_a_record_is_the_naive_sum():
         by_octile[octile] += loss / LENGTH
         histogram[octile] += 1
     assert shown[HISTOGRAM] == histogram == [2, 0, 0, 0, 0, 0, 0, 2]
-    assert shown[BY_OCTILE] == [pytest.approx(s / c) if c else None for s, c in zip(by_octile, histogram, strict=True)]
+    assert shown["loss_by_octile"] == [
+        pytest.approx(s / c) if c else None for s, c in zip(by_octile, histogram, strict=True)
+    ]
     assert shown["loss"] == pytest.approx(sum(LOSSES) / (ROWS * LENGTH))  # the constant
     assert shown["nelbo"] == pytest.approx(sum(LOSSES) / 38)  # per eligible token
     assert shown["masked_fraction"] == pytest.approx(22 / 38)
+    assert shown["statistic_by_octile"][0] == pytest.approx((3.0**2 + 8.0**2) / 2)
+    assert shown["statistic_by_octile"][7] == pytest.approx((5.0**2 + 6.5**2) / 2) and "grad_noise" not in shown
     assert shown["step"] == 3 and shown["tokens"] == 3 * ROWS * LENGTH and shown["lr"] == 0.25
     assert shown["grad_norm"] == 0.5 and shown["clipped"] is False and shown["skipped"] is False
     assert shown["data_wait"] >= 0 and shown["tokens_per_second"] > 0
@@ -221,7 +235,7 @@ def test_octile_means_weigh_into_the_loss():
     records = recorder.flush()
     assert [r["step"] for r in records] == [1, 2, 3]
     for r in records:
-        whole = sum(c * m for c, m in zip(r[HISTOGRAM], r[BY_OCTILE], strict=True) if c) / ROWS
+        whole = sum(c * m for c, m in zip(r[HISTOGRAM], r["loss_by_octile"], strict=True) if c) / ROWS
         assert whole == pytest.approx(r["loss"])
     assert len({r["loss"] for r in records}) == 3  # each step has its own sums
 
@@ -234,7 +248,7 @@ def test_a_step_that_is_not_finite_is_null_and_counted():
     first, second = recorder.flush()
     for r in (first, second):
         assert r["loss"] is None and r["nelbo"] is None and r["grad_norm"] is None and r["skipped"] is True
-        assert r[BY_OCTILE][0] == pytest.approx(11 / 2 / LENGTH) and r[BY_OCTILE][7] is None
+        assert r["loss_by_octile"][0] == pytest.approx(11 / 2 / LENGTH) and r["loss_by_octile"][7] is None
         json.dumps(r, allow_nan=False)
     assert recorder.skips_in_a_row == 2
     run_step(recorder, 3, RATES, LOSSES, [1] * 4, [10] * 4)
@@ -278,6 +292,7 @@ def test_the_control_variate_keeps_the_mean_and_is_quieter():
     mean, se = 1 + 5 * (1 + EPS) / 2, raw.std() / np.sqrt(len(raw))
     assert abs(raw.mean() - mean) < 5 * se and abs(smooth.mean() - mean) < 5 * se
     assert smooth.var() < 0.05 * raw.var()
+    assert records[-1]["loss_smooth_variance_ratio"] == pytest.approx(smooth.var() / raw.var(), rel=0.5)
     forgotten = smooth - 1.0  # without adding the baseline's mean back, the curve would be off
     assert abs(forgotten.mean() - mean) > 5 * se
 
@@ -287,9 +302,42 @@ def test_a_restored_recorder_goes_on_with_the_same_numbers():
     run_step(one, 1, RATES, LOSSES, [1] * 4, [10] * 4, skipped=0.0)
     one.flush()
     other.restore(json.loads(json.dumps(one.state())))
+    records = []
     for recorder in (one, other):
-        run_step(recorder, 2, RATES, LOSSES[::-1], [1] * 4, [10] * 4)
-    assert one.flush()[0]["loss_smooth"] == other.flush()[0]["loss_smooth"] != make_recorder().state()
+        run_step(recorder, 2, RATES, LOSSES[::-1], [1] * 4, [10] * 4, pair=[4.0, 0.5])
+        run_step(recorder, 3, RATES, [1.0, 2.0, 3.0, 4.0], [1] * 4, [10] * 4)
+        records.append([{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in recorder.flush()])
+    assert records[0] == records[1] and records[0][1]["loss_smooth_variance_ratio"] is not None
+    assert one.state() == other.state()
+
+
+def test_each_rank_has_a_place_for_its_masked_tokens():
+    """Two ranks, of which this is the second: a rank's number must not be added to another's."""
+    recorder = make_recorder(world=2, rank=1)
+    others = torch.zeros(2 * BINS + 5)
+    others[2 * BINS], others[2 * BINS + 3] = 38, 30  # the first rank: 38 eligible, 30 masked
+    run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
+    (shown,) = recorder.flush()
+    assert (shown["masked_tokens_min"], shown["masked_tokens_max"]) == (22, 30)
+    assert shown["masked_fraction"] == pytest.approx(52 / 76)
+
+
+def test_what_a_step_sends_depends_on_the_bins_and_the_ranks_alone():
+    sizes = {make_recorder(rows=rows, world=2).new_sums().numel() for rows in (4, 64, 4096)}
+    assert sizes == {2 * BINS + 3 + 2}
+
+
+def test_gradient_noise_is_shown_where_both_steps_were_taken():
+    recorder = make_recorder()
+    for step, (skipped, pair) in enumerate([(0, [2.0, 0.5]), (1, [9.0, 9.0]), (0, [9.0, 9.0]), (0, [4.0, 1.5])], 1):
+        run_step(recorder, step, RATES, LOSSES, [1] * 4, [10] * 4, skipped=float(skipped), pair=pair)
+    run_step(recorder, 5, RATES, LOSSES, [1] * 4, [10] * 4, pair=[4.0, -99.0])
+    records = recorder.flush()
+    assert [r.get("grad_noise") for r in records] == [2.0, None, None, 4.0, 4.0]
+    tokens = ROWS * LENGTH
+    assert records[0]["noise_scale_tokens"] == pytest.approx(tokens * 2 / 0.5)
+    assert records[3]["noise_scale_tokens"] == pytest.approx(tokens * (0.9 * 2 + 0.1 * 4) / (0.9 * 0.5 + 0.1 * 1.5))
+    assert records[4]["noise_scale_tokens"] is None  # no signal: not a negative scale
 
 
 def test_t8_an_exact_baseline_leaves_the_variance_within_a_cell():
@@ -297,7 +345,7 @@ def test_t8_an_exact_baseline_leaves_the_variance_within_a_cell():
     recorder, generator, records = make_recorder(), np.random.default_rng(2), []
     means = 1 + 5 * (EPS + (1 - EPS) * (np.arange(BINS) + 0.5) / BINS)
     for step in range(1, 2001):
-        recorder.restore({"skips_in_a_row": 0, "baseline": means.tolist(), "seen": [True] * BINS})
+        recorder.restore({**recorder.state(), "baseline": means.tolist(), "seen": [True] * BINS})
         rates = EPS + (1 - EPS) * generator.random(ROWS)
         losses = ((1 + 5 * rates) * LENGTH).astype(np.float32).tolist()
         run_step(recorder, step, rates, losses, [1] * ROWS, [LENGTH] * ROWS)

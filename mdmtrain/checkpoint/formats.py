@@ -1,0 +1,139 @@
+"""What other programs call the parts of a model: one table of tensors and one of sizes, read in both directions.
+
+`native` has our own names. `llama` is transformers' LlamaForCausalLM, bidirectional through `is_causal: false`. `llada`
+has the names and the configuration of LLaDA's own code (arXiv 2502.09992). Values never change: our rotary layout is
+Llama's half rotation, so no matrix is permuted.
+"""
+
+import re
+from dataclasses import asdict, fields, replace
+
+import torch
+
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.transformer import Transformer
+
+MODEL_TYPES = {"native": "mdmtrain", "llama": "llama", "llada": "llada"}
+LENGTHS = {"native": "sequence_length", "llama": "max_position_embeddings", "llada": "max_sequence_length"}
+# The first transformers whose Llama heeds is_causal: older ones (5.1 too) load the same folder causal, without a word.
+MINIMUM_TRANSFORMERS = "5.2.0"
+
+# A name ends in .weight; {} is the number of the block.
+TENSORS = {
+    ours: {"native": ours, "llama": llama, "llada": llada}
+    for ours, llama, llada in map(
+        str.split,
+        """
+embed                        model.embed_tokens                        model.transformer.wte
+layers.{}.attention_norm     model.layers.{}.input_layernorm           model.transformer.blocks.{}.attn_norm
+layers.{}.attention.q_proj   model.layers.{}.self_attn.q_proj          model.transformer.blocks.{}.q_proj
+layers.{}.attention.k_proj   model.layers.{}.self_attn.k_proj          model.transformer.blocks.{}.k_proj
+layers.{}.attention.v_proj   model.layers.{}.self_attn.v_proj          model.transformer.blocks.{}.v_proj
+layers.{}.attention.o_proj   model.layers.{}.self_attn.o_proj          model.transformer.blocks.{}.attn_out
+layers.{}.mlp_norm           model.layers.{}.post_attention_layernorm  model.transformer.blocks.{}.ff_norm
+layers.{}.mlp.gate_proj      model.layers.{}.mlp.gate_proj             model.transformer.blocks.{}.ff_proj
+layers.{}.mlp.up_proj        model.layers.{}.mlp.up_proj               model.transformer.blocks.{}.up_proj
+layers.{}.mlp.down_proj      model.layers.{}.mlp.down_proj             model.transformer.blocks.{}.ff_out
+norm                         model.norm                                model.transformer.ln_f
+head                         lm_head                                   model.transformer.ff_out
+""".strip().splitlines(),
+    )
+}
+SIZES = {  # ModelShape's fields
+    "llama": {
+        "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "d_ff": "intermediate_size",
+        "tied_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+        "init_std": "initializer_range",
+    },
+    "llada": {
+        "vocab_size": "embedding_size", "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads",
+        "n_kv_heads": "n_kv_heads", "d_ff": "mlp_hidden_size", "tied_embeddings": "weight_tying",
+        "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "init_std": "init_std",
+    },
+    "native": {field.name: field.name for field in fields(ModelShape)},
+}  # fmt: skip
+# What makes theirs the network that ours is: written, and demanded where it is read.
+FIXED = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+    "llada": {
+        "layer_norm_type": "rms", "block_type": "llama", "activation_type": "silu", "include_bias": False,
+        "include_qkv_bias": False, "bias_for_layer_norm": False, "layer_norm_with_affine": True,
+        "input_emb_norm": False, "attention_layer_norm": False, "alibi": False, "rope": True,
+        "rope_full_precision": True, "scale_logits": False,
+    },
+    "native": {},
+}  # fmt: skip
+
+
+def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Our names of all parameters, in the order of the model, and their shapes."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(shape, 1).named_parameters()}
+
+
+def name_in(target: str, name: str) -> str:
+    """What `target` calls our parameter `name`."""
+    if target == "native":
+        return name
+    block = re.search(r"\d+", name)
+    row = TENSORS[re.sub(r"\d+", "{}", name).removesuffix(".weight")]
+    return row[target].format(block and block[0]) + ".weight"
+
+
+def check_expressible(shape: ModelShape, target: str) -> None:
+    """Raise ValueError where `target` has no place for something of the model."""
+    if target != "native" and shape.qk_norm:
+        raise ValueError(f"{target} cannot express qk_norm (RMSNorm on queries and keys): use --to native")
+    if target == "llada" and shape.causal:
+        raise ValueError("llada cannot express causal attention: use --to native or --to llama")
+
+
+def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_length: int, dtype: str) -> dict:
+    """The target's config.json. sequence_length: tokens that the model was trained on."""
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad", "mask")}
+    config = {"model_type": MODEL_TYPES[target], LENGTHS[target]: sequence_length, "dtype": dtype, **ids}
+    config |= {theirs: asdict(shape)[ours] for ours, theirs in SIZES[target].items()} | FIXED[target]
+    match target:
+        case "llama":
+            config |= {
+                "architectures": ["LlamaForCausalLM"], "is_causal": shape.causal, "head_dim": shape.head_dim,
+                "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+                "attention_dropout": 0.0, "use_cache": False, "transformers_version": MINIMUM_TRANSFORMERS,
+            }  # fmt: skip
+        case "llada":
+            config |= {
+                "architectures": ["LLaDAModelLM"], "vocab_size": shape.vocab_size, "block_group_size": 1,
+                "mlp_ratio": max(round(shape.d_ff / shape.d_model), 1), "attention_dropout": 0.0,
+                "residual_dropout": 0.0, "embedding_dropout": 0.0, "flash_attention": False,
+                "init_device": "meta", "init_fn": "normal", "use_cache": False,
+            }  # fmt: skip
+    return config
+
+
+def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
+    """The model that a config.json describes, and its sequence length. Raises ValueError.
+
+    A Llama that does not say `is_causal: false` is causal.
+    """
+    if config.get("model_type") != MODEL_TYPES[target]:
+        raise ValueError(f"its model_type is {config.get('model_type')!r}, and {target} has {MODEL_TYPES[target]!r}")
+    rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
+    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **rope, **config}
+    missing = [key for key in [*SIZES[target].values(), LENGTHS[target]] if key not in defaults]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    values = {ours: defaults[theirs] for ours, theirs in SIZES[target].items()}
+    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: as many
+    values["vocab_size"] = values["vocab_size"] or config.get("vocab_size")
+    shape = ModelShape(**values)
+    other = {k: config[k] for k, value in FIXED[target].items() if (config.get(k, value) or False) != (value or False)}
+    if target == "llama":
+        shape = replace(shape, causal=config.get("is_causal") is not False)
+        other |= {"rope_type": rope["rope_type"]} if rope.get("rope_type", "default") != "default" else {}
+        if config.get("head_dim") and config["head_dim"] * shape.n_heads != shape.d_model:
+            other["head_dim"] = config["head_dim"]
+    if other:
+        raise ValueError(f"our model has no {other}")
+    return shape, int(defaults[LENGTHS[target]])

@@ -1,0 +1,222 @@
+"""A model on disk, read one parameter at a time: from a checkpoint, or from a folder of safetensors."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.config import Config, validate
+from mdmtrain.data.hub import bundle
+from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.parallel.world import describe
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
+FACTS_FILE, INDEX_FILE = "mdmtrain.json", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's parameters and all that is known of their training."""
+
+    place: Path
+    shape: ModelShape
+    tokenizer: bytes  # content of its model file
+    facts: dict  # config, and where known: identity, weights (raw or average), step, tokens, git_revision, evaluation
+    read: Callable[[str], Tensor]  # our name of a parameter -> all of it, on the CPU; ValueError where it is damaged
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as safetensors stores them."""
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+# ---- checkpoints
+
+
+def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
+    """The model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
+
+    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (store.hold) for as
+    long as the result lives.
+    """
+    folder = store.find(path)
+    held, meta = store.hold(folder), store.read_meta(folder)
+    source = store.chosen_weights(folder, meta, weights)
+    tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
+    _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
+    reader = dcp.FileSystemReader(folder)
+    with _unreadable(folder):
+        index = reader.read_metadata()
+        reader.set_up_storage_reader(index, True)
+
+    def read(name: str, _held=held) -> Tensor:
+        key, planner = f"{source}.{name}", DefaultLoadPlanner()
+        with _unreadable(folder):
+            entry = index.state_dict_metadata[key]
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            planner.set_up_planner({key: tensor}, index, True)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        return tensor
+
+    known = {key: meta[key] for key in ("identity", "config", "step", "tokens") if key in meta}
+    facts = {"weights": "average" if source == "average" else "raw", **known, **_run_facts(folder, meta["step"])}
+    return Weights(folder, ModelShape(**meta["identity"]["model"]), tokenizer, facts | meta.get("origin", {}), read)
+
+
+@contextmanager
+def _unreadable(folder: Path) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP's notes on its own internals
+            yield
+    except Exception as error:  # whatever unpickling meets in a damaged file
+        raise ValueError(f"cannot read checkpoint {folder}: {describe(error)[:120]}: use another one") from None
+
+
+def _run_facts(checkpoint: Path, step: int) -> dict:
+    """What the run folder around a checkpoint tells of it."""
+    environment, metrics = (checkpoint.parent.parent / name for name in ("environment.json", "metrics.jsonl"))
+    facts = {}
+    if environment.is_file():
+        facts["git_revision"] = _read_json(environment).get("git_revision")
+    if metrics.is_file():
+        with open(metrics, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file if '"split"' in line and line.endswith("\n")]
+        facts["evaluation"] = [record for record in records if record["step"] == step]
+    return facts
+
+
+def _check_tokenizer(model: bytes, sha256: str, file: Path) -> None:
+    if hashlib.sha256(model).hexdigest() != sha256:
+        raise ValueError(f"{file}: not the tokenizer that the model was trained with: get the original folder")
+
+
+# ---- folders
+
+
+def open_folder(folder: Path, kind: str) -> Weights:
+    """The model of a folder of safetensors: one that `export` wrote, or a foreign one. Raises ValueError.
+
+    A causal Llama becomes the start of a bidirectional model. Roles that its tokenizer lacks (mask, often pad) get new
+    tokens; their rows of the embedding and the head, and any spare rows, are the mean of the rows there were.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no model folder (no config.json): name the folder that holds it")
+    config = _read_json(folder / "config.json")
+    facts = _read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+    if facts and not {"identity", "config", "sha256"} <= facts.keys():
+        raise ValueError(f"{folder / FACTS_FILE}: incomplete: get the original file")
+    try:
+        stored, length = formats.shape_from(kind, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}: it cannot be read as {kind}") from None
+    facts.pop("minimum_transformers", None)
+    start_anew = kind == "llama" and stored.causal
+    model, known = _read_tokenizer(folder, config, add_missing=start_anew)
+    if facts:
+        _check_tokenizer(model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
+    pieces = Tokenizer(model, str(folder)).vocab_size
+    grows, shape = pieces > known, stored
+    if start_anew:
+        shape = replace(stored, causal=False, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64 * grows))
+    try:
+        bare = _bare_config(shape, length)
+        model_shape(bare.model, pieces)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: no model of ours: {error}") from None
+    files, hashes = _locate_tensors(folder, kind, stored), facts.pop("sha256", None)
+
+    def read(name: str) -> Tensor:
+        theirs = formats.name_in(kind, name)
+        with _opened(files[theirs]) as file:
+            tensor = file.get_tensor(theirs).clone()  # the original is a view of the file, which goes
+        if hashes and hashlib.sha256(tensor_bytes(tensor)).hexdigest() != hashes.get(theirs):
+            raise ValueError(f"{files[theirs]}: {theirs} is not what was exported: get the original file")
+        if grows and name in ("embed.weight", "head.weight"):
+            more = tensor[:known].float().mean(dim=0).to(tensor.dtype).expand(shape.vocab_size - known, -1)
+            tensor = torch.cat([tensor[:known], more])
+        return tensor
+
+    if not facts or facts["identity"]["model"] != asdict(shape):
+        facts = {**facts, "config": bare.model_dump(mode="json")}
+    return Weights(folder, shape, model, facts, read)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
+
+
+def _read_tokenizer(folder: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
+    """The folder's tokenizer as the content of one file, and its size before tokens were added."""
+    file = folder / MODEL_FILE
+    if file.is_file():
+        try:
+            return file.read_bytes(), Tokenizer(file.read_bytes(), str(file)).vocab_size
+        except ValueError:
+            if not (folder / "tokenizer.json").is_file():
+                raise
+    return bundle(folder, config, add_missing)
+
+
+def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> dict[str, Path]:
+    """Their name of each tensor -> its file. All there, of the right sizes, in a dtype that we read, and no other."""
+    shards = ["model.safetensors"]
+    if (folder / INDEX_FILE).is_file():
+        shards = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
+    expected = {formats.name_in(kind, name): size for name, size in formats.tensor_shapes(shape).items()}
+    found: dict[str, Path] = {}
+    for path in (folder / shard for shard in shards):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(name)
+                if name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == "lm_head.weight"):
+                    continue  # copies, in old folders, of what the rest says
+                if name not in expected:
+                    raise ValueError(f"{path}: {name} has no place in our model: this is another network")
+                if tuple(part.get_shape()) != expected[name]:
+                    raise ValueError(f"{path}: {name} is {part.get_shape()}, config.json says {[*expected[name]]}")
+                if part.get_dtype() not in DTYPES.values():
+                    raise ValueError(f"{path}: {name} is {part.get_dtype()}: save it as {', '.join(DTYPES)}")
+                found[name] = path
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)}): get all its files")
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, opened anew for each tensor: what is mapped of it is then never more than that tensor."""
+    if not file.is_file():
+        raise ValueError(f"{file}: missing: get all the model's files")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged or cut short ({error}): get the original file") from None
+
+
+def _bare_config(shape: ModelShape, sequence_length: int) -> Config:
+    """The configuration of a model of unknown training: only `model` and `data.sequence_length` say something."""
+    tree = {
+        "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
+        "model": asdict(shape),
+        "data": {"sources": [{"path": "data"}], "sequence_length": sequence_length},
+        "diffusion": {"objective": "ar" if shape.causal else "nelbo"},
+        "optim": {"lr": 1e-4},
+    }
+    return validate(tree, "its sizes")

@@ -1,0 +1,42 @@
+"""Where the loss's variance comes from: masking pattern (A), masking rate (B), data (C) (VARIANCE.md section 2).
+
+With g(x0, t) = E_M[y | x0, t]:  Var(y) = A + B + C,  A = E[Var_M(y | x0, t)],  B = E_x0[Var_t g],  C = Var_x0(E_t g),
+and B = B_t + B_int with B_t = Var_t(E_x0 g), what stratified rates remove.
+"""
+
+import numpy as np
+
+from mdmtrain.diffusion import noise
+from mdmtrain.diffusion.objective import Draws, Law
+
+
+def paired_rates(law: Law, sequences: int, rates: int, bits: np.random.Philox) -> Draws:
+    """Independent rates for each two neighbouring sequences: [sequences * rates], those of a sequence together."""
+    u = noise.uniforms(bits, sequences // 2 * rates).astype(np.float64).reshape(-1, rates)
+    return law.rates_at(u.repeat(2, axis=0).flatten())
+
+
+def components(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Unbiased A, B_t, B_int and C of one row, from a nested sample: float64 [..., a, b, c] -> each [...].
+
+    values: y of a sequences, b rates of each, c masks of each (a even, at least 4; b and c at least 2). All draws are
+    independent, but sequences 2g and 2g + 1 share their rates: without that B_t cannot be told from B_int. With m_ij
+    the mean over masks, m_i that over rates and masks, and n - 1 as the divisor of Var and Cov:
+
+        A      mean_ij Var_k(y_ijk)
+        B      mean_i Var_j(m_ij) - A/c                   m_ij is g(x_i, t_j) and the noise of c masks
+        B_t    mean_g Cov_j(m_2g,j, m_2g+1,j)             given t, two independent values with the same mean E_x0 g
+        B_int  B - B_t
+        C      Var_i(m_i) - B/b - A/(bc) + B_t/(b(a-1))   Var_i expects Var(m_i) = C + B/b + A/(bc), less the mean
+                                                          covariance of two sequences: B_t/b, for 1 in a - 1
+
+    Linear in products of two values, hence unbiased, and below 0 at times where the true value is small.
+    """
+    a, b, c = values.shape[-3:]
+    cells = values.mean(axis=-1)
+    centred = cells - cells.mean(axis=-1, keepdims=True)
+    A = values.var(axis=-1, ddof=1).mean(axis=(-1, -2))
+    B = cells.var(axis=-1, ddof=1).mean(axis=-1) - A / c
+    B_t = (centred[..., 0::2, :] * centred[..., 1::2, :]).sum(axis=-1).mean(axis=-1) / (b - 1)
+    C = cells.mean(axis=-1).var(axis=-1, ddof=1) - B / b - A / (b * c) + B_t / (b * (a - 1))
+    return {"A": A, "B_t": B_t, "B_int": B - B_t, "C": C}

@@ -1,0 +1,100 @@
+"""Text that was not prepared: the same stream as a prepared folder's, documents by themselves, continuations."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdmtrain.data.prepare import Options, prepare
+from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.text import TextSplit, document_rows, encode_pair, pad_rows, read_records
+from mdmtrain.data.tokenizer import Tokenizer
+
+TEXTS = [f"def f{i}(x):\n    return x + {i} \u00e9\n\n" * (1 + i % 4) for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return Tokenizer.load(corpus)
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def test_the_stream_is_that_of_a_prepared_folder(jsonl, corpus, tokenizer, tmp_path):
+    """Token for token, document for document, byte for byte; shards do not show."""
+    options = Options(tokenizer=str(corpus), validation_fraction=0.5, shard_tokens=200)
+    prepare([jsonl], tmp_path / "prepared", options, 1)
+    seen = 0
+    for split in (PreparedSplit(tmp_path / "prepared", name) for name in ("train", "validation")):
+        edges = np.append(split.document_starts(), split.tokens)
+        assert len(edges) - 1 == split.documents and len(split._shards) > 1
+        for start, end in pairwise(edges):
+            ids = split.read(start, end - start)
+            assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id and tokenizer.decode(ids) in TEXTS
+        seen += split.bytes
+    text = TextSplit(jsonl, tokenizer, lines=False)
+    assert (text.documents, text.bytes) == (40, seen) and seen == sum(len(t.encode()) for t in TEXTS)
+    whole = [i for t in TEXTS for i in (tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id)]
+    assert text.read(0, text.tokens).tolist() == whole and text.read(7, 5).tolist() == whole[7:12]
+    document = np.cumsum(np.array(whole) == tokenizer.bos_id)
+    assert text.documents_in(3, 300).tolist() == (document[3:303] - document[3]).tolist()
+
+
+def test_every_line_is_a_document(tokenizer, tmp_path):
+    (tmp_path / "lines.txt").write_text("one\n\n  \ntwo words\nthree")
+    split = TextSplit(tmp_path / "lines.txt", tokenizer, lines=True)
+    assert (split.documents, split.bytes) == (3, len("onetwo wordsthree"))
+    starts = [*split.document_starts(), split.tokens]
+    documents = [tokenizer.decode(split.read(a, b - a)) for a, b in pairwise(starts)]
+    assert documents == ["one", "two words", "three"]
+
+
+def test_documents_as_rows(jsonl, tokenizer):
+    """Split: every token once, in order. Cut: the first of each. Padding is neither predicted nor seen."""
+    split = TextSplit(jsonl, tokenizer, lines=False)
+    lengths = np.diff([*split.document_starts(), split.tokens])
+    most = int(np.median(lengths))
+    for cut in (False, True):
+        rows, longer = document_rows(split, 99, most, cut, tokenizer.pad_id)
+        assert longer == (lengths > most).sum() > 0
+        assert len(rows.ids) == (40 if cut else np.ceil(lengths / most).sum())
+        kept = rows.ids[rows.eligible].tolist()
+        expected = split.read(0, split.tokens)
+        if cut:
+            starts = split.document_starts()
+            expected = np.concatenate([expected[a : a + min(n, most)] for a, n in zip(starts, lengths, strict=True)])
+        assert kept == expected.tolist()
+        assert (rows.ids[~rows.eligible] == tokenizer.pad_id).all()
+        assert ((rows.segments == 0) == rows.eligible).all() and (rows.segments[~rows.eligible] == -1).all()
+    few, _ = document_rows(split, 4, 10_000, False, tokenizer.pad_id)
+    assert [tokenizer.decode(row) for row in few.ids.tolist()] == [TEXTS[i] for i in (0, 10, 20, 30)]
+
+
+def test_rows_of_one_length_need_no_padding():
+    assert pad_rows([([1, 2], np.array([True, False]))] * 2, 0).segments is None
+
+
+@given(st.text(max_size=20), st.text(min_size=1, max_size=20))
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_a_pair_is_the_text_and_parts_where_the_prefix_ends(tokenizer, prefix, continuation):
+    """Wherever the tokenizer would rather join the two: nothing is lost, and nothing crosses the border."""
+    before, after = encode_pair(tokenizer, prefix, continuation)
+    assert before[0] == tokenizer.bos_id
+    assert (tokenizer.decode(before), tokenizer.decode(after)) == (prefix, continuation)
+
+
+def test_records_name_their_lines(tmp_path):
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert [place.rsplit(":", 1)[1] for place, _ in read_records(file)] == ["1", "3"]
+    file.write_text('{"a": 1}\n[2]\n')
+    with pytest.raises(ValueError, match=r"records.jsonl:2: not a JSON object"):
+        read_records(file)

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Time and peak memory of tools/convert_ckpt.py on a synthetic checkpoint, against reading and writing the same bytes.
+
+  tools/bench_convert.py --out /tmp/bench --layers 24
+
+Makes a checkpoint as one rank would save it, converts it to llama and back, each in a process of its own, and removes
+everything. The files were just written, so that reads come from memory where there is enough of it, for all alike.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+
+from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.config import validate
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.monitor.logs import CommandParser, user_errors
+
+TOOL = Path(__file__).with_name("convert_ckpt.py")
+# VmHWM and not ru_maxrss: that one starts with the peak of the process that forked.
+WATCHED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name=sys.argv.pop(1))
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
+    """Write a checkpoint of zeros and return its bytes."""
+    tokenizer = Tokenizer.train([Path(__file__).read_text()], 300, folder.parent / "tokenizer.model")
+    tensors = {f"model.{name}": torch.zeros(size) for name, size in tensor_shapes(shape).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DCP's notes on its own internals
+        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    shutil.copyfile(folder.parent / "tokenizer.model", folder / store.TOKENIZER_FILE)
+    tree = {
+        "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
+        "model": asdict(shape),
+        "data": {"sources": [{"path": "data"}], "sequence_length": 1024},
+        "optim": {"lr": 1e-4},
+    }
+    identity = {"model": asdict(shape), "tokenizer": tokenizer.sha256}
+    config = validate(tree, "benchmark").model_dump(mode="json")
+    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def watched(name: str, *arguments: str | Path) -> tuple[float, float]:
+    """Seconds and peak MiB of a process that runs the tool; name: '__main__', or another to only import it."""
+    command = [sys.executable, "-c", WATCHED, str(TOOL), name, *map(str, arguments)]
+    start = time.monotonic()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return time.monotonic() - start, int(done.stdout.split()[-1]) / 1024
+
+
+def copied(source: Path, to: Path) -> float:
+    """Seconds that a plain copy of a folder takes, to the disk itself."""
+    start = time.monotonic()
+    to.mkdir()
+    for file in source.iterdir():
+        with open(file, "rb") as reader, open(to / file.name, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 24)
+            writer.flush()
+            os.fsync(writer.fileno())
+    return time.monotonic() - start
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="tools/bench_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
+    parser.add_argument("--layers", type=int, default=24, help="24 make 3.1 GB (default: %(default)s)")
+    args = parser.parse_args()
+    shape = ModelShape(32_768, 1536, args.layers, 12, 12, 4096)
+    args.out.mkdir(parents=True)
+    try:
+        size = synthetic_checkpoint(args.out / "checkpoint", shape)
+        largest = max(torch.Size(s).numel() for s in tensor_shapes(shape).values()) * 4 / 2**20
+        rows = {
+            "imports alone": watched("imported"),
+            "plain copy": (copied(args.out / "checkpoint", args.out / "copy"), None),
+        }
+        convert = {
+            "--to llama": ("checkpoint", "--to", "llama"),
+            "--to llama --dtype bfloat16": ("checkpoint", "--to", "llama", "--dtype", "bfloat16"),
+            "--from llama": ("--to llama", "--from", "llama"),
+        }
+        for name, (source, *options) in convert.items():
+            arguments = [args.out / source, *options, "--out", args.out / name]
+            rows[name] = watched("__main__", *arguments, *(["--no-check"] if "--to" in options else []))
+        shutil.rmtree(args.out / "copy")
+        rows["plain copy again"] = copied(args.out / "checkpoint", args.out / "copy"), None
+        table = Table(
+            title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
+        )
+        for column in ("", "seconds", "peak MiB", "peak less imports, in largest tensors"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, (seconds, peak) in rows.items():
+            more = "" if peak is None else f"{(peak - rows['imports alone'][1]) / largest:.2f}"
+            table.add_row(name, f"{seconds:.1f}", "" if peak is None else f"{peak:.0f}", more)
+        Console().print(table)
+    finally:
+        shutil.rmtree(args.out)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

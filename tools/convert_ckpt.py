@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""A trained model for other programs, and their models for training.
+
+  tools/convert_ckpt.py runs/quickstart --to llama --out runs/quickstart-llama     transformers loads the folder
+  tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         checkpoint.init_from=runs/start
+
+SRC of --to is a run, a checkpoint or an exported folder. Memory: a few times the largest tensor. The self-check after
+--to loads the model as well, once with our code and once with the target's.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from mdmtrain.checkpoint import formats
+from mdmtrain.checkpoint.export import cast, export, import_checkpoint
+from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.monitor.logs import CommandParser, user_errors
+
+CHECK_TOKENS = 32
+TOLERANCE = 1e-4  # of the largest logit, float32: other orders of summation, and no more
+CHECK_TEXT = Path(__file__).read_text() + "    \t  \r\n\0 <mask></s> caf\u00e9 \u4e16\U0001f600 "
+
+
+def byte_size(argument: str) -> int:
+    """The type of an argument that is a size: 5GB, 200MB, 1000KB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", argument.upper())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{argument!r} is no size: write it as 5GB, 200MB or 1000KB")
+    return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
+
+
+def open_any(source: Path, weights: str | None) -> Weights:
+    """A run, a checkpoint or an exported folder. Raises ValueError."""
+    if not (source / "config.json").is_file():
+        return open_checkpoint(source, weights)
+    if weights is not None:
+        raise ValueError(f"{source} is an exported folder, which has one kind of weights: leave out --weights")
+    try:
+        kind = json.loads((source / "config.json").read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{source / 'config.json'}: damaged (no JSON object): get the original file") from None
+    kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
+    if kind not in kinds:
+        raise ValueError(f"{source / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
+    return open_folder(source, kinds[kind])
+
+
+# ---- the self-check
+
+
+def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[str]:
+    """Compare an exported folder with what it was made from; what was found. Raises ValueError where it differs."""
+    tokenizer, found = Tokenizer(weights.tokenizer, str(folder)), []
+    again, names = open_folder(folder, target), formats.tensor_shapes(weights.shape)
+    if replace(again.shape, causal=weights.shape.causal) != weights.shape:
+        raise ValueError(f"self-check: {folder} describes another model: {again.shape}")
+    for name in names:
+        if not torch.equal(again.read(name), cast(weights.read(name), dtype, name)):
+            raise ValueError(f"self-check: {name} came back changed")
+    found.append(f"{len(names)} tensors read back, hashes and values equal")
+    ids = torch.arange(CHECK_TOKENS)[None] * 7919 % tokenizer.vocab_size
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % tokenizer.vocab_size
+    ours = our_logits(weights, dtype, ids)
+    if target == "llama":
+        theirs = transformers_logits(folder, ids, other)
+        if theirs is None:
+            return [*found, "logits not compared: pip install 'mdmtrain[transformers]'"]
+        found.append(compare_tokenizer(folder, tokenizer))
+    else:
+        theirs = our_logits(again, "float32", torch.cat([ids, other])).chunk(2)
+    difference, largest = float((theirs[0] - ours).abs().max()), float(ours.abs().max())
+    if not difference <= TOLERANCE * largest:
+        raise ValueError(f"self-check: logits differ by {difference:.3g}, the largest is {largest:.3g}")
+    found.append(f"logits equal: largest difference {difference:.3g} of {largest:.3g}")
+    seen = float((theirs[0][0, 0] - theirs[1][0, 0]).abs().max())
+    if (seen > 0) == weights.shape.causal:
+        raise ValueError(f"self-check: the last token changes the first logits by {seen:.3g}: wrong attention")
+    found.append(f"attention as it should be: the last token changes the first logits by {seen:.3g}")
+    return found
+
+
+@torch.no_grad()
+def our_logits(weights: Weights, dtype: str, ids: Tensor) -> Tensor:
+    """Logits of weights rounded to `dtype`, computed in float32 by our model: float32 [B, L, V]. ids: int64 [B, L]."""
+    with torch.device("meta"):
+        model = Transformer(weights.shape, 4096)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(cast(weights.read(name), dtype, name))
+    return model(ids, torch.arange(ids.numel())).view(*ids.shape, -1)
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
+    """The same by transformers, batch by batch; None where it is not installed. Raises ValueError if it is too old."""
+    try:
+        installed = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    least = formats.MINIMUM_TRANSFORMERS
+    if [int(n) for n in installed.split(".")[:2]] < [int(n) for n in least.split(".")[:2]]:
+        raise ValueError(
+            f"self-check: transformers {installed} is installed, and would load this folder with causal attention: "
+            f"install {least} or newer, or skip the check with --no-check"
+        )
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return [model(input_ids=ids).logits for ids in batches]
+
+
+def compare_tokenizer(folder: Path, tokenizer: Tokenizer) -> str:
+    """Raises ValueError where transformers gives other ids than our tokenizer."""
+    from transformers import AutoTokenizer
+
+    theirs, ids = AutoTokenizer.from_pretrained(folder), tokenizer.encode(CHECK_TEXT)
+    if theirs.encode(CHECK_TEXT, add_special_tokens=False) != ids or theirs.mask_token_id != tokenizer.mask_id:
+        raise ValueError("self-check: transformers gives other token ids than ours: this tokenizer cannot be exported")
+    return f"tokenizer gives the same {len(ids)} ids"
+
+
+# ---- command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="tools/convert_ckpt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="run, checkpoint or model folder")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=list(formats.MODEL_TYPES), help="write a folder of this format")
+    way.add_argument("--from", dest="origin", choices=list(formats.MODEL_TYPES), help="SRC has it: write a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the folder (default: %(default)s)")
+    parser.add_argument("--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
+    parser.add_argument("--no-check", action="store_true", help="skip the self-check, which loads the whole model")
+    args = parser.parse_args(arguments)
+    source = open_folder(args.source, args.origin) if args.origin else open_any(args.source, args.weights)
+    report: list[str] = []
+
+    def check(folder: Path) -> None:
+        report.extend([] if args.no_check else self_check(folder, source, args.to, args.dtype))
+
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("converting", total=source.shape.parameters())
+        if args.origin:
+            import_checkpoint(source, args.out, lambda values: bar.advance(task, values))
+        else:
+            done = lambda values: bar.advance(task, values)  # noqa: E731
+            export(source, args.to, args.out, args.dtype, args.max_shard_size, check, done)
+    print(f"wrote {args.out}: {source.shape.parameters():,} parameters from {source.place}")
+    for line in report:
+        print(f"self-check: {line}")
+    if args.origin:
+        print(f"start from it with checkpoint.init_from={args.out} model='{json.dumps(asdict(source.shape))}'")
+        print(f"and data prepared with --tokenizer {args.out}")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -11,11 +11,11 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from launchers import slurm_client
@@ -185,13 +185,15 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"{options.folder}: no runs in it: name a run, or the folder that holds runs")
         return table(statuses)
 
-    if options.watch is None:
-        console.print(look())
-        return
-    with Live(look(), console=console, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt):
         while True:
+            shown = look()
+            if options.watch is not None:
+                console.clear()  # on a terminal: the table stays in its place
+            console.print(shown)
+            if options.watch is None:
+                return
             time.sleep(options.watch)
-            live.update(look(), refresh=True)
 
 
 if __name__ == "__main__":

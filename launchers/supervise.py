@@ -8,12 +8,14 @@ save. This process outlives them for the moment that a requeue takes.
 
 import json
 import os
+import random
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +38,12 @@ from launchers.slurm_client import patiently
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, from below those that outgoing connections take: it is needed only later."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def rank_command(run_dir: Path) -> list[str]:

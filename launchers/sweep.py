@@ -38,6 +38,7 @@ from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ROOT / "configs/arms"
+POLL = 5.0  # seconds between two looks at the jobs of an array
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def train_on_slurm(runs: list[Run], options: str, at_once: int | None, folder: P
             task = bar.add_task("", total=len(runs))
             while live := [run for run in waiting if live_job(run.dir)]:
                 bar.update(task, completed=len(runs) - len(live))
-                time.sleep(5)
+                time.sleep(POLL)
     except KeyboardInterrupt:
         raise ValueError("not waiting any more: the jobs go on, and the same command waits for them") from None
     failed = [run for run in waiting if not run.finished()]

@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from launchers import status
 from launchers.lifecycle import newest_step, read_state
 from tests.conftest import ROOT, read_metrics, write_config
 from tests.test_kill import children
@@ -44,9 +47,11 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(small_run, tmp_path):
     wait_until_saved(process, rough, 50)
     process.send_signal(signal.SIGUSR1)
     wait_until_saved(process, rough, 80)
-    process.send_signal(signal.SIGTERM)  # a person stops it: it must not start again by itself
+    status.cancel(rough)  # SIGTERM: it must not start again by itself
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and read_state(rough).phase == "stopped", output
+    with pytest.raises(ValueError, match="nothing to cancel, the run is stopped"):
+        status.cancel(rough)
     for one in (start(config), undisturbed):
         output, _ = one.communicate(timeout=PATIENCE)
         assert one.returncode == 0, output

@@ -17,8 +17,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from launchers.supervise import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 PACKAGES = "apt-get install slurm-wlm munge"
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"  # where Debian has the daemons
 PATIENCE = 120.0  # seconds for anything that takes one on an idle machine
 
 CONF = """\
@@ -66,18 +69,8 @@ def missing() -> str | None:
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
         return "a Slurm cluster of one's own needs root"
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     return f"no {', '.join(absent)} on this machine: {PACKAGES}" if absent else None
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def die_with_parent() -> None:
@@ -91,7 +84,7 @@ class Cluster:
     def __init__(self):
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.root.chmod(0o755)  # munged wants its socket in a folder that all may enter; sockets want a short path
-        self.environment = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
+        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> "Cluster":
@@ -111,9 +104,9 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
-        if "slurmctld" in self._daemons and self._daemons["slurmctld"].poll() is None:
-            self.run("scancel", "--user=root", check=False)
-            self.wait_for(lambda: not self.run("squeue", "-h", check=False).strip(), "no jobs", 30, strict=False)
+        with suppress(AssertionError, subprocess.TimeoutExpired):
+            self.run("scancel", "--user=root")
+            self.wait_for(lambda: not self.run("squeue", "-h").strip(), "an empty queue", 30)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -122,9 +115,12 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in self.processes():  # what outlived its slurmd: step daemons and their tasks
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while (left := self.processes()) and time.monotonic() < deadline:  # step daemons without their slurmd
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _write_files(self) -> None:
@@ -132,7 +128,9 @@ class Cluster:
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        conf = CONF.format(root=self.root, ports=free_ports(3), host=socket.gethostname().split(".")[0])
+        conf = CONF.format(
+            root=self.root, ports=[free_port() for _ in range(3)], host=socket.gethostname().split(".")[0]
+        )
         (self.root / "slurm.conf").write_text(conf)
         for number in range(4):  # something to schedule by, no devices
             (self.root / f"gpu{number}").touch()
@@ -172,12 +170,11 @@ class Cluster:
                 pass
         return found
 
-    def wait_for(self, condition, what: str, seconds: float = PATIENCE, strict: bool = True) -> None:
+    def wait_for(self, condition, what: str, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                assert not strict, f"waited {seconds:.0f} s for {what}\n{self.logs()}"
-                return
+                raise AssertionError(f"waited {seconds:.0f} s for {what}\n{self.logs()}")
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             assert not dead, f"{dead} ended\n{self.logs()}"
             time.sleep(0.2)

@@ -7,7 +7,7 @@ import pytest
 from tests.slurm.cluster import Cluster, missing
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster():
     reason = missing()
     if reason is not None:

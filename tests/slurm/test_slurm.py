@@ -145,8 +145,8 @@ class Disturbance:
     def kill_slurmd(self) -> None:
         node = random.choice(["n1", "n2"])
         self.cluster.kill_node(node)
-        state = lambda: self.cluster.run("sinfo", "-h", "-n", node, "-o", "%T")  # noqa: E731
-        self.cluster.wait_for(lambda: "down" in state(), f"Slurm to miss {node}", LONG)
+        state = lambda: self.cluster.run("scontrol", "show", "node", "-o", node)  # noqa: E731  (sinfo lags behind)
+        self.cluster.wait_for(lambda: "State=DOWN" in state(), f"Slurm to miss {node}", LONG)
         self.cluster.start_node(node)  # as the machine's init would
 
 

@@ -11,7 +11,7 @@ from tests.conftest import SOAK, read_metrics, write_config
 def test_a_job_array_and_its_table(cluster, small_run, tmp_path, monkeypatch, capsys):
     """2 arms x 3 seeds in the soak, 2 x 1 otherwise; finished runs are not submitted again."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sweep.time, "sleep", lambda seconds, sleep=sweep.time.sleep: sleep(min(seconds, 0.5)))
+    monkeypatch.setattr(sweep, "POLL", 0.5)
     tree = small_run({"run": {"steps": 6}, "optim": {"warmup_steps": 0}, "eval": {"every": 3, "rows": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
     seeds = [0, 1, 2] if SOAK else [0]

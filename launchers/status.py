@@ -74,7 +74,10 @@ def last_records(path: Path, count: int = 20) -> list[dict]:
 
 
 def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
-    """The word for where a run stands: Slurm's, where a job lives, else that of its last end."""
+    """The word for where a run stands: Slurm's, where a job lives, else that of its last end.
+
+    gone: its job or its process is no more, and has not said why. It goes on when it is resumed.
+    """
     if state is None:
         if lock_holder(run_dir) is not None:
             return "running"
@@ -82,13 +85,13 @@ def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
     if state.phase not in UNDECIDED:
         return state.phase
     if state.kind == "local":
-        return state.phase if alive(state.job) else "died"
+        return state.phase if alive(state.job) else "gone"
     if not state.job:
         return "not submitted"
     now = slurm_client.job_state(state.job)
     if now.lives:
         return now.name.lower() + (f" ({now.reason})" if now.reason != "None" else "")
-    return "cancelled" if now.name == "CANCELLED" else "died"
+    return "cancelled" if now.name == "CANCELLED" else "gone"
 
 
 def alive(job: str) -> bool:
@@ -135,7 +138,7 @@ def cancel(run_dir: Path) -> None:
     if state is None:
         raise ValueError(f"{run_dir}: not launched by launchers.slurm or launchers.local: stop it where it runs")
     word = phase(run_dir, state, newest_step(run_dir), sys.maxsize)
-    if word in ("finished", "failed", "cancelled", "stopped", "died", "not submitted"):
+    if word in ("finished", "failed", "cancelled", "stopped", "gone", "not submitted"):
         raise ValueError(f"{run_dir}: nothing to cancel, the run is {word}")
     if state.kind == "slurm":
         slurm_client.slurm("scancel", state.job)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launchers import slurm_client
@@ -125,8 +126,8 @@ def table(statuses: list[RunStatus]) -> Table:
         eta = "" if s.eta is None or s.step >= s.steps else f"{s.eta // 3600:.0f}:{s.eta % 3600 // 60:02.0f}"
         loss = "" if s.loss is None else f"{s.loss:.4f}"
         speed = "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}"
-        made.add_row(s.run, s.state, s.job, f"{s.step}/{s.steps}", str(s.saved), loss, speed, eta, str(s.restarts),
-                     s.last_error)  # fmt: skip
+        made.add_row(escape(s.run), s.state, s.job, f"{s.step}/{s.steps}", str(s.saved), loss, speed, eta,
+                     str(s.restarts), escape(s.last_error))  # fmt: skip
     return made
 
 
@@ -143,7 +144,10 @@ def cancel(run_dir: Path) -> None:
     if state.kind == "slurm":
         slurm_client.slurm("scancel", state.job)
     else:
-        os.kill(int(state.job.rpartition(":")[2]), signal.SIGTERM)
+        host, _, pid = state.job.rpartition(":")
+        if host != socket.gethostname():
+            raise ValueError(f"{run_dir}: runs on {host} as process {pid}: stop it there")
+        os.kill(int(pid), signal.SIGTERM)
     print(f"{run_dir}: told job {state.job} to stop; its ranks save first. Go on with "
           f"python -m launchers.status resume {run_dir}")  # fmt: skip
 

@@ -126,9 +126,7 @@ class DiffusionConfig(Section):
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
         if self.when == "once" and self.grid[0] * self.grid[1] < 2 * self.bins:
-            raise ValueError(
-                f"grid needs at least {2 * self.bins} rates x sequences, to reach each of bins={self.bins}"
-            )
+            raise ValueError(f"grid needs {2 * self.bins} rates x sequences or more, to reach each of {self.bins} bins")
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
@@ -148,9 +146,7 @@ class DiffusionConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="after warm-up: cosine, or stable then linear decay"
-    )
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up; wsd: stable, then linear decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over the peak")

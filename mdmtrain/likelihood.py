@@ -32,6 +32,7 @@ from mdmtrain.parallel.wrap import reshard
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
 NEXT_TOKEN = "next_token"  # a causal model's
 SWEEP = 16  # draws in a sweep of `systematic`, or half of them all if that is less: sweeps differ by its error
+FEW_ROWS = 30
 MOST_ERRORS = 4.0  # estimators further apart than this many standard errors disagree
 
 
@@ -97,7 +98,7 @@ class Comparison:
 
     between: tuple[str, str]
     difference: float  # first minus second, nats per token
-    standard_error: float  # of the paired differences over rows, or of the draws, whichever is larger
+    standard_error: float  # over the rows' paired differences; of few rows, by the draws where that is larger
     allowed: float  # what the cut can make: eps x NELBO
 
     @property
@@ -110,9 +111,10 @@ def compare(estimates: dict[Estimator, Estimate]) -> list[Comparison]:
     found = []
     for (a, x), (b, y) in combinations(estimates.items(), 2):
         cut = max((e.eps for e in (a, b) if e.name == "continuous"), default=0.0)
-        # A few rows say little of the scatter of their differences; a single draw a row says nothing of its own.
-        over_rows, of_draws = _ratio_error(x.nats - y.nats, x.tokens), math.hypot(x.noise_error, y.noise_error)
-        error = float(np.fmax(over_rows, of_draws)) if len(x.nats) > 1 else of_draws
+        error = _ratio_error(x.nats - y.nats, x.tokens)
+        if len(x.nats) < FEW_ROWS:  # which say little of how their differences scatter
+            by_draws = math.hypot(x.noise_error, y.noise_error)
+            error = max(error, by_draws) if len(x.nats) > 1 else by_draws
         found.append(Comparison((a.name, b.name), x.nelbo - y.nelbo, error, cut * max(x.nelbo, y.nelbo)))
     return found
 

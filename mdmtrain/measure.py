@@ -1,8 +1,13 @@
 """How noisy is a step's gradient under each arm: true gradients, the user's model and data, equal compute.
 
-An arm's step is a real one: the same number of rows through the model, drawn by the arm's own law. Two independent
-steps g, g' give |g - g'|^2 / 2, whose mean is the trace of the gradient's covariance (VARIANCE.md section 2). The
-decomposition takes single rows and differences of two draws that share data, rate, or neither.
+A step of N rows sums n slots (a pair of views is one slot). Given the strata of their rates, slots are independent, as
+far as rows of one shuffled epoch are, so with H a slot's gradient and H' that of another slot of the same stratum
+
+    Tr Cov(step) = n/N^2 E[|H|^2 - <H, H'>]        (strata none: one stratum of all rates; VARIANCE.md section 2)
+
+|H|^2 has a heavy tail, of a lone masked token at a rate near eps; <H, H'> is small and has none. So slots are drawn at
+the rates that matter, by a proposal r, and weighed by p/r: unbiased, and the arms share data, noise, rates, and most
+gradients. Real steps g, g', as a trainer takes them, are the reference: |g - g'|^2 / 2 has the same mean.
 """
 
 from collections.abc import Callable
@@ -16,6 +21,7 @@ from mdmtrain.config import Config, DiffusionConfig, resolve
 from mdmtrain.data.loader import Batch, Dataset
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.diffusion import strata
 from mdmtrain.diffusion.objective import Corruption, Draws, Law, plain_law, row_losses, row_statistics
 from mdmtrain.diffusion.rates import Density, fit
 from mdmtrain.diffusion.sampler import token_table
@@ -23,9 +29,12 @@ from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.parallel.world import World
 from mdmtrain.parallel.wrap import reshard
 
-FIRST_STEP = 1 << 40  # far beyond any run: its own data order and its own noise
+# Far beyond any run, so that each has its own data order and its own noise.
+FIRST_STEP, FIT_STEP, SLOT_STEP, ROW_STEP = (k << 40 for k in (1, 2, 3, 4))
+PARTNERED = 0.5  # share of the slots that are paired with another one: <H, H'> is a small part of the whole
 RESAMPLES = 2000
 Progress = Callable[[], None]
+Slot = tuple[Tensor, float]  # this rank's part of a slot's gradient, and its loss
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class ArmNoise:
-    """What one arm's steps are like: one number for each pair of steps."""
+    """What one arm's steps are like: independent values whose means are the quantities."""
 
-    gradient: np.ndarray  # float64 [pairs], |g - g'|^2 / 2: their mean is Tr Cov of the step gradient
-    loss: np.ndarray  # float64 [pairs], (l - l')^2 / 2: their mean is the variance of the step loss
+    gradient: np.ndarray  # float64 [values], mean: Tr Cov of the step gradient
+    loss: np.ndarray  # float64 [values], mean: variance of the step loss
 
 
 class Bench:
@@ -56,100 +65,171 @@ class Bench:
         self.mask_id = tokenizer.mask_id
         self._pieces = tokenizer.pieces()
         self.densities: dict[tuple, Density] = {}
+        self._nothing = torch.cat([torch.zeros_like(p.to_local()).flatten() for p in model.parameters()])
 
-    def arm_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> ArmNoise:
-        """The noise of 2 * pairs steps of an arm. Step s reads the same data in every arm with as many sequences."""
+    def step_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> tuple[ArmNoise, np.ndarray]:
+        """The reference, from 2 * pairs real steps: half the squared difference of each pair, and its <g, g'>.
+
+        The mean of the latter (float64 [pairs]) is |E g|^2. Step s reads the same data in every arm with as many
+        sequences.
+        """
         law = self._law(diffusion)
-        gradients, losses = [], []
-        previous: tuple[Tensor, float] | None = None
-        for step in range(2 * pairs):
-            gradient, loss = self._step(diffusion, law, FIRST_STEP + step)
-            on_step()
-            if previous is None:
-                previous = gradient, loss
-                continue
-            gradients.append(self._square(gradient - previous[0]) / 2)
-            losses.append((loss - previous[1]) ** 2 / 2)
-            previous = None
-        return ArmNoise(np.array(gradients), np.array(losses))
+        gradients, losses, products = [], [], []
+        for step in range(FIRST_STEP, FIRST_STEP + 2 * pairs, 2):
+            (g, loss), (other, other_loss) = (self._step(law, s, on_step) for s in (step, step + 1))
+            gradients.append(self._inner(g - other, g - other) / 2)
+            losses.append((loss - other_loss) ** 2 / 2)
+            products.append(self._inner(g, other))
+        return ArmNoise(np.array(gradients), np.array(losses)), np.array(products)
 
-    def decompose(self, rows: int, on_step: Progress) -> dict[str, dict[str, np.ndarray]]:
-        """Single-row differences under independent, uniform rates: {"gradient" | "loss": {kind: float64 [rows]}}.
+    def slot_noise(self, arms: dict[str, DiffusionConfig], slots: int, on_slot: Progress) -> dict[str, ArmNoise]:
+        """The noise of each arm's steps from `slots` single slots, one value each, by the formula above.
 
-        kinds: A (same row and rate, other mask), AB (same row), AC (same rate, other row: A + B_int + C), ABC (all
-        other), mirror (the two views of one MIRROR pair: A (1 - rho)). Means are the quantities, in units of one row.
+        Values of equal index share data, positions' noise and (given the range) rates over all arms, whose ratios are
+        therefore sharper than their values. Schedule linear.
+        """
+        seed, rows, dataset = self.config.run.seed, self.config.run.global_batch, self._dataset(DiffusionConfig())
+        laws = {name: self._law(arm) for name, arm in arms.items()}
+        about = {name: (self._proposal(law), self._centre(law)) for name, law in laws.items()}
+        first = strata.uniforms(seed, SLOT_STEP, slots, "global")
+        # Independent: the index of a stratified slot says in which half its uniform lies.
+        second, chance = (strata.uniforms(seed, SLOT_STEP + k, slots, "none") for k in (1, 2))
+        values: dict[str, list] = {name: [] for name in arms}
+        for index in range(slots):
+            batch = dataset.__getitems__([(SLOT_STEP + index, 0), (SLOT_STEP + index, 1)])
+            known: tuple[list, list] = [], []
+            for name, law in laws.items():
+                (proposal, centre), per_step = about[name], rows // law.config.rows_per_slot
+                t, weight = _drawn(law, proposal, first[index])
+                slot = self._slot(law, _row(batch, 0, 0), t, known[0])
+                value = weight * self._moments(slot, slot, centre)
+                if chance[index] < PARTNERED:
+                    # Another rate of the stratum that t lies in, of the proposal within it.
+                    parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[law.config.strata]
+                    stratum = min(int(law.density.cdf(t)[0] * parts), parts - 1)
+                    low, high = proposal.cdf(law.density.draw(np.array([stratum, stratum + 1]) / parts)[0])
+                    other, other_weight = _drawn(law, proposal, low + (high - low) * second[index])
+                    partner = self._slot(law, _row(batch, 1, 1), other, known[1])
+                    joint = weight * other_weight * (high - low) * parts
+                    value = value - joint / PARTNERED * self._moments(slot, partner, centre)
+                values[name].append(value * per_step / rows**2)
+            on_slot()
+        return {name: ArmNoise(*np.array(of).T) for name, of in values.items()}
+
+    def decompose(self, rows: int, on_row: Progress) -> dict[str, dict[str, np.ndarray]]:
+        """Single rows under independent, uniform rates: {"gradient" | "loss": {kind: float64 [rows]}}.
+
+        |H|^2 - <H, H'> has the mean of half the squared difference of two rows that share what the kind says: A (same
+        row and rate, other mask), AB (same row), AC (same rate, other row: A + B_int + C), ABC (nothing), mirror (the
+        two views of one MIRROR pair: A (1 - rho)). In units of one row.
         """
         plain = DiffusionConfig(eps=self.config.diffusion.eps, strata="none")
-        mirror = plain.model_copy(update={"views": "mirror"})
-        law, pair_law = plain_law(plain), plain_law(mirror)
-        dataset = self._dataset(plain)
-        kinds: dict[str, dict[str, list[float]]] = {"gradient": {}, "loss": {}}
+        law, pair_law = plain_law(plain), plain_law(plain.model_copy(update={"views": "mirror"}))
+        seed, dataset, proposal, centre = (
+            self.config.run.seed,
+            self._dataset(plain),
+            self._proposal(law),
+            self._centre(law),
+        )
+        first, second = (strata.uniforms(seed, ROW_STEP + k, rows, how) for k, how in enumerate(("global", "none")))
+        kinds: dict[str, list] = {}
         for row in range(rows):
-            batch = dataset.__getitems__([(FIRST_STEP + row, slot) for slot in range(4)])
-            draws = law.draw(self.config.run.seed, FIRST_STEP + row, 2)
-            t, other_t = draws.at(np.array([0])), draws.at(np.array([1]))
-            base = self._single(law, batch, 0, 0, t)
-            others = {
-                "A": self._single(law, batch, 0, 1, t),
-                "AB": self._single(law, batch, 0, 2, other_t),
-                "AC": self._single(law, batch, 1, 3, t),
-                "ABC": self._single(law, batch, 2, 1, other_t),
-                "mirror": self._single(pair_law, batch, 0, 0, t, view=1),
+            batch = dataset.__getitems__([(ROW_STEP + row, slot) for slot in range(4)])
+            (t, weight), (other, other_weight) = (_drawn(law, proposal, u[row]) for u in (first, second))
+            base = self._slot(law, _row(batch, 0, 0), t)
+            joint = weight * other_weight
+            partners = {
+                "A": (weight, self._slot(law, _row(batch, 0, 1), t)),
+                "AB": (joint, self._slot(law, _row(batch, 0, 2), other)),
+                "AC": (weight, self._slot(law, _row(batch, 1, 3), t)),
+                "ABC": (joint, self._slot(law, _row(batch, 2, 1), other)),
+                "mirror": (weight, self._slot(pair_law, _row(batch, 0, 0), t, view=1)),
             }
-            for kind, (gradient, loss) in others.items():
-                kinds["gradient"].setdefault(kind, []).append(self._square(gradient - base[0]) / 2)
-                kinds["loss"].setdefault(kind, []).append((loss - base[1]) ** 2 / 2)
-            on_step()
-        return {what: {kind: np.array(values) for kind, values in of.items()} for what, of in kinds.items()}
+            square = weight * self._moments(base, base, centre)
+            for kind, (share, partner) in partners.items():
+                kinds.setdefault(kind, []).append(square - share * self._moments(base, partner, centre))
+            on_row()
+        both = {kind: np.array(values).T for kind, values in kinds.items()}
+        return {what: {kind: of[k] for kind, of in both.items()} for k, what in enumerate(("gradient", "loss"))}
 
-    # ---- steps
+    # ---- steps and slots
 
-    def _step(self, diffusion: DiffusionConfig, law: Law, step: int) -> tuple[Tensor, float]:
+    def _step(self, law: Law, step: int, on_step: Progress = lambda: None) -> Slot:
         """(this rank's part of the gradient, the loss) of one whole step."""
-        config = self.config.model_copy(update={"diffusion": diffusion})
-        plan, dataset = resolve(config, self.world.size), self._dataset(diffusion)
+        config = self.config.model_copy(update={"diffusion": law.config})
+        plan, dataset = resolve(config, self.world.size), self._dataset(law.config)
         draws = law.draw(config.run.seed, step, config.slots_per_step, self.world.size)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for micro_step in range(plan.accumulation):
             batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
-            corruption = law.corrupt(
-                batch.ids, batch.eligible, batch.uniforms, draws.at(batch.slots.numpy()), self.mask_id
-            ).to(self.world.device)
-            loss = row_losses(
-                masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot), corruption
-            ).sum()
-            (loss / plan.tokens_per_step).backward()
-            total += loss.detach().double() / plan.tokens_per_step
+            corruption = self._corrupt(law, batch, draws.at(batch.slots.numpy()))
+            total += self._backward(corruption, batch.segments, plan.rows_per_slot, plan.tokens_per_step).double()
+        on_step()
         return self._take_gradient(), float(self.world.sum(total))
 
-    def _single(self, law: Law, batch: Batch, data: int, noise: int, t: Draws, view: int = 0) -> tuple[Tensor, float]:
-        """One row: the data of one slot, the positions' noise of another, a given rate. Rank 0's row counts."""
-        corruption = law.corrupt(
-            batch.ids[data : data + 1],
-            batch.eligible[data : data + 1],
-            batch.uniforms[noise : noise + 1],
-            t,
-            self.mask_id,
-        )
-        length, rows = corruption.noisy.shape[1], corruption.noisy.shape[0]
-        keep = corruption.positions // length == view
-        one = Corruption(
-            corruption.noisy[view : view + 1], corruption.positions[keep] - view * length, corruption.targets[keep],
-            corruption.weights[keep], corruption.unit[keep],
-        ).to(self.world.device)  # fmt: skip
-        assert rows > view
-        segments = None if batch.segments is None else batch.segments[data : data + 1]
-        loss = row_losses(masked_cross_entropy(self.model, one, segments, 1), one).sum() / length
-        (loss * (1.0 if self.world.is_main else 0.0)).backward()
-        return self._take_gradient(), float(loss.detach())
+    def _slot(self, law: Law, row: Batch, t: np.ndarray, known: list | None = None, view: int | None = None) -> Slot:
+        """One slot at a rate (float64 [1]): gradient and loss per token of its views together, or of one of them.
+
+        known: slots of the same data so far; the same masked rows with weights in proportion are not run again. Every
+        rank runs the slot, rank 0's counts.
+        """
+        known, corruption = [] if known is None else known, self._corrupt(law, row, Draws(t, law.density.at(t)))
+        if view is not None:
+            corruption = _one_view(corruption, view)
+        if len(corruption.positions) == 0:
+            return self._nothing, 0.0
+        for other, (gradient, loss) in known:
+            if (scale := _proportion(corruption, other)) is not None:
+                return gradient * scale, loss * scale
+        views, length = corruption.noisy.shape
+        loss = float(self._backward(corruption, row.segments, views, length, 1.0 if self.world.is_main else 0.0))
+        known.append((corruption, (self._take_gradient(), loss)))
+        return known[-1][1]
+
+    def _backward(
+        self, corruption: Corruption, segments: Tensor | None, views: int, tokens: int, share: float = 1.0
+    ) -> Tensor:
+        """Add share times the gradient of the rows' loss per token of `tokens`; returns that loss."""
+        ce = masked_cross_entropy(self.model, corruption, segments, views)
+        loss = row_losses(ce, corruption).sum() / tokens
+        (share * loss).backward()
+        return loss.detach()
+
+    def _corrupt(self, law: Law, batch: Batch, draws: Draws) -> Corruption:
+        corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, draws, self.mask_id)
+        return corruption.to(self.world.device)
 
     def _take_gradient(self) -> Tensor:
         parts = [p.grad.to_local().flatten() for p in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)
         return torch.cat(parts)
 
-    def _square(self, difference: Tensor) -> float:
-        return float(self.world.sum(difference.double().square().sum()))
+    def _inner(self, one: Tensor, other: Tensor) -> float:
+        return float(self.world.sum((one * other).sum(dtype=torch.float64)))
+
+    def _moments(self, one: Slot, other: Slot, centre: float) -> np.ndarray:
+        """(<H, H'>, (l - centre) (l' - centre)): float64 [2]."""
+        return np.array([self._inner(one[0], other[0]), (one[1] - centre) * (other[1] - centre)])
+
+    def _centre(self, law: Law) -> float:
+        """A constant near a slot's mean loss, from steps of its own: any is right, this one leaves little noise."""
+        return float(np.mean([self._step(law, SLOT_STEP - k)[1] for k in range(1, 5)])) * law.config.rows_per_slot
+
+    def _proposal(self, law: Law) -> Density:
+        """Where to look: three quarters by t^-1.5, the rest uniform.
+
+        |H|^2 falls as 1/t and varies most, and costs least, where rows mostly have no mask; for complements at both
+        ends. Drawn counts have one mask all the way from t = 1/L down.
+        """
+        low, high = law.density.edges[[0, -1]]
+        steps = np.geomspace(1e-3, 0.5, 48)
+        edges = low + (high - low) * np.concatenate([[0.0], steps, 1 - steps[-2::-1], [1.0]])
+        near = (edges[:-1] + edges[1:]) / 2
+        if law.config.views == "complement":
+            near = np.minimum(near, 1 - near)
+        if law.config.masks == "counted":
+            near = np.maximum(near, 1 / self.config.data.sequence_length)
+        return fit(edges, near**-3.0, np.ones_like(near), 0.25, "histogram")
 
     def _dataset(self, diffusion: DiffusionConfig) -> Dataset:
         return Dataset(self.config.model_copy(update={"diffusion": diffusion}), self.sources)
@@ -161,7 +241,7 @@ class Bench:
         law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return law
-        key = (diffusion.masks, diffusion.views == "complement", diffusion.target)
+        key = (diffusion.masks, diffusion.views == "complement", diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
             self.densities[key] = self._fit(diffusion)
         return replace(law, density=self.densities[key])
@@ -174,13 +254,12 @@ class Bench:
         config = self.config.model_copy(update={"diffusion": uniform})
         plan = resolve(config, self.world.size)
         sums = torch.zeros(2, diffusion.bins, dtype=torch.float64)
-        for step in range(2 * FIRST_STEP, 2 * FIRST_STEP + steps):
+        for step in range(FIT_STEP, FIT_STEP + steps):
             draws = law.draw(config.run.seed, step, config.slots_per_step, self.world.size)
             for micro_step in range(plan.accumulation):
                 batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
                 drawn = draws.at(batch.slots.numpy())
-                corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, self.mask_id)
-                corruption = corruption.to(self.world.device)
+                corruption = self._corrupt(law, batch, drawn)
                 ce = masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot)
                 statistic = row_statistics(ce, corruption, diffusion.target).double().cpu()
                 cells = torch.from_numpy(law.row_cells(drawn))
@@ -193,6 +272,40 @@ class Bench:
         return fit(edges, totals[0] / np.maximum(totals[1], 1), omega, diffusion.floor, diffusion.form)
 
 
+# ---- slots one by one
+
+
+def _drawn(law: Law, proposal: Density, u: float) -> tuple[np.ndarray, float]:
+    """(the proposal's rate at u: float64 [1], its weight p/r)."""
+    t, r = proposal.draw(np.array([u]))
+    return t, float(law.density.at(t)[0] / r[0])
+
+
+def _row(batch: Batch, data: int, noise: int) -> Batch:
+    """One slot: the data of one, the positions' noise of another."""
+    at = slice(data, data + 1)
+    segments = None if batch.segments is None else batch.segments[at]
+    uniforms = batch.uniforms[noise : noise + 1]
+    return batch._replace(ids=batch.ids[at], eligible=batch.eligible[at], segments=segments, uniforms=uniforms)
+
+
+def _one_view(pair: Corruption, view: int) -> Corruption:
+    length = pair.noisy.shape[1]
+    keep = pair.positions // length == view
+    return Corruption(
+        pair.noisy[view : view + 1], pair.positions[keep] - view * length, pair.targets[keep], pair.weights[keep],
+        pair.unit[keep],
+    )  # fmt: skip
+
+
+def _proportion(one: Corruption, other: Corruption) -> float | None:
+    """One factor between all weights of the same masked rows, or None."""
+    if not torch.equal(one.noisy, other.noisy):
+        return None
+    ratio = one.weights / other.weights
+    return float(ratio[0]) if (ratio - ratio[0]).abs().max() <= 1e-5 * ratio[0] else None
+
+
 # ---- from numbers to statements
 
 
@@ -202,13 +315,12 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> Spread:
     return Spread(float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
 
 
-def ratio_interval(values: np.ndarray, reference: np.ndarray, seed: int = 0) -> Spread:
-    """Ratio of two means. Values of equal index share their data, so both are resampled together."""
-    count = min(len(values), len(reference))
-    chosen = _resamples(count, seed)
-    ratios = values[:count][chosen].mean(axis=1) / reference[:count][chosen].mean(axis=1)
-    value = float(values[:count].mean() / reference[:count].mean())
-    return Spread(value, *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = True, seed: int = 0) -> Spread:
+    """Ratio of two means. shared: values of equal index share their data, so both are resampled together."""
+    chosen = _resamples(len(values), seed)
+    chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
+    ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
+    return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
 
 
 def components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:

@@ -534,7 +534,7 @@ def text_that_is_empty(lab):
     return [str(lab.finished), "--data", str(lab.file("empty.txt", ""))]
 
 
-@case("evaluate", "{lab}/bytes.txt at byte 2: not UTF-8", "convert")
+@case("evaluate", "{lab}/bytes.txt: not UTF-8 text", "convert")
 def text_that_is_no_text(lab):
     file = lab.folder / "bytes.txt"
     file.write_bytes(b"ab\xff" * 100)

@@ -189,6 +189,9 @@ def test_comparison_flags_what_the_errors_do_not_explain():
     first = found[estimators[0]]
     wrong = {**found, estimators[0]: replace(first, nats=first.nats * 1.05)}
     assert not any(pair.agree for pair in compare(wrong) if "counted" in pair.between and not pair.allowed)
+    few = {one: run(one.name, copies=1, draws=64, seed=7) for one in estimators[:2]}
+    [pair] = compare(few)
+    assert pair.standard_error >= np.hypot(*(found.noise_error for found in few.values()))
     assert Comparison(("a", "b"), 0.05, 0.01, 0.02).agree and not Comparison(("a", "b"), 0.05, 0.01, 0.0).agree
 
 

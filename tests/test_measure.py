@@ -4,21 +4,28 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from mdmtrain import config as configuration
-from mdmtrain.measure import components, mean_interval, ratio_interval
+from mdmtrain import measure as measure_module
+from mdmtrain.config import DiffusionConfig
+from mdmtrain.data.loader import Batch
+from mdmtrain.diffusion import noise, strata
+from mdmtrain.diffusion.objective import row_losses
+from mdmtrain.diffusion.rates import fit
+from mdmtrain.measure import SLOT_STEP, Bench, components, mean_interval, ratio_interval
 from tests.conftest import ROOT, write_config
+from tests.diffusion.test_exact import t3_second_moment
 from tests.spawn import run_world
 
 
-def measure(world, tree: dict, pairs: int, rows: int) -> dict:
-    from mdmtrain.config import DiffusionConfig
+def measure(world, tree: dict, pairs: int, slots: int, rows: int) -> dict:
     from mdmtrain.data.loader import open_sources
     from mdmtrain.data.tokenizer import Tokenizer
-    from mdmtrain.measure import Bench
     from mdmtrain.model.presets import model_shape
     from mdmtrain.parallel.wrap import build_model, init_weights
 
@@ -27,28 +34,122 @@ def measure(world, tree: dict, pairs: int, rows: int) -> dict:
     model = build_model(model_shape(config.model, tokenizer.vocab_size), config.parallel, world)
     init_weights(model, 1)
     bench = Bench(model, config, open_sources(config.data, "train"), tokenizer, world)
-    standard = bench.arm_noise(DiffusionConfig(eps=0.2, strata="none"), pairs, lambda: None)
-    kinds = bench.decompose(rows, lambda: None)
-    return {"step": standard.gradient, "loss": standard.loss, "rows": kinds}
+    arms = {name: DiffusionConfig(eps=0.2, **choice) for name, choice in ARMS.items()}
+    return {
+        "steps": {name: bench.step_noise(arm, pairs, lambda: None)[0] for name, arm in arms.items()},
+        "slots": bench.slot_noise(arms, slots, lambda: None),
+        "rows": bench.decompose(rows, lambda: None),
+    }
 
 
-def test_a_step_of_independent_rows_has_the_variance_of_a_row_over_their_number(small_run):
-    """Tr Cov of a step is (A + B + C)/N, for gradient and loss, on 1 and 2 ranks."""
+ARMS = {"standard": {"strata": "none"}, "mirror": {"views": "mirror"}, "counted": {"masks": "counted"}}
+
+
+def z_score(a, b):
+    return (a.mean() - b.mean()) / np.hypot(a.std() / np.sqrt(len(a)), b.std() / np.sqrt(len(b)))
+
+
+def test_slots_and_rows_have_the_noise_of_real_steps(small_run):
+    """Tr Cov of a step from |g - g'|^2/2, from single slots, and (A + B + C)/N; on 2 ranks the numbers of 1."""
     tree = small_run({"diffusion": {"eps": 0.2}})
     tree["data"]["random_length_fraction"] = 0.0
     tree["run"]["micro_batch"] = 8
-    alone, both = run_world(measure, 1, tree, 40, 100)[0], run_world(measure, 2, tree, 3, 4)[0]
-    np.testing.assert_allclose(alone["step"][:3], both["step"], rtol=1e-3)
-    np.testing.assert_allclose(alone["rows"]["gradient"]["A"][:4], both["rows"]["gradient"]["A"], rtol=1e-3)
+    (alone,) = run_world(measure, 1, tree, 20, 120, 60)
+    (small,), (both, _) = run_world(measure, 1, tree, 2, 4, 4), run_world(measure, 2, tree, 2, 4, 4)
+    for arm in ARMS:
+        for what in ("gradient", "loss"):
+            steps, slots = getattr(alone["steps"][arm], what), getattr(alone["slots"][arm], what)
+            assert abs(z_score(steps, slots)) < 5, (arm, what)
+            for source in ("steps", "slots"):
+                one, two = getattr(small[source][arm], what), getattr(both[source][arm], what)
+                np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+    rows = alone["rows"]["gradient"]["ABC"] / 16
+    assert abs(z_score(alone["steps"]["standard"].gradient, rows)) < 5
+    np.testing.assert_allclose(small["rows"]["gradient"]["A"], both["rows"]["gradient"]["A"], rtol=1e-3)
 
-    def z_score(of_steps, of_rows):
-        se = np.hypot(of_steps.std() / np.sqrt(len(of_steps)), of_rows.std() / np.sqrt(len(of_rows)))
-        return (of_steps.mean() - of_rows.mean()) / se
 
-    gradients, losses = alone["rows"]["gradient"]["ABC"], alone["rows"]["loss"]["ABC"]
-    assert abs(z_score(16 * alone["step"], gradients)) < 5
-    assert abs(z_score(16 * alone["loss"], losses)) < 5
-    assert abs(z_score(2 * 16 * alone["step"], gradients)) > 5
+# ---- in closed form: a "model" whose gradient is its loss, T3's of VARIANCE.md
+
+
+class CountBench(Bench):
+    """CE = 1 + 4 (k - 1)/15 in a row of 16 with k masks, 64 rows a step."""
+
+    def __init__(self):
+        tree = {
+            "run": {"dir": "r", "steps": 1, "global_batch": 64, "micro_batch": 64}, "model": {"preset": "2m"},
+            "optim": {"lr": 1.0},
+            "data": {"sources": [{"path": "p"}], "sequence_length": 16, "random_length_fraction": 0.0},
+        }  # fmt: skip
+        self.config, self.mask_id, self._pieces, self.densities = configuration.validate(tree, "test"), 1, [], {}
+        self.world = SimpleNamespace(
+            rank=0, size=1, is_main=True, device=torch.device("cpu"), sum=lambda tensor: tensor
+        )
+        self._nothing = torch.zeros(1)
+
+    def _dataset(self, _):
+        return self
+
+    def __getitems__(self, places):
+        step, slots = places[0][0], np.array([slot for _, slot in places])
+        n, uniforms = len(slots), torch.from_numpy(noise.position_uniforms(0, step, slots, 16))
+        ids = torch.zeros(n, 16, dtype=torch.int64)
+        return Batch(
+            ids, torch.ones(n, 16, dtype=torch.bool), None, uniforms, torch.from_numpy(slots), torch.zeros(n, 2)
+        )
+
+    def _backward(self, corruption, _segments, _views, tokens, share=1.0):
+        k = (corruption.noisy == 1).sum(dim=1)
+        ce = (1 + 4 * (k - 1) / 15)[corruption.positions // 16]
+        self.gradient = row_losses(ce, corruption).sum() / tokens
+        return self.gradient
+
+    def _take_gradient(self):
+        return self.gradient[None]
+
+
+T3_ARMS = {
+    "standard": ({"strata": "none"}, 2.91152),
+    "strats": ({}, 1.58118),
+    "ppots": ({"sampler": "ppots", "target": "loss"}, 1.8484),
+    "mirror": ({"views": "mirror", "strata": "none"}, 2 * 1.842479),
+    "counted": ({"masks": "counted"}, 0.0),
+    "counted-iid": ({"masks": "counted", "strata": "none"}, 1.51111),
+}
+
+
+def test_slots_give_the_closed_forms(monkeypatch):
+    """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
+    bench = CountBench()
+    edges, square = t3_second_moment()
+    bench.densities["independent", False, "loss", "histogram", "nelbo"] = fit(
+        edges, square, np.ones(1000), 1e-9, "histogram"
+    )
+    arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}
+
+    def scores(slots, *names):
+        found = bench.slot_noise({name: arms[name] for name in names}, slots, lambda: None)
+        return {
+            name: (64 * noise.loss.mean() - T3_ARMS[name][1]) / (64 * noise.loss.std() / np.sqrt(slots) + 1e-9)
+            for name, noise in found.items()
+        }, found
+
+    right, found = scores(1500, *arms)
+    assert all(abs(score) < 5 for score in right.values()), right
+    for name, of in found.items():
+        assert abs(z_score(of.gradient, np.full(2, T3_ARMS[name][1] / 64))) < 5, name
+    stratified = 64 * found["strats"].loss
+    assert abs(stratified.mean() - 2.91152) > 5 * stratified.std() / np.sqrt(len(stratified))
+    # Partners by the parity of the index: a stratified index says in which half of the rates a slot lies.
+    uniforms = strata.uniforms
+    with monkeypatch.context() as patched:
+        parity = np.arange(1000) % 2
+        patched.setattr(
+            strata, "uniforms", lambda *a, **more: parity if a[1] == SLOT_STEP + 2 else uniforms(*a, **more)
+        )
+        assert abs(scores(1000, "counted")[0]["counted"]) > 5
+    drawn = measure_module._drawn
+    monkeypatch.setattr(measure_module, "_drawn", lambda *a: (drawn(*a)[0], 1.0))
+    assert all(abs(score) > 5 for score in scores(500, "counted", "ppots")[0].values())
 
 
 def test_intervals_cover_and_tell():
@@ -85,13 +186,14 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 def test_variance_report(checkpoint, tmp_path):
     tool, file, figure = str(ROOT / "tools/variance_report.py"), tmp_path / "out.json", tmp_path / "out.png"
-    arms = ["--arms", "ppots-gradient,mirror-dedup,isad", "--pairs", "3", "--single-rows", "4"]
+    arms = ["--arms", "ppots-gradient,mirror-dedup,isad", "--slots", "6", "--pairs", "2", "--single-rows", "4"]
     done = run([sys.executable, tool, str(checkpoint), *arms, "--json", str(file), "--figure", str(figure)])
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert list(result["arms"]) == ["standard", "ppots-gradient", "mirror-dedup", "isad"]
-    assert all(row["grad_var"] > 0 and row["ci"][0] <= row["ci"][1] for row in result["arms"].values())
-    assert "take more --pairs" in done.stdout  # six steps cannot be precise, and it says so
+    for row in result["arms"].values():
+        assert row["grad_var_ci"][0] <= row["grad_var"] <= row["grad_var_ci"][1] and row["real_steps_grad_var"] > 0
+    assert "take more --slots" in done.stdout  # six slots cannot be precise, and it says so
     assert figure.read_bytes().startswith(b"\x89PNG")
     for wrong, word in (
         (["--arms", "nope"], "no arm 'nope'"),

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,6 +31,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.monitor.logs import CommandParser, user_errors
 
+T = TypeVar("T")
 TOOL = Path(__file__).with_name("convert_ckpt.py")
 # VmHWM and not ru_maxrss: that one starts with the peak of the process that forked.
 WATCHED = """
@@ -59,24 +62,28 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def watched(name: str, *arguments: str | Path) -> tuple[float, float]:
-    """Seconds and peak MiB of a process that runs the tool; name: '__main__', or another to only import it."""
+def seconds(act: Callable[[], T]) -> tuple[float, float, T]:
+    """Seconds on the clock and of CPU, of this process and its children, that `act` takes; and its result."""
+    clock, before = time.monotonic(), sum(os.times()[:4])
+    result = act()
+    return time.monotonic() - clock, sum(os.times()[:4]) - before, result
+
+
+def watched(name: str, *arguments: str | Path) -> float:
+    """Peak MiB of a process that runs the tool; name: '__main__', or another to only import it."""
     command = [sys.executable, "-c", WATCHED, str(TOOL), name, *map(str, arguments)]
-    start = time.monotonic()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.monotonic() - start, int(done.stdout.split()[-1]) / 1024
+    return int(done.stdout.split()[-1]) / 1024
 
 
-def copied(source: Path, to: Path) -> float:
-    """Seconds that a plain copy of a folder takes, to the disk itself."""
-    start = time.monotonic()
+def copied(source: Path, to: Path) -> None:
+    """A plain copy of a folder, to the disk itself."""
     to.mkdir()
     for file in source.iterdir():
         with open(file, "rb") as reader, open(to / file.name, "wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 24)
             writer.flush()
             os.fsync(writer.fileno())
-    return time.monotonic() - start
 
 
 def main() -> None:
@@ -92,8 +99,8 @@ def main() -> None:
         size = synthetic_checkpoint(args.out / "checkpoint", shape)
         largest = max(torch.Size(s).numel() for s in tensor_shapes(shape).values()) * 4 / 2**20
         rows = {
-            "imports alone": watched("imported"),
-            "plain copy": (copied(args.out / "checkpoint", args.out / "copy"), None),
+            "imports alone": seconds(lambda: watched("imported")),
+            "plain copy": seconds(lambda: copied(args.out / "checkpoint", args.out / "copy")),
         }
         convert = {
             "--to llama": ("checkpoint", "--to", "llama"),
@@ -102,17 +109,18 @@ def main() -> None:
         }
         for name, (source, *options) in convert.items():
             arguments = [args.out / source, *options, "--out", args.out / name]
-            rows[name] = watched("__main__", *arguments, *(["--no-check"] if "--to" in options else []))
+            arguments += ["--no-check"] if "--to" in options else []
+            rows[name] = seconds(lambda arguments=arguments: watched("__main__", *arguments))
         shutil.rmtree(args.out / "copy")
-        rows["plain copy again"] = copied(args.out / "checkpoint", args.out / "copy"), None
+        rows["plain copy again"] = seconds(lambda: copied(args.out / "checkpoint", args.out / "copy"))
         table = Table(
             title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
         )
-        for column in ("", "seconds", "peak MiB", "peak less imports, in largest tensors"):
+        for column in ("", "seconds", "of CPU", "peak MiB", "less imports, in largest tensors"):
             table.add_column(column, justify="right" if column else "left")
-        for name, (seconds, peak) in rows.items():
-            more = "" if peak is None else f"{(peak - rows['imports alone'][1]) / largest:.2f}"
-            table.add_row(name, f"{seconds:.1f}", "" if peak is None else f"{peak:.0f}", more)
+        for name, (clock, cpu, peak) in rows.items():
+            more = "" if peak is None else f"{(peak - rows['imports alone'][2]) / largest:.2f}"
+            table.add_row(name, f"{clock:.1f}", f"{cpu:.1f}", "" if peak is None else f"{peak:.0f}", more)
         Console().print(table)
     finally:
         shutil.rmtree(args.out)

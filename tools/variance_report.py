@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """How much gradient variance does each arm remove, at equal compute, on this model and this data?
 
-    python tools/variance_report.py RUN_OR_CHECKPOINT [--arms strats,...] [--pairs N] [--json FILE] [--figure FILE]
+    python tools/variance_report.py RUN_OR_CHECKPOINT [--arms strats,...] [--slots N] [--json FILE] [--figure FILE]
 
-Each arm takes 2N real steps from the same weights; Tr Cov is the mean of |g - g'|^2 / 2 over N pairs of them, with a
-bootstrap interval, as a ratio to `standard`. Below it, A, B and C of loss and gradient for single rows, and whether
-MIRROR can win here. Runs under torchrun as well.
+Tr Cov of the step gradient under each arm's own law, from N single slots drawn where the noise is, with a bootstrap
+interval, as a ratio to `standard`; beside it the same from real steps, for reference, and the squared mean gradient
+over Tr Cov. Below, A, B and C of loss and gradient for single rows, and whether MIRROR can win here. Rows are taken as
+independent, which those of one shuffled epoch very nearly are. Runs under torchrun as well: the model is sharded, and
+real steps are split over the ranks.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -22,7 +25,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
-from mdmtrain.measure import Bench, Spread, components, mean_interval, ratio_interval
+from mdmtrain.measure import ArmNoise, Bench, Spread, components, mean_interval, ratio_interval
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
@@ -42,25 +45,61 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
         raise ValueError(f"--arms: {name} is another model: train it by itself, its checkpoint cannot be this one")
     kept = {key: run["diffusion"][key] for key in ("eps", "bins", "floor")}
     tree = {**run, "diffusion": {**kept, **overlay["diffusion"]}}
-    return configuration.validate(tree, str(path)).diffusion
+    diffusion = configuration.validate(tree, str(path)).diffusion
+    if diffusion.schedule != "linear":
+        raise ValueError(f"--arms: {name} has another schedule: give its density as a sampler, schedule linear")
+    return diffusion
 
 
-def verdict(ratio: Spread) -> str:
-    if ratio.low <= 1 <= ratio.high:
-        return "cannot tell"
-    return "less" if ratio.high < 1 else "more"
+def verdict(name: str, objective: str, ratio: Spread) -> str:
+    if name == "standard":
+        return "the reference"
+    if objective != "nelbo":
+        return "other objective"
+    if ratio.low > 1 or ratio.high < 1:
+        return "less" if ratio.high < 1 else "more"
+    return f"within {PRECISE:.0%}" if ratio.low >= 1 - PRECISE and ratio.high <= 1 + PRECISE else "cannot tell"
+
+
+def describe(noise: ArmNoise, standard: ArmNoise, steps: ArmNoise, products: np.ndarray) -> dict:
+    """An arm's numbers. noise, standard: from slots; steps, products: from real steps."""
+    size, ratio = mean_interval(noise.gradient), ratio_interval(noise.gradient, standard.gradient)
+    loss, real = ratio_interval(noise.loss, standard.loss), mean_interval(steps.gradient)
+    signal = ratio_interval(products, noise.gradient, shared=False)
+    return {
+        "grad_var": size.value,
+        "grad_var_ci": [size.low, size.high],
+        "grad_var_ratio": ratio.value,
+        "ci": [ratio.low, ratio.high],
+        "precise": (ratio.high - ratio.low) / 2 <= PRECISE * ratio.value,
+        "loss_var": float(noise.loss.mean()),
+        "loss_var_ratio": loss.value,
+        "loss_ci": [loss.low, loss.high],
+        "real_steps_grad_var": real.value,
+        "real_steps_ci": [real.low, real.high],
+        "signal_to_noise": signal.value,
+        "signal_to_noise_ci": [signal.low, signal.high],
+    }
+
+
+def interval(value: float, ends: list[float], digits: str) -> str:
+    return f"{value:{digits}} ({ends[0]:{digits}}..{ends[1]:{digits}})"
 
 
 def show(result: dict, console: Console) -> None:
-    table = Table("arm", "Tr Cov of the step gradient", "ratio to standard", "", "variance of the step loss", "ratio")
+    table = Table(
+        "arm", "Tr Cov", "ratio to standard", "", "by real steps", "|E g|^2 / Tr Cov", "loss variance", "ratio"
+    )
     for name, row in result["arms"].items():
         table.add_row(
             name,
-            f"{row['grad_var']:.4g} ({row['grad_var_ci'][0]:.4g}..{row['grad_var_ci'][1]:.4g})",
-            f"{row['grad_var_ratio']:.3f} ({row['ci'][0]:.3f}..{row['ci'][1]:.3f})",
+            interval(row["grad_var"], row["grad_var_ci"], ".3g"),
+            interval(row["grad_var_ratio"], row["ci"], ".3f"),
             row["verdict"] + ("" if row["precise"] else ", wide"),
-            f"{row['loss_var']:.4g}",
-            f"{row['loss_var_ratio']:.3f} ({row['loss_ci'][0]:.3f}..{row['loss_ci'][1]:.3f})",
+            interval(row["real_steps_grad_var"], row["real_steps_ci"], ".3g"),
+            interval(row["signal_to_noise"], row["signal_to_noise_ci"], ".2f"),
+            f"{row['loss_var']:.3g}",
+            interval(row["loss_var_ratio"], row["loss_ci"], ".2f"),
         )
     console.print(table)
     table = Table("single rows", *result["components"]["gradient"])
@@ -73,8 +112,10 @@ def show(result: dict, console: Console) -> None:
     wide = [name for name, row in result["arms"].items() if not row["precise"]]
     if wide:
         console.print(
-            f"interval wider than +-{PRECISE:.0%} for {', '.join(wide)}: take more --pairs before you conclude"
+            f"interval wider than +-{PRECISE:.0%} for {', '.join(wide)}: take more --slots before you conclude"
         )
+    if any(row["verdict"] == "other objective" for row in result["arms"].values()):
+        console.print("another objective has another gradient: its ratio says nothing alone; compare |E g|^2 / Tr Cov")
 
 
 def draw(result: dict, path: Path) -> None:
@@ -90,7 +131,7 @@ def draw(result: dict, path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("Tr Cov of the step gradient, ratio to standard (95% bootstrap interval)")
-    axes.set_title(f"step {result['step']}: {result['rows']} rows a step, {result['pairs']} pairs of steps an arm")
+    axes.set_title(f"step {result['step']}: {result['rows']} rows a step, {result['slots']:,} slots an arm")
     figure.savefig(path, dpi=120)
 
 
@@ -102,14 +143,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--arms", default=DEFAULT_ARMS, help="names of configs/arms, comma-separated; standard is added"
     )
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of steps for each arm (default: 100)")
+    parser.add_argument("--slots", type=int, default=2000, help="single slots for each arm (default: 2000)")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of real steps for each arm (default: 20)")
     parser.add_argument("--single-rows", type=int, default=400, help="rows for the decomposition (default: 400)")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="prepared folders (default: those of the run)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the ratios here (PNG)")
     args = parser.parse_args(arguments)
-    if args.pairs < 2 or args.single_rows < 2:
-        raise ValueError("--pairs and --single-rows must be at least 2")
+    if min(args.slots, args.pairs, args.single_rows) < 2:
+        raise ValueError("--slots, --pairs and --single-rows must be at least 2")
     world = init_world()
     loaded = store.load_model(args.checkpoint, "raw", world)
     tree = loaded.config.model_dump(mode="json")
@@ -120,36 +162,29 @@ def main(arguments: list[str] | None = None) -> None:
     arms = {name: read_arm(name, tree) for name in names}
     sources = world.agree(lambda: open_sources(config.data, "train", "size"))
     bench = Bench(loaded.model, config, sources, loaded.tokenizer, world)
-    noises = {}
+    steps = {}
     with Progress(disable=not world.is_main, transient=True) as bar:
         for name, diffusion in arms.items():
-            task = bar.add_task(name, total=2 * args.pairs)
-            noises[name] = bench.arm_noise(diffusion, args.pairs, lambda task=task: bar.advance(task))
+            task = bar.add_task(f"{name}: real steps", total=2 * args.pairs)
+            steps[name] = bench.step_noise(diffusion, args.pairs, lambda task=task: bar.advance(task))
+        task = bar.add_task("slots of all arms", total=args.slots)
+        noises = bench.slot_noise(arms, args.slots, lambda: bar.advance(task))
         task = bar.add_task("single rows", total=args.single_rows)
         kinds = bench.decompose(args.single_rows, lambda: bar.advance(task))
     rows = {}
     for name, noise in noises.items():
-        size = mean_interval(noise.gradient)
-        ratio = ratio_interval(noise.gradient, noises["standard"].gradient)
-        loss = ratio_interval(noise.loss, noises["standard"].loss)
-        rows[name] = {
-            "grad_var": size.value,
-            "grad_var_ci": [size.low, size.high],
-            "grad_var_ratio": ratio.value,
-            "ci": [ratio.low, ratio.high],
-            "verdict": "the reference" if name == "standard" else verdict(ratio),
-            "precise": name == "standard" or (ratio.high - ratio.low) / 2 <= PRECISE * ratio.value,
-            "loss_var": float(noise.loss.mean()),
-            "loss_var_ratio": loss.value,
-            "loss_ci": [loss.low, loss.high],
-        }
+        row = describe(noise, noises["standard"], *steps[name])
+        objective = arms[name].objective
+        says = verdict(name, objective, Spread(row["grad_var_ratio"], *row["ci"]))
+        rows[name] = {"objective": objective, "verdict": says, **row}
     parts = {what: {k: asdict(v) for k, v in components(of).items()} for what, of in kinds.items()}
     result = {
         "checkpoint": str(loaded.folder), "step": loaded.meta["step"], "rows": config.run.global_batch,
-        "pairs": args.pairs, "torch": torch.__version__, "device": str(world.device), "arms": rows, "components": parts,
+        "slots": args.slots, "pairs": args.pairs, "single_rows": args.single_rows, "torch": torch.__version__,
+        "device": str(world.device), "arms": rows, "components": parts,
     }  # fmt: skip
     if world.is_main:
-        show(result, Console(width=150))
+        show(result, Console(width=170))
         if args.json:
             store.write_atomically(args.json, json.dumps(result, indent=1) + "\n")
         if args.figure:

@@ -6,7 +6,7 @@ Llama's half rotation, so no matrix is permuted.
 """
 
 import re
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,12 +19,15 @@ LENGTHS = {"native": "sequence_length", "llama": "max_position_embeddings", "lla
 # The first transformers whose Llama heeds is_causal: older ones (5.1 too) load the same folder causal, without a word.
 MINIMUM_TRANSFORMERS = "5.2.0"
 
+
+def _table(text: str) -> dict[str, dict[str, str]]:
+    """Rows of our word, llama's and llada's: ours -> target -> theirs."""
+    rows = map(str.split, text.strip().splitlines())
+    return {row[0]: dict(zip(MODEL_TYPES, row, strict=True)) for row in rows}
+
+
 # A name ends in .weight; {} is the number of the block.
-TENSORS = {
-    ours: {"native": ours, "llama": llama, "llada": llada}
-    for ours, llama, llada in map(
-        str.split,
-        """
+TENSORS = _table("""
 embed                        model.embed_tokens                        model.transformer.wte
 layers.{}.attention_norm     model.layers.{}.input_layernorm           model.transformer.blocks.{}.attn_norm
 layers.{}.attention.q_proj   model.layers.{}.self_attn.q_proj          model.transformer.blocks.{}.q_proj
@@ -37,23 +40,21 @@ layers.{}.mlp.up_proj        model.layers.{}.mlp.up_proj               model.tra
 layers.{}.mlp.down_proj      model.layers.{}.mlp.down_proj             model.transformer.blocks.{}.ff_out
 norm                         model.norm                                model.transformer.ln_f
 head                         lm_head                                   model.transformer.ff_out
-""".strip().splitlines(),
-    )
-}
-SIZES = {  # ModelShape's fields
-    "llama": {
-        "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "d_ff": "intermediate_size",
-        "tied_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-        "init_std": "initializer_range",
-    },
-    "llada": {
-        "vocab_size": "embedding_size", "d_model": "d_model", "n_layers": "n_layers", "n_heads": "n_heads",
-        "n_kv_heads": "n_kv_heads", "d_ff": "mlp_hidden_size", "tied_embeddings": "weight_tying",
-        "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "init_std": "init_std",
-    },
-    "native": {field.name: field.name for field in fields(ModelShape)},
-}  # fmt: skip
+""")
+SIZES = _table("""
+vocab_size       vocab_size           embedding_size
+d_model          hidden_size          d_model
+n_layers         num_hidden_layers    n_layers
+n_heads          num_attention_heads  n_heads
+n_kv_heads       num_key_value_heads  n_kv_heads
+d_ff             intermediate_size    mlp_hidden_size
+tied_embeddings  tie_word_embeddings  weight_tying
+rope_theta       rope_theta           rope_theta
+norm_eps         rms_norm_eps         rms_norm_eps
+init_std         initializer_range    init_std
+causal           -                    -
+qk_norm          -                    -
+""")
 # What makes theirs the network that ours is: written, and demanded where it is read.
 FIXED = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
@@ -65,6 +66,11 @@ FIXED = {
     },
     "native": {},
 }  # fmt: skip
+
+
+def _sizes(target: str) -> dict[str, str]:
+    """ModelShape's fields that the target has a word for -> that word."""
+    return {ours: words[target] for ours, words in SIZES.items() if words[target] != "-"}
 
 
 def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -94,7 +100,7 @@ def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_le
     """The target's config.json. sequence_length: tokens that the model was trained on."""
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad", "mask")}
     config = {"model_type": MODEL_TYPES[target], LENGTHS[target]: sequence_length, "dtype": dtype, **ids}
-    config |= {theirs: asdict(shape)[ours] for ours, theirs in SIZES[target].items()} | FIXED[target]
+    config |= {theirs: getattr(shape, ours) for ours, theirs in _sizes(target).items()} | FIXED[target]
     match target:
         case "llama":
             config |= {
@@ -121,10 +127,10 @@ def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
         raise ValueError(f"its model_type is {config.get('model_type')!r}, and {target} has {MODEL_TYPES[target]!r}")
     rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
     defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **rope, **config}
-    missing = [key for key in [*SIZES[target].values(), LENGTHS[target]] if key not in defaults]
+    missing = [key for key in [*_sizes(target).values(), LENGTHS[target]] if key not in defaults]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    values = {ours: defaults[theirs] for ours, theirs in SIZES[target].items()}
+    values = {ours: defaults[theirs] for ours, theirs in _sizes(target).items()}
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: as many
     values["vocab_size"] = values["vocab_size"] or config.get("vocab_size")
     shape = ModelShape(**values)

@@ -18,9 +18,7 @@ def _library():
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(
-            "a tokenizer.json needs the tokenizers library: pip install 'mdmtrain[transformers]'"
-        ) from None
+        raise ValueError("tokenizer.json needs the tokenizers library: pip install mdmtrain[transformers]") from None
     return tokenizers
 
 

@@ -52,8 +52,11 @@ class TextSplit:
 def _texts(path: Path, lines: bool) -> Iterator[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file or prepared folder: check the path")
-    for document, _ in read_documents(path, "error", Counter(), prompts=False):
+    skipped = Counter[str]()
+    for document, _ in read_documents(path, "skip", skipped, prompts=False):
         yield from (line for line in document.text.split("\n") if line.strip()) if lines else [document.text]
+    if skipped["not UTF-8"]:
+        raise ValueError(f"{path}: not UTF-8 text, in {skipped['not UTF-8']} of its documents: convert the file")
 
 
 def document_rows(split: PreparedSplit | TextSplit, rows: int, length: int, cut: bool, pad_id: int) -> tuple[Rows, int]:

@@ -174,6 +174,13 @@ def test_an_independent_reader_of_llada_names_computes_our_logits(name, corpus, 
     assert config["embedding_size"] == config["vocab_size"] == shape.vocab_size
 
 
+def test_the_tables_have_a_row_for_everything_of_a_model():
+    assert formats.SIZES.keys() == ModelShape.__dataclass_fields__.keys()
+    for name in formats.tensor_shapes(SHAPES["untied-mha"]):
+        assert formats.name_in("native", name) == name
+        assert len({name, formats.name_in("llama", name), formats.name_in("llada", name)}) == 3
+
+
 def test_the_published_configuration_of_llada_8b_is_our_8b():
     published = {
         "model_type": "llada", "d_model": 4096, "n_heads": 32, "n_kv_heads": None, "n_layers": 32, "mlp_ratio": 4,

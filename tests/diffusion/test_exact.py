@@ -268,17 +268,30 @@ def test_rounded_counts_are_rejected():
 # ---- isad: unbiased only without context
 
 
-@pytest.mark.parametrize("views", ["single", "mirror"])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_isad_is_biased_where_context_matters_and_only_there(views, schedule):
+ISAD = [dict(views=views, schedule=how) for views in ("single", "mirror") for how in ("linear", "cosine")]
+
+
+@pytest.mark.parametrize("choice", ISAD, ids=names)
+def test_isad_is_biased_where_context_matters_and_only_there(choice):
     listed = torch.zeros(10, dtype=torch.bool)
     listed[0] = True
-    law = make_law(delimiters=listed, isad_tokens=(0,), views=views, schedule=schedule)
     mu = np.array([4.0, 1, 2, 3, 0.5])
-    values, probability = outcomes(law, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
-    assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
-    right = target(dict(masks="independent", views="single", objective="nelbo"), L)
-    assert abs(expectation(law, L) / right - 1) > 0.02
+    for objective, density in product(OBJECTIVES, (None, bumpy) if choice["schedule"] == "linear" else (None,)):
+        law = make_law(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
+        values, probability = outcomes(law, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
+        assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
+        right = target(dict(masks="independent", views="single", **objective), L)
+        assert abs(expectation(law, L) / right - 1) > 0.01
+
+
+def test_ar_is_the_mean_cross_entropy_of_the_next_token():
+    """Nothing is masked; a row of P tokens has P - 1 targets, a full one weighs as its mean."""
+    law, ids = make_law(objective="ar"), torch.stack([IDS, IDS])
+    c = law.corrupt(ids, torch.tensor([L, 3]), torch.zeros(2, L), Draws(np.ones(2), np.ones(2)), MASK)
+    assert torch.equal(c.noisy, ids) and c.positions.tolist() == [0, 1, 2, 3, L, L + 1]
+    assert c.targets.tolist() == [*IDS[1:].tolist(), *IDS[1:3].tolist()]
+    found = row_losses(torch.arange(1.0, 7.0), c).tolist()
+    assert found == pytest.approx([L * (1 + 2 + 3 + 4) / 4, L / (L - 1) * (5 + 6)])
 
 
 def copy_pair(masked):
@@ -581,13 +594,13 @@ def test_t14_counts():
     assert step_variance(t3_law(masks="counted"), 64)[:3] == pytest.approx((0.0, 1.51111, 3.0), abs=1e-5)
 
 
-def test_t3_mirror_total():
-    """1.842479; three states of a position, counted: multinomial, both views' losses from their own number of masks."""
-    P = 16
+def t3_pairs(law, drawn, P=16):
+    """(y of both views, probability): float64 [nodes, triples, 2] and [nodes, triples] for T3's model.
+
+    Three states of a position, counted: multinomial; each view's loss from its own number of masks.
+    """
     triples = np.array([(a, b, P - a - b) for a in range(P + 1) for b in range(P + 1 - a)])
     ways = np.array([comb(P, a) * comb(P - a, b) for a, b, _ in triples], dtype=float)
-    law = t3_law(views="mirror")
-    drawn, du = nodes_of(law, np.concatenate([np.geomspace(1e-3, 1, 60), [0.5]]))
     t = drawn.rates[:, None]
     edge = np.concatenate([0 * t, np.minimum(t, 1 - t), np.maximum(t, 1 - t), 0 * t + 1], axis=1)
     middle, mass = (edge[:, 1:] + edge[:, :-1]) / 2, np.diff(edge, axis=1)
@@ -600,12 +613,47 @@ def test_t3_mirror_total():
     )  # fmt: skip
     k = (c.noisy == 1).sum(dim=1)
     y = row_losses((1 + 4 * (k - 1) / 15).float()[c.positions // P], c).double().numpy() / P
-    y = y.reshape(len(t), len(triples), 2)
-    probability = ways * np.prod(mass[:, None, :] ** triples[None], axis=2)
+    return y.reshape(len(t), len(triples), 2), ways * np.prod(mass[:, None, :] ** triples[None], axis=2)
+
+
+def test_t3_mirror():
+    """Total 1.842479; rho(.25, .5, .75) = -.3144, -.9582, -.3297. Independent views would have rho 0 at every rate."""
+    law = t3_law(views="mirror")
+    drawn, du = nodes_of(law, np.concatenate([np.geomspace(1e-3, 1, 60), [0.5]]))
+    y, probability = t3_pairs(law, drawn)
     mean = (y.mean(axis=2) * probability).sum(axis=1)
     square = (y.mean(axis=2) ** 2 * probability).sum(axis=1)
     assert mean @ du == pytest.approx(3.002, abs=1e-4)
     assert square @ du - (mean @ du) ** 2 == pytest.approx(1.842479, abs=2e-4)
+    y, probability = t3_pairs(law, Draws(np.array([0.25, 0.5, 0.75]), np.ones(3)))
+    centred = y - (y * probability[..., None]).sum(axis=1, keepdims=True)
+    first, second, both = (
+        (centred[..., a] * centred[..., b] * probability).sum(axis=1) for a, b in ((0, 0), (1, 1), (0, 1))
+    )
+    assert both / np.sqrt(first * second) == pytest.approx([-0.3144, -0.9582, -0.3297], abs=1e-4)
+
+
+def test_t15_rows_of_4096_positions():
+    """CE = 1: variances of a row .001444, .0000880 and .003359, by the exact law of the number of masks."""
+    P = 4096
+    law = make_law(eps=1e-3, weights="count")
+    q, omega = law.count_law(P)
+    assert q.sum() == pytest.approx(1, abs=1e-9)
+    k = np.arange(P + 1)
+    by_rate = (np.log(1e3) / (1 - 1e-3) - 1) / P  # E_t of (1 - t)/(P t)
+    found = {"rate": by_rate}
+    for name, weight in (("cut", omega), ("uncut", np.where(k > 0, 1.0, 0.0))):
+        value = np.divide(weight, q * P, out=np.zeros(P + 1), where=q > 0)  # k masked tokens of weight omega_k/(P q k)
+        assert value @ q == pytest.approx(1, abs=2e-3)
+        found[name] = value**2 @ q - (value @ q) ** 2
+    assert found == pytest.approx({"rate": 0.001444, "cut": 0.0000880, "uncut": 0.003359}, rel=0.02)
+    # The weights that a step is given are these.
+    at, U = Draws(np.array([0.01]), np.ones(1)), torch.zeros(1, P) + (torch.arange(P) >= 40)
+    for choice, weight in (({"weights": "count"}, omega[40] / (q[40] * 40)), ({}, 1 / 0.01)):
+        c = make_law(eps=1e-3, **choice).corrupt(
+            torch.zeros(1, P, dtype=torch.int64), torch.tensor([P]), U * 0.9, at, 1
+        )
+        assert len(c.positions) == 40 and c.weights.tolist() == pytest.approx([weight] * 40, rel=1e-5)
 
 
 # ---- which combinations are legal
@@ -635,13 +683,22 @@ def is_legal(choice):
     return not any(choice[a] == x and choice[b] == y for a, x, b, y in APART)
 
 
-def test_exactly_the_legal_combinations_are_accepted():
+def is_tested(choice):
+    """Has one of the tests above its target? (They go through OBJECTIVES and a fitted density by themselves.)"""
+    if choice["objective"] == "ar":
+        return True
+    laws = [dict(masks="independent", weights="rate", **law) for law in ISAD] if choice["isad_tokens"] else LAWS
+    return any(all(choice[key] == value for key, value in {"schedule": "linear", **law}.items()) for law in laws)
+
+
+def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
     legal = 0
     for values in product(*CHOICES.values()):
         choice = dict(zip(CHOICES, values, strict=True))
         if is_legal(choice):
             DiffusionConfig(**choice)
             legal += 1
+            assert is_tested(choice), choice
         else:
             with pytest.raises(ValidationError, match=r"law|is itself a sampler|is there already|masks nothing"):
                 DiffusionConfig(**choice)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdmtrain.config import DiffusionConfig
-from mdmtrain.diffusion import rates, strata
+from mdmtrain.diffusion import noise, rates, strata
+from mdmtrain.diffusion.objective import row_statistics
 from mdmtrain.diffusion.rates import Density, fit, uniform_density
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 
@@ -162,6 +163,77 @@ def test_a_restored_sampler_draws_the_same():
         other.tensors[name].copy_(tensor)
     other.restored()
     assert one.law(0.5).draw(0, 7, 64).rates.tobytes() == other.law(0.5).draw(0, 7, 64).rates.tobytes()
+
+
+# ---- law 1 of DESIGN.md: one run, however its slots are dealt out
+
+SLOTS, LENGTH, STEPS = 16, 12, 8
+IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (SLOTS, LENGTH)))
+
+
+def simulate(config, ranks, micro, resume_at, alone=False):
+    """(masked rows, rates) of each step of a run that refits every two: ranks that take turns, micro-batch by
+    micro-batch, and one resume. alone: each rank fits what it saw itself; the last one's course is returned."""
+    sampler, course = RateSampler(config, torch.device("cpu")), []
+    for step in range(STEPS):
+        if step == resume_at:  # a checkpoint keeps the tensors
+            tensors = {name: tensor.clone() for name, tensor in sampler.tensors.items()}
+            sampler = RateSampler(config, torch.device("cpu"))
+            for name, tensor in tensors.items():
+                sampler.tensors[name].copy_(tensor)
+            sampler.restored()
+        law = sampler.law(step / STEPS)
+        draws = law.draw(7, step, SLOTS, ranks)
+        noisy, parts = np.empty((SLOTS, LENGTH * config.rows_per_slot), dtype=np.int64), []
+        for rank in range(ranks):
+            sums = torch.zeros(config.bins, dtype=torch.float64)
+            for first in range(rank * SLOTS // ranks, (rank + 1) * SLOTS // ranks, micro):
+                slots = np.arange(first, first + micro)
+                uniforms = torch.from_numpy(noise.position_uniforms(7, step, slots, LENGTH))
+                drawn, eligible = draws.at(slots), torch.ones(micro, LENGTH, dtype=torch.bool)
+                corruption = law.corrupt(IDS[slots], eligible, uniforms, drawn, mask_id=9)
+                ce = 1 + torch.sin(corruption.targets + corruption.weights)
+                cells = torch.from_numpy(law.row_cells(drawn))
+                sums.index_add_(0, cells, row_statistics(ce, corruption, config.target).double())
+                noisy[slots] = corruption.noisy.reshape(micro, -1)
+            parts.append(sums)
+        counts = np.bincount(law.row_cells(draws), minlength=config.bins)
+        sampler.add(parts[-1] if alone else sum(parts), counts, torch.tensor(0.0))
+        if sampler.due(step + 1):
+            sampler.use(sampler.fitted())
+        course.append((noisy.tobytes(), draws.rates))
+    return course
+
+
+def fitted_config(views, target, **more):
+    settings = dict(sampler="ppots", bins=8, min_hits=4, refit_every=2, floor=0.3, views=views, target=target)
+    return DiffusionConfig(**settings, **more)
+
+
+@given(
+    ranks=st.sampled_from([1, 2, 4, 8]), micro=st.sampled_from([1, 2]), resume_at=st.integers(0, STEPS),
+    masks=st.sampled_from(["independent", "counted"]), target=st.sampled_from(["loss", "gradient"]),
+    views=st.sampled_from(["single", "mirror_dedup", "complement"]),
+)  # fmt: skip
+@settings(deadline=None, derandomize=True, max_examples=25)
+def test_any_ranks_micro_batch_and_resume_are_the_same_run(ranks, micro, resume_at, masks, target, views):
+    """Bit for bit while p is fixed, and at the same world; to float tolerance through every refit."""
+    config = fitted_config(views, target, masks=masks)
+    whole, parts = simulate(config, 1, SLOTS, 0), simulate(config, ranks, micro, resume_at)
+    assert np.abs(whole[-1][1] - simulate(config.model_copy(update={"floor": 1.0}), 1, 4, 0)[-1][1]).max() > 1e-3
+    for step, ((rows, t), (other_rows, other_t)) in enumerate(zip(whole, parts, strict=True)):
+        np.testing.assert_allclose(t, other_t, rtol=1e-9)
+        assert step >= 2 or (rows == other_rows and t.tobytes() == other_t.tobytes())
+    again = simulate(config, ranks, micro, (resume_at + 3) % STEPS)
+    assert all(a[0] == b[0] and a[1].tobytes() == b[1].tobytes() for a, b in zip(parts, again, strict=True))
+
+
+def test_a_rank_that_fits_its_own_density_leaves_the_run():
+    config = fitted_config("single", "gradient")
+    together, own = simulate(config, 4, 2, 0), simulate(config, 4, 2, 0, alone=True)
+    assert [a[0] == b[0] for a, b in zip(together, own, strict=True)] == [True] * 2 + [False] * 6
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(together[-1][1], own[-1][1], rtol=1e-9)
 
 
 def test_listed_tokens():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 EARLY = 75  # exit status of a rank that was told to stop before it had begun (EX_TEMPFAIL)
 SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
-PYTHON_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt)\b")
+PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class ErrorLines:
             self._ours = self._ours or line.removeprefix("error: ")
         elif exited := SRUN_ERROR.match(line):
             self.rank_ended(*exited.groups())
-        elif PYTHON_ERROR.match(line):
-            self._python = self._python or line
+        elif raised := PYTHON_ERROR.match(line):
+            self._python = self._python or raised[1]
 
     def rank_ended(self, node: str, ranks: str, how: str) -> None:
         """how: as srun says it, such as 'Killed' or 'Exited with exit code 1'."""

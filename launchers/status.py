@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from launchers import slurm_client
@@ -74,7 +75,10 @@ def last_records(path: Path, count: int = 20) -> list[dict]:
 
 
 def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
-    """The word for where a run stands: Slurm's, where a job lives, else that of its last end."""
+    """The word for where a run stands: Slurm's, where a job lives, else that of its last end.
+
+    gone: its job or its process is no more, and has not said why. It goes on when it is resumed.
+    """
     if state is None:
         if lock_holder(run_dir) is not None:
             return "running"
@@ -82,13 +86,13 @@ def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
     if state.phase not in UNDECIDED:
         return state.phase
     if state.kind == "local":
-        return state.phase if alive(state.job) else "died"
+        return state.phase if alive(state.job) else "gone"
     if not state.job:
         return "not submitted"
     now = slurm_client.job_state(state.job)
     if now.lives:
         return now.name.lower() + (f" ({now.reason})" if now.reason != "None" else "")
-    return "cancelled" if now.name == "CANCELLED" else "died"
+    return "cancelled" if now.name == "CANCELLED" else "gone"
 
 
 def alive(job: str) -> bool:
@@ -122,8 +126,8 @@ def table(statuses: list[RunStatus]) -> Table:
         eta = "" if s.eta is None or s.step >= s.steps else f"{s.eta // 3600:.0f}:{s.eta % 3600 // 60:02.0f}"
         loss = "" if s.loss is None else f"{s.loss:.4f}"
         speed = "" if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}"
-        made.add_row(s.run, s.state, s.job, f"{s.step}/{s.steps}", str(s.saved), loss, speed, eta, str(s.restarts),
-                     s.last_error)  # fmt: skip
+        made.add_row(escape(s.run), s.state, s.job, f"{s.step}/{s.steps}", str(s.saved), loss, speed, eta,
+                     str(s.restarts), escape(s.last_error))  # fmt: skip
     return made
 
 
@@ -135,12 +139,15 @@ def cancel(run_dir: Path) -> None:
     if state is None:
         raise ValueError(f"{run_dir}: not launched by launchers.slurm or launchers.local: stop it where it runs")
     word = phase(run_dir, state, newest_step(run_dir), sys.maxsize)
-    if word in ("finished", "failed", "cancelled", "stopped", "died", "not submitted"):
+    if word in ("finished", "failed", "cancelled", "stopped", "gone", "not submitted"):
         raise ValueError(f"{run_dir}: nothing to cancel, the run is {word}")
     if state.kind == "slurm":
         slurm_client.slurm("scancel", state.job)
     else:
-        os.kill(int(state.job.rpartition(":")[2]), signal.SIGTERM)
+        host, _, pid = state.job.rpartition(":")
+        if host != socket.gethostname():
+            raise ValueError(f"{run_dir}: runs on {host} as process {pid}: stop it there")
+        os.kill(int(pid), signal.SIGTERM)
     print(f"{run_dir}: told job {state.job} to stop; its ranks save first. Go on with "
           f"python -m launchers.status resume {run_dir}")  # fmt: skip
 

@@ -61,7 +61,7 @@ srun: error: n1: tasks 0-2: Exited with exit code 2
 RAISED = """\
 Traceback (most recent call last):
   File "train.py", line 1, in <module>
-torch.OutOfMemoryError: CUDA out of memory.
+[rank3]: torch.OutOfMemoryError: CUDA out of memory.
 srun: error: n1: task 3: Exited with exit code 1
 srun: error: n2: task 7: Aborted
 """

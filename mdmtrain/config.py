@@ -185,9 +185,7 @@ class CheckpointConfig(Section):
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
-    export_every: int | None = Field(
-        None, gt=0, description="steps between exports to RUN/exports, and after the last step; null: none"
-    )
+    export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
 
     @model_validator(mode="after")
     def _exports_are_of_checkpoints(self) -> "CheckpointConfig":

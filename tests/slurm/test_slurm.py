@@ -74,12 +74,12 @@ def wait_until_started_again(cluster: Cluster, run_dir: Path, starts: int) -> No
     cluster.wait_for(there, f"start {starts + 1} of {run_dir.name}", LONG)
 
 
-def wait_until_finished(cluster: Cluster, run_dir: Path) -> None:
+def wait_until_finished(cluster: Cluster, run_dir: Path, seconds: float = LONG) -> None:
     def there() -> bool:
         assert phase(run_dir) not in ("failed", "cancelled"), logs(run_dir)
         return phase(run_dir) == "finished"
 
-    cluster.wait_for(there, f"the end of {run_dir.name}", LONG)
+    cluster.wait_for(there, f"the end of {run_dir.name}", seconds)
 
 
 def processes_of(cluster: Cluster, run_dir: Path, program: str) -> list[int]:
@@ -152,7 +152,8 @@ class Disturbance:
         self.cluster.start_node(node)  # as the machine's init would
 
 
-def disturb_until_the_end(cluster: Cluster, run_dir: Path, names: list[str], every: int) -> None:
+def disturb_until_the_end(cluster: Cluster, run_dir: Path, names: list[str], every: int, seconds: float = LONG) -> None:
+    """Each disturbance comes `every` steps after the start that the one before it led to."""
     disturbance = Disturbance(cluster, run_dir)
     for name in names:
         wait_until_saved(cluster, run_dir, newest_step(run_dir) + every)
@@ -161,7 +162,7 @@ def disturb_until_the_end(cluster: Cluster, run_dir: Path, names: list[str], eve
         getattr(disturbance, name)()
         wait_until_started_again(cluster, run_dir, starts)
         assert newest_step(run_dir) >= saved, f"{name} lost a committed step"
-    wait_until_finished(cluster, run_dir)
+    wait_until_finished(cluster, run_dir, seconds)
 
 
 def test_finished_disturbed_and_equal(cluster, calm, corpus, tmp_path, capsys):
@@ -237,8 +238,8 @@ def test_twenty_disturbances(cluster, corpus, tmp_path):
     file, rough = write_run(corpus, tmp_path, "rough", steps, 64)
     calm_file, calm = write_run(corpus, tmp_path, "calm", steps, 64)
     slurm.launch([str(file), "--nodes", "2", "--time", "60", "--setup", f"[ ! -f {rough}/wait ] || sleep 55"])
-    disturb_until_the_end(cluster, rough, names, 10)
+    disturb_until_the_end(cluster, rough, names, 10, 3600)
     slurm.launch([str(calm_file), "--nodes", "2"])
-    wait_until_finished(cluster, calm)
+    wait_until_finished(cluster, calm, 3600)
     assert read_metrics(rough) == read_metrics(calm)
     assert read_state(rough).starts >= 21 and read_state(rough).crashes == 0

@@ -116,7 +116,7 @@ def train(config: Config, world: World) -> None:
             eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         if pair.half:
-            recorder.add_pair(sums, pair.compare())
+            recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
         elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
             pair.keep()
         world.sum(sums)

@@ -32,7 +32,8 @@ def short_run(small_run, tmp_path):
     def tree(name: str, parallel: dict) -> dict:
         run = {"dir": str(tmp_path / name), "seed": 5, "steps": 6, "global_batch": 16, "micro_batch": 2}
         small = {"run": run, "parallel": parallel, "checkpoint": {"save_every": 3}, "eval": {"every": 6, "rows": 8}}
-        return small_run({**small, "optim": {"warmup_steps": 2}})
+        monitor = {"log_every": 5, "tensorboard": False, "probe_every": 2, "probe": [4, 2, 2]}
+        return small_run({**small, "optim": {"warmup_steps": 2}, "monitor": monitor})
 
     return tree
 
@@ -48,7 +49,9 @@ def test_mesh_and_recomputation_change_nothing(short_run, tmp_path):
     metrics = {name: read_metrics(tmp_path / name) for name in kinds}
     for name in ("full", "ops"):
         assert metrics[name] == metrics["fsdp"], name
-    # Two copies of two shards add up in another order; averaging over copies would halve the gradient.
+    assert [r["step"] for r in metrics["fsdp"] if "grad_noise" in r] == [2, 6]  # not 4: step 3 saves
+    # Two copies of two shards add up in another order; averaging over copies would halve the gradient, and gradient
+    # noise added up over all ranks would count each copy.
     close(metrics["fsdp"], metrics["hsdp"], 1e-5)
     # Saved as two copies on 4 ranks, continued as one on 2.
     shutil.rmtree(tmp_path / "hsdp/checkpoints/step-00000006")

@@ -285,13 +285,14 @@ def test_isad_is_biased_where_context_matters_and_only_there(choice):
 
 
 def test_ar_is_the_mean_cross_entropy_of_the_next_token():
-    """Nothing is masked; a row of P tokens has P - 1 targets, a full one weighs as its mean."""
+    """Nothing is masked; a row of P tokens has P - 1 targets, whose mean stands for all P."""
     law, ids = make_law(objective="ar"), torch.stack([IDS, IDS])
-    c = law.corrupt(ids, torch.tensor([L, 3]), torch.zeros(2, L), Draws(np.ones(2), np.ones(2)), MASK)
+    eligible = torch.cat([leading(L, 1, L), leading(3, 1, L)])
+    c = law.corrupt(ids, eligible, torch.zeros(2, L), Draws(np.ones(2), np.ones(2)), MASK)
     assert torch.equal(c.noisy, ids) and c.positions.tolist() == [0, 1, 2, 3, L, L + 1]
     assert c.targets.tolist() == [*IDS[1:].tolist(), *IDS[1:3].tolist()]
     found = row_losses(torch.arange(1.0, 7.0), c).tolist()
-    assert found == pytest.approx([L * (1 + 2 + 3 + 4) / 4, L / (L - 1) * (5 + 6)])
+    assert found == pytest.approx([L * (1 + 2 + 3 + 4) / 4, 3 * (5 + 6) / 2])
 
 
 def copy_pair(masked):
@@ -637,9 +638,10 @@ def test_t15_rows_of_4096_positions():
     """CE = 1: variances of a row .001444, .0000880 and .003359, by the exact law of the number of masks."""
     P = 4096
     law = make_law(eps=1e-3, weights="count")
-    q, omega = law.count_law(P)
-    assert q.sum() == pytest.approx(1, abs=1e-9)
     k = np.arange(P + 1)
+    q, every = law.count_probability(np.full(P + 1, P), k), np.full(P, P)
+    omega = np.append(0.0, law.omega.of_count(every, k[1:]))
+    assert q.sum() == pytest.approx(1, abs=1e-9)
     by_rate = (np.log(1e3) / (1 - 1e-3) - 1) / P  # E_t of (1 - t)/(P t)
     found = {"rate": by_rate}
     for name, weight in (("cut", omega), ("uncut", np.where(k > 0, 1.0, 0.0))):
@@ -650,9 +652,7 @@ def test_t15_rows_of_4096_positions():
     # The weights that a step is given are these.
     at, U = Draws(np.array([0.01]), np.ones(1)), torch.zeros(1, P) + (torch.arange(P) >= 40)
     for choice, weight in (({"weights": "count"}, omega[40] / (q[40] * 40)), ({}, 1 / 0.01)):
-        c = make_law(eps=1e-3, **choice).corrupt(
-            torch.zeros(1, P, dtype=torch.int64), torch.tensor([P]), U * 0.9, at, 1
-        )
+        c = make_law(eps=1e-3, **choice).corrupt(torch.zeros(1, P, dtype=torch.int64), leading(P, 1, P), U * 0.9, at, 1)
         assert len(c.positions) == 40 and c.weights.tolist() == pytest.approx([weight] * 40, rel=1e-5)
 
 

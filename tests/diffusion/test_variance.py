@@ -168,7 +168,7 @@ def test_the_loss_stays_unbiased_under_the_fitted_density(views):
 
 
 def test_every_cell_gets_its_share_or_the_grid_is_refused():
-    with pytest.raises(ValueError, match="at least 32 rates x sequences"):
+    with pytest.raises(ValueError, match="grid needs 32 rates x sequences or more"):
         probe_of(One(), 1, sampler="ppots", when="once", grid=[31, 1, 4])
     probe = probe_of(One(), 1, sampler="ppots", when="once", grid=[16, 2, 1])
     assert np.isfinite(probe.fit(plain_law(probe._config.diffusion), [SPLIT])).all()

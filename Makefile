@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
 RUN := runs/quickstart
-STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,bell-counted-ppots,ar
+STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,best,ar
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup corpus quickstart test soak study slurm-demo lint

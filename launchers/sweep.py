@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(rows, args.reference, console)
     if args.json:
         store.write_atomically(args.json, json.dumps({"reference": args.reference, "cells": rows}, indent=1) + "\n")
-    if args.figure:
+    if args.figure and rows:
         draw(rows, args.reference, args.figure)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: see above; started again, the sweep retries them")

@@ -70,10 +70,12 @@ class Run:
         return newest is not None and store.read_meta(newest)["step"] >= self.config.run.steps
 
 
-def plan(base: list[str], arms: list[str], seeds: list[int], variations: list[list[str]], folder: Path) -> list[Run]:
+def plan(
+    base: list[str], arms: list[str], seeds: list[int], variations: list[list[str]], folder: Path, alone: bool = True
+) -> list[Run]:
     """Every run of the sweep, validated: variations outermost, then seeds, so that early results are whole comparisons.
 
-    Raises ValueError for an arm that is not there or a configuration that does not hold.
+    alone: each run is one process. Raises ValueError for an arm that is not there or a configuration that is wrong.
     """
     runs = []
     for variation, seed, arm in itertools.product(itertools.product(*variations), seeds, arms):
@@ -85,7 +87,8 @@ def plan(base: list[str], arms: list[str], seeds: list[int], variations: list[li
         run_dir = folder / cell.folder / f"seed-{seed}"
         arguments = [*base, str(path), *variation, f"run.seed={seed}", f"run.dir={run_dir}"]
         config = configuration.load(arguments)
-        resolve(config, 1)
+        if alone:
+            resolve(config, 1)
         runs.append(Run(cell, seed, run_dir, arguments, config))
     return runs
 
@@ -180,12 +183,15 @@ class Curve:
 
 def read_curve(run: Run) -> Curve:
     records = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [r for r in records if r.get("split", "").startswith("validation") and r["nelbo"] is not None]
-    steps = np.array([r["step"] for r in evaluations])
+    at: dict[int, list[float]] = {}  # of every validation set; not finite is no value, and no better than any
+    for record in records:
+        if record.get("split", "").startswith("validation"):
+            at.setdefault(record["step"], []).append(np.inf if record["nelbo"] is None else record["nelbo"])
+    steps, nelbo = np.array(list(at)), np.array([np.mean(values) for values in at.values()])
     optim = run.config.optim
     before = run.config.run.steps - round(run.config.run.steps * optim.decay_fraction) if optim.schedule == "wsd" else 0
     tokens = steps * float(run.config.run.global_batch * run.config.data.sequence_length)
-    return Curve(tokens, np.array([r["nelbo"] for r in evaluations]), int((steps <= before).sum()))
+    return Curve(tokens, nelbo, int((steps <= before).sum()))
 
 
 def tokens_to_reach(curve: Curve, nelbo: float) -> float:
@@ -324,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
-    runs = plan(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir)
+    runs = plan(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
     if args.report:
         failed = []
     elif args.slurm is not None:
@@ -334,7 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = compare(runs, args.reference)
     show(rows, args.reference, console)
     if args.json:
-        store.write_atomically(args.json, json.dumps({"reference": args.reference, "cells": rows}, indent=1) + "\n")
+        table = json.loads(json.dumps({"reference": args.reference, "cells": rows}), parse_constant=lambda _: None)
+        store.write_atomically(args.json, json.dumps(table, indent=1) + "\n")
     if args.figure and rows:
         draw(rows, args.reference, args.figure)
     if failed:

@@ -182,6 +182,8 @@ def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, m
     """
     tokens = rows.eligible.sum(dim=1).numpy()
     assert tokens.min() > 0
+    if model.shape.causal:  # a row with nothing but its first position has nothing to predict: it does not count
+        tokens = tokens * rows.eligible[:, 1:].any(dim=1).numpy()
     each = np.arange(len(tokens))
     passes = Passes(each, each, each * 0.0, each) if model.shape.causal else plan(estimator, tokens)
 

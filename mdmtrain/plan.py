@@ -138,6 +138,8 @@ def memory(shape: ModelShape, config: Config, shard: int, micro_batch: int, assu
     return {
         "parameters": 4 * parts.total / shard,
         "gradients": 4 * parts.total / shard,
+        # Kept from one step to the next where the gradient's noise is measured.
+        "gradient pair": 4 * parts.total / shard if config.monitor.probe_every else 0.0,
         "optimizer": 8 * parts.total / shard,
         "average": average,
         # In use and the next one, in the compute dtype; the gradients of a block before and while they are reduced.
@@ -248,6 +250,7 @@ def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
                 )
                 run = config.run.model_copy(update={"micro_batch": micro})
                 words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
+                words += " parallel.shard=null" if config.parallel.shard else ""
                 yield words, config.model_copy(update={"parallel": parallel, "run": run})
 
 

@@ -17,7 +17,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.loader import describe_rows, open_sources, train_loader
+from mdmtrain.data.loader import describe_rows, open_sources, train_loader, validation_rows
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
@@ -45,6 +45,8 @@ def train(config: Config, world: World) -> None:
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
     sources = world.agree(lambda: open_sources(config.data, "train", config.data.verify if world.is_main else "size"))
     validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
+    evaluated = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
+    world.agree(lambda: [validation_rows(split, *evaluated) for split in validation])  # said now, not after hours
     tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
     tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
     shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
@@ -76,6 +78,7 @@ def train(config: Config, world: World) -> None:
         recorder.restore(meta["recorder"])
         origin = f"resumed from {resumed}"
     if step >= run.steps:
+        SideExports(config, resumed, world.is_main).finish()  # one that went with the process that made it
         say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
         return
     loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, world.device.type == "cuda"))

@@ -48,6 +48,8 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
     diffusion = configuration.validate(tree, str(path)).diffusion
     if diffusion.schedule != "linear":
         raise ValueError(f"--arms: {name} has another schedule: give its density as a sampler, schedule linear")
+    if diffusion.syrm_tokens:
+        raise ValueError(f"--arms: {name} masks other positions, which is another objective: compare it by training")
     return diffusion
 
 

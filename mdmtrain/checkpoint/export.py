@@ -218,11 +218,12 @@ class SideExports:
     """
 
     def __init__(self, config: Config, resumed: Path | None, is_main: bool):
-        """resumed: the checkpoint that the run goes on from, whose export may have gone with the process."""
+        """resumed: the checkpoint that the run goes on from; exports up to it may have gone with the process."""
         self._every, self._last = config.checkpoint.export_every if is_main else None, config.run.steps
         self._running: list[tuple[Path, Future, IO]] = []
-        if resumed is not None and not _beside(resumed).exists():
-            self.start(resumed)
+        for folder in store.complete_checkpoints(resumed.parent.parent) if resumed is not None else []:
+            if folder <= resumed and not _beside(folder).exists():
+                self.start(folder)
 
     def start(self, checkpoint: Path) -> None:
         """Export a checkpoint just committed, if it is due. Does not wait."""
@@ -231,10 +232,13 @@ class SideExports:
             return
         self._report([entry for entry in self._running if entry[1].done()])
         shutil.rmtree(_beside(checkpoint), ignore_errors=True)  # of a future that was given up
-        held = store.hold(checkpoint)  # from now on, not only when the process is up
-        pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
-        self._running.append((checkpoint, pool.submit(_export_beside, checkpoint), held))
-        pool.shutdown(wait=False)
+        try:
+            held = store.hold(checkpoint)  # from now on, not only when the process is up
+            pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
+            self._running.append((checkpoint, pool.submit(_export_beside, checkpoint), held))
+            pool.shutdown(wait=False)
+        except OSError as error:
+            log.warning("export of %s could not start, the run goes on: %s", checkpoint, describe(error))
 
     def finish(self) -> None:
         """Wait for the exports that still run."""

@@ -248,4 +248,4 @@ def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
     model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()
-    return LoadedModel(folder, model, tokenizer, config, meta)
+    return LoadedModel(folder, model, tokenizer, config.model_copy(update={"parallel": here}), meta)

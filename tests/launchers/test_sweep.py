@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.sweep import Curve, Run, compare, interval, main, plan, tokens_to_reach
+from launchers.sweep import Curve, Run, compare, interval, main, plan, read_curve, tokens_to_reach
 from mdmtrain import config as configuration
 from tests.conftest import ROOT, write_config
 
@@ -65,6 +65,16 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     assert second["tokens_ratio"] == pytest.approx((3 + 1 / 3) / 4)
     assert first["tokens_ratio"] == 1.0
     assert all(row["variation"] == ["optim.lr=1e-3"] for row in (first, second))  # nothing ran at the other rate
+
+
+def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):
+    base = str(write_config(small_run(), tmp_path / "config.yaml"))
+    run = plan([base], ["standard"], [0], [], tmp_path / "sweep")[0]
+    write_run(run, [])
+    values = [("a", 4, 5.0), ("b", 4, 3.0), ("a", 8, 4.0), ("b", 8, None)]
+    lines = [json.dumps({"step": s, "split": f"validation/{k}", "nelbo": v}) + "\n" for k, s, v in values]
+    (run.dir / "metrics.jsonl").write_text("".join(lines))
+    assert read_curve(run).nelbo.tolist() == [4.0, np.inf]  # the last good value would hide that it diverged
 
 
 def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and peak memory of tools/convert_ckpt.py on a synthetic checkpoint, against reading and writing the same bytes.
 
-  tools/bench_convert.py --out /tmp/bench --layers 24
+  tools/bench_convert.py --out bench --layers 24
 
 Makes a checkpoint as one rank would save it, converts it to llama and back, each in a process of its own, and removes
 everything. The files were just written, so that reads come from memory where there is enough of it, for all alike.

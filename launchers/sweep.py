@@ -230,7 +230,8 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
         final = np.array([curve.nelbo[-1] for curve in of_seed.values()])
         row = {
             "arm": cell.arm, "variation": list(cell.variation), "seeds": sorted(of_seed), "nelbo": float(final.mean()),
-            "nelbo_sd": float(final.std(ddof=1)) if len(final) > 1 else None, "tokens": float(curve_end(of_seed)),
+            "nelbo_sd": float(final.std(ddof=1)) if len(final) > 1 else None,
+            "tokens": float(min(curve.tokens[-1] for curve in of_seed.values())),
         }  # fmt: skip
         base = curves.get(Cell(reference, cell.variation), {})
         shared = [seed for seed in of_seed if seed in base]
@@ -249,10 +250,6 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
             }
         rows.append(row)
     return rows
-
-
-def curve_end(of_seed: dict[int, Curve]) -> float:
-    return min(curve.tokens[-1] for curve in of_seed.values())
 
 
 def show(rows: list[dict], reference: str, console: Console) -> None:

@@ -13,6 +13,7 @@ from mdmtrain.model.transformer import Transformer
 from mdmtrain.parallel.wrap import recompute_options
 from tests.conftest import read_metrics
 from tests.spawn import run_world
+from tests.test_plan import saved_numbers
 from tests.test_worlds import close
 
 SHAPE = ModelShape(vocab_size=64, d_model=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=32)
@@ -59,30 +60,9 @@ def test_mesh_and_recomputation_change_nothing(short_run, tmp_path):
     close(metrics["hsdp"], read_metrics(tmp_path / "hsdp"), 1e-5)
 
 
-def saved_bytes(recompute: str) -> int:
-    """What a forward pass keeps for the backward pass, parameters aside."""
-    torch.manual_seed(0)
-    model = Transformer(SHAPE, 64)
-    for index, layer in enumerate(model.layers):
-        layer.recompute = recompute_options(ParallelConfig(recompute=recompute), index)
-    parameters = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    ids = torch.arange(64).view(2, 32) % 60
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(ids, torch.arange(4), ids.flatten()[:4]).sum()
-    loss.backward()
-    return sum(kept.values())
-
-
 def test_recomputation_keeps_less():
     """Without it the equalities above would hold for a mode that is never switched on."""
-    none, selective, full = (saved_bytes(mode) for mode in ("none", "selective", "full"))
+    none, selective, full = (saved_numbers(SHAPE, mode) for mode in ("none", "selective", "full"))
     assert full < 0.4 * none and full < selective < none
 
 

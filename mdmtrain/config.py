@@ -8,7 +8,6 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 import difflib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -311,35 +310,6 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 # ---- reading
 
 
-def _overlay(below: dict, above: dict) -> dict:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
-
-
-def read_file(path: str) -> dict:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read configuration {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read configuration {path}: not UTF-8 text") from None
-    tree = yaml12.parse(text, path)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected sections such as 'run:' at the top level, found {type(tree).__name__}")
-    return tree
-
-
-def _read_override(argument: str) -> dict:
-    key, _, value = argument.partition("=")
-    tree = yaml12.parse(value, f"override {argument!r}")
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
-    return tree
-
-
 def _field_names(path: tuple) -> list[str]:
     """The legal keys beside the last part of a configuration path."""
     level = Config
@@ -384,13 +354,5 @@ def load(arguments: list[str]) -> Config:
 
     Raises ValueError with one line that says what is wrong, where, and what to do.
     """
-    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
-    files = [a for a in arguments if a not in overrides]
-    if not files:
-        raise ValueError("no configuration file given: name at least one, such as configs/quickstart.yaml")
-    tree: dict = {}
-    for path in files:
-        tree = _overlay(tree, read_file(path))
-    for argument in overrides:
-        tree = _overlay(tree, _read_override(argument))
+    tree, files = yaml12.read(arguments)
     return validate(tree, "configuration " + " + ".join(files))

@@ -1,6 +1,10 @@
-"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only what JSON can say."""
+"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only what JSON can say.
+
+Trees of it lie over each other: files from left to right, then section.key=value overrides.
+"""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -61,3 +65,47 @@ def parse(text: str, where: str) -> Any:
         line = f" line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def read_file(path: str) -> dict:
+    """The tree of a file. Raises ValueError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read configuration {path}: not UTF-8 text") from None
+    tree = parse(text, path)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections such as 'run:' at the top level, found {type(tree).__name__}")
+    return tree
+
+
+def read(arguments: list[str]) -> tuple[dict, list[str]]:
+    """The tree of a command line's files and overrides, and which of its arguments are files. Raises ValueError."""
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    files = [a for a in arguments if a not in overrides]
+    if not files:
+        raise ValueError("no configuration file given: name at least one, such as configs/quickstart.yaml")
+    tree: dict = {}
+    for path in files:
+        tree = _overlay(tree, read_file(path))
+    for argument in overrides:
+        tree = _overlay(tree, _read_override(argument))
+    return tree, files
+
+
+def _overlay(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _read_override(argument: str) -> dict:
+    key, _, value = argument.partition("=")
+    tree = parse(value, f"override {argument!r}")
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mdmtrain import config as configuration
+from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
@@ -40,7 +41,7 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in ARMS.glob("*.yaml")))
         raise ValueError(f"--arms: no arm {name!r}: there are {known}")
-    overlay = configuration.read_file(str(path))
+    overlay = yaml12.read_file(str(path))
     if "model" in overlay:
         raise ValueError(f"--arms: {name} is another model: train it by itself, its checkpoint cannot be this one")
     kept = {key: run["diffusion"][key] for key in ("eps", "bins", "floor")}

@@ -182,12 +182,18 @@ class ParallelConfig(Section):
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
 
+    fused_head: bool = Field(
+        False, description="torch's own fused linear cross-entropy (2.13 and later), in float32: less memory"
+    )
+
     @model_validator(mode="after")
-    def _the_compiler_keeps_budgets(self) -> "ParallelConfig":
+    def _torch_can(self) -> "ParallelConfig":
         if self.recompute == "budget" and not self.compile:
             raise ValueError(
                 "recompute=budget is torch.compile's: set parallel.compile=true, or recompute=selective or ops"
             )
+        if self.fused_head and self.compute_dtype != "float32":
+            raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
         return self
 
 

@@ -58,7 +58,8 @@ ARRANGEMENTS = {
     "keep gathered": Arrangement({"reshard_after_forward": False}, True),
     "offload": Arrangement({"offload": True}, True),
     "average": Arrangement({}, True, ema=True),
-    # Micro-batches add up in another order; a compiled block rounds elsewhere.
+    # Micro-batches add up in another order; compiled blocks and the fused head round elsewhere.
+    "fused head": Arrangement({"fused_head": True}, False),
     "accumulate": Arrangement({}, False, accumulate=ACCUMULATED),
     "compile": Arrangement({"compile": True}, False),
     "compile ops": Arrangement({"compile": True, "recompute": "ops"}, False),

@@ -18,6 +18,7 @@ from mdmtrain.model.presets import ModelShape
 
 Mask = Tensor | BlockMask
 
+
 @cache
 def _compiled(function: Callable) -> Callable:
     """Not compiled, FlexAttention makes [.., L, L] tensors. Not at import: that takes seconds."""

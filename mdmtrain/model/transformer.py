@@ -52,13 +52,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The denoiser. Parameter names are part of the checkpoint format."""
 
-    def __init__(self, shape: ModelShape, head_chunk: int):
+    def __init__(self, shape: ModelShape, head_chunk: int, fused_head: bool = False):
         super().__init__()
         self.shape = shape
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
-        self.head = Head(shape.d_model, shape.vocab_size, shape.tied_embeddings, head_chunk)
+        self.head = Head(shape.d_model, shape.vocab_size, shape.tied_embeddings, head_chunk, fused_head)
 
     def forward(
         self, ids: Tensor, positions: Tensor, targets: Tensor | None = None, segments: Tensor | None = None

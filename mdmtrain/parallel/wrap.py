@@ -19,7 +19,7 @@ from mdmtrain.config import ParallelConfig
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
-from mdmtrain.parallel.world import World
+from mdmtrain.parallel.world import AgreedError, World
 
 # What recompute=ops keeps: the products and the attention, which take most of the time and little of the memory.
 _aten = torch.ops.aten
@@ -37,9 +37,14 @@ log = logging.getLogger("mdmtrain")
 
 
 def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Transformer:
-    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it."""
+    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it.
+
+    Raises AgreedError where this torch lacks what the configuration asks for.
+    """
+    if config.fused_head and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise AgreedError(f"parallel.fused_head=true needs torch 2.13, this is {torch.__version__}: leave it out")
     with torch.device("meta"):
-        model = Transformer(shape, config.head_chunk)
+        model = Transformer(shape, config.head_chunk, config.fused_head)
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -50,9 +50,9 @@ def test_block_mask_is_the_boolean_mask(dense_flex, monkeypatch, causal):
     other = run(segments.clamp(min=0))[0]
     monkeypatch.setattr(transformer, "attention_mask", lambda seen, s: attention.block_mask(seen, s.causal))
     flex_losses, flex_gradient = run(segments)
-    torch.testing.assert_close(flex_losses, losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(flex_gradient, gradient, rtol=1e-4, atol=1e-6)
-    assert (other - losses).abs().max() > 1e-3
+    for ours, theirs in ((flex_losses, losses), (flex_gradient, gradient)):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert (other - losses).norm() > 1e-2 * losses.norm()
 
 
 def test_new_documents_make_no_new_graph(dense_flex):

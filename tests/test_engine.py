@@ -141,18 +141,21 @@ def test_ops_keeps_products_and_attention_only(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler (g++)")
 def test_compiled_blocks(short_run, tmp_path):
     eager, compiled = short_run("eager", {}), short_run("compiled", {"compile": True, "recompute": "ops"})
-    (graphs,) = run_world(train_and_count_graphs, 1, [eager, compiled])
+    ((graphs, budget),) = run_world(train_and_count_graphs, 1, [eager, compiled])
     close(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), 1e-4)
     # With and without a mask, in training and in evaluation: not once per layer, nor once per step.
-    assert 1 <= graphs <= 4
+    assert 1 <= graphs <= 4 and budget == 0.25
     log = (tmp_path / "compiled/logs/rank-0.log").read_text()
     assert "torch.compile made" in log and "more graphs" not in log, "steady steps with other masked positions compile"
     assert Path(tmp_path / "compiled/checkpoints/step-00000006/meta.json").is_file()
 
 
-def train_and_count_graphs(world, trees: list[dict]) -> int:
+def train_and_count_graphs(world, trees: list[dict]) -> tuple[int, float]:
+    """Graphs of all runs, then the budget that a further model would be compiled under."""
     train_each(world, trees)
-    return counters["stats"]["unique_graphs"]
+    made = counters["stats"]["unique_graphs"]
+    build_model(SHAPE, ParallelConfig(compile=True, recompute="budget", recompute_budget=0.25), world)
+    return made, torch._functorch.config.activation_memory_budget
 
 
 def test_graphs_made_late_are_reported(monkeypatch, caplog):

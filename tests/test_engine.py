@@ -141,21 +141,57 @@ def test_ops_keeps_products_and_attention_only(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler (g++)")
 def test_compiled_blocks(short_run, tmp_path):
     eager, compiled = short_run("eager", {}), short_run("compiled", {"compile": True, "recompute": "ops"})
-    ((graphs, budget),) = run_world(train_and_count_graphs, 1, [eager, compiled])
+    ((graphs, budget, flex),) = run_world(train_and_count_graphs, 1, [eager, compiled])
     close(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), 1e-4)
     # With and without a mask, in training and in evaluation: not once per layer, nor once per step.
     assert 1 <= graphs <= 4 and budget == 0.25
+    for differences, graphs in flex:
+        assert max(differences) < 1e-5 and graphs <= 1
     log = (tmp_path / "compiled/logs/rank-0.log").read_text()
     assert "torch.compile made" in log and "more graphs" not in log, "steady steps with other masked positions compile"
     assert Path(tmp_path / "compiled/checkpoints/step-00000006/meta.json").is_file()
 
 
-def train_and_count_graphs(world, trees: list[dict]) -> tuple[int, float]:
-    """Graphs of all runs, then the budget that a further model would be compiled under."""
+def train_and_count_graphs(world, trees: list[dict]) -> tuple[int, float, list]:
+    """Graphs of all runs, the budget that a further model would be compiled under, flex_against_sdpa."""
     train_each(world, trees)
     made = counters["stats"]["unique_graphs"]
     build_model(SHAPE, ParallelConfig(compile=True, recompute="budget", recompute_budget=0.25), world)
-    return made, torch._functorch.config.activation_memory_budget
+    return made, torch._functorch.config.activation_memory_budget, flex_against_sdpa(world)
+
+
+def flex_against_sdpa(world) -> list[tuple[tuple[float, float], int]]:
+    """(Relative differences of losses and gradients, graphs made) with FlexAttention under FSDP, eager and compiled.
+
+    Two batches of other documents. Its dense form, as in tests/model/test_attention.py; compiled, but for code of GPUs.
+    """
+    import torch.nn.attention.flex_attention as flex
+
+    from mdmtrain.model import attention, transformer
+
+    flex._validate_device, attention._compiled = lambda *tensors: None, lambda function: function
+    compile, sdpa = torch.nn.Module.compile, transformer.attention_mask
+    torch.nn.Module.compile = lambda module, **options: compile(module, backend="aot_eager", **options)
+    shape = ModelShape(vocab_size=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64)
+    ids, positions, segments = torch.arange(300).view(2, 150) * 7 % 60, torch.arange(0, 300, 3), torch.zeros(2, 150)
+    segments[0, 40:], segments[0, 130:], segments[1, 9:] = 1, -1, -1
+    found = []
+    for parallel in (ParallelConfig(recompute="full"), ParallelConfig(recompute="ops", compile=True)):
+        outcomes = []
+        for mask in (sdpa, lambda seen, _: attention.block_mask(seen, False)):
+            transformer.attention_mask = mask
+            torch.compiler.reset()
+            counters.clear()
+            model = build_model(shape, parallel, world)
+            init_weights(model, 0)
+            for documents in (segments, segments.roll(1, 0)):
+                losses = model(ids, positions, ids.flatten()[positions], documents)
+                losses.sum().backward()
+            gradient = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])
+            outcomes.append((losses.detach(), gradient))
+        differences = tuple(float((a - b).norm() / a.norm()) for a, b in zip(*outcomes, strict=True))
+        found.append((differences, counters["stats"]["unique_graphs"] if parallel.compile else 0))
+    return found
 
 
 def test_graphs_made_late_are_reported(monkeypatch, caplog):

@@ -2,8 +2,8 @@
 
 Rows of several documents or with pads carry a mask. On CUDA it is FlexAttention's: one block mask covers documents,
 pads, causality and grouped heads in float32 and bfloat16, on torch 2.11 and 2.13, skips the blocks that no query
-sees, and can be run on a CPU, where tests compare it. (varlen_attn takes half precision only, and document boundaries
-of a length that changes from batch to batch.) Everywhere else, SDPA with a boolean mask: the reference.
+sees, and can be run on a CPU, where tests compare it. (varlen_attn takes half precision only, has no grouped heads in
+2.11, and wants boundaries, whose number changes with every batch.) Elsewhere, SDPA with a boolean mask: the reference.
 """
 
 from collections.abc import Callable

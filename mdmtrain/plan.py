@@ -7,6 +7,7 @@ the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import log2
 
 import torch
@@ -51,6 +52,8 @@ class Assumptions:
     masked: float = 0.5  # share of the positions that go through the head, in the mean of a step
     memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
     disk: float = 1e9  # bytes/s that one rank writes into a checkpoint
+    host_link: float = 25e9  # bytes/s each way between a GPU and its host's memory (offload)
+    host_memory: float = 20e9  # bytes/s at which a rank's optimizer runs through its host's memory (offload)
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class Cost:
 
     gpus: int
     reasons: tuple[str, ...]  # of the resolved plan
-    memory: dict[str, float]  # bytes by kind
+    memory: dict[str, float]  # bytes of the GPU by kind
+    host_bytes: float  # of host memory: what is offloaded
     fits: bool
-    traffic: dict[str, float]  # bytes sent a step, by collective
+    traffic: dict[str, float]  # bytes sent a step, by collective; "host": between GPU and host, both ways
     link: str  # over which the sharding collectives go: "node" or "network"
     model_flops: float  # of one step on all GPUs, what MFU counts
     compute_seconds: float
@@ -102,14 +106,20 @@ def sizes(shape: ModelShape) -> Sizes:
     return Sizes(block, shape.n_layers, matrix, matrix + shape.d_model, 0)
 
 
-def saved_per_token(shape: ModelShape, recompute: str) -> float:
-    """Numbers that one block keeps for the backward pass, per token, with fused norms (a CPU keeps 2 d more)."""
+def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0) -> float:
+    """Numbers that one block keeps for the backward pass, per token, with fused norms (a CPU keeps 2 d more).
+
+    A budget is taken as a share of what a block without compilation keeps beyond its input; torch takes it of what the
+    compiler would keep by itself, which is less.
+    """
     d, kv, ff = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
         case "full":
             return d  # the block's input
         case "ops":  # the input, and the outputs of products and attention
             return d + (d + 2 * kv) + d + d + 2 * ff + d
+        case "budget":
+            return d + budget * (saved_per_token(shape, "none") - d)
     # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
     return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff
 
@@ -124,7 +134,7 @@ def activation_bytes(shape: ModelShape, config: Config, tokens: int, width: int)
         recomputed = -(-shape.n_layers // every)
         per_token = (shape.n_layers - recomputed) * whole + recomputed * saved_per_token(shape, "full") + whole
     else:
-        per_token = shape.n_layers * saved_per_token(shape, mode) + whole
+        per_token = shape.n_layers * saved_per_token(shape, mode, config.parallel.recompute_budget) + whole
     return float(per_token) * tokens * width
 
 
@@ -134,19 +144,33 @@ def memory(shape: ModelShape, config: Config, shard: int, micro_batch: int, assu
     tokens = micro_batch * config.data.sequence_length
     gathered_blocks = min(2, parts.blocks) if config.parallel.reshard_after_forward else parts.blocks
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
-    average = 4 * parts.total / shard if config.optim.ema_decay is not None else 0.0
+    # Offloaded, all of this is in host memory, but for a block's shard in float32, on its way.
+    states, offload = state_bytes(config, parts.total, shard), config.parallel.offload
+    states = dict.fromkeys(states, 0.0) if offload else states
+    passing = 4 * parts.block / shard if offload else 0.0
     return {
-        "parameters": 4 * parts.total / shard,
-        "gradients": 4 * parts.total / shard,
-        # Kept from one step to the next where the gradient's noise is measured.
-        "gradient pair": 4 * parts.total / shard if config.monitor.probe_every else 0.0,
-        "optimizer": 8 * parts.total / shard,
-        "average": average,
+        **states,
         # In use and the next one, in the compute dtype; the gradients of a block before and while they are reduced.
-        "gathered": width * (gathered_blocks * parts.block + parts.head + parts.root) + (width + 4) * parts.block,
+        "gathered": width * (gathered_blocks * parts.block + parts.head + parts.root)
+        + (width + 4) * parts.block
+        + passing,
         "activations": activation_bytes(shape, config, tokens, width),
-        # Rows before and after the norm; logits, their float32 copy and its gradient for one chunk.
-        "head": 2 * width * tokens * assumed.masked * shape.d_model + rows * shape.vocab_size * (width + 8),
+        # Rows before and after the norm; logits, their float32 copy and its gradient for one chunk (fused: in place).
+        "head": 2 * width * tokens * assumed.masked * shape.d_model
+        + rows * shape.vocab_size * (4 if config.parallel.fused_head else width + 8),
+    }
+
+
+def state_bytes(config: Config, parameters: int, shard: int) -> dict[str, float]:
+    """What a rank keeps from step to step."""
+    one = 4 * parameters / shard
+    return {
+        "parameters": one,
+        "gradients": one,
+        # Kept from one step to the next where the gradient's noise is measured.
+        "gradient pair": one if config.monitor.probe_every else 0.0,
+        "optimizer": 2 * one,
+        "average": one if config.optim.ema_decay is not None else 0.0,
     }
 
 
@@ -156,10 +180,13 @@ def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulat
     # The backward pass gathers again what was freed: not the head, nor a tied matrix, which stay.
     again = parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
     others, copies = (shard - 1) / shard, world // shard
+    # Offloaded shards come in float32 for every gathering, and gradients go back: with copies, once they are added up.
+    back = parts.total * (accumulation if copies == 1 else 1)
     return {
         "all_gather": accumulation * width * (parts.total + again) * others,
         "reduce_scatter": accumulation * 4 * parts.total * others,
         "all_reduce": 2 * 4 * parts.total / shard * (copies - 1) / copies,
+        "host": 4 * (accumulation * (parts.total + again) + back) / shard if config.parallel.offload else 0.0,
     }
 
 
@@ -201,13 +228,20 @@ def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, f
 
 
 def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
-    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed."""
+    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed.
+
+    A budget that holds all products and attention recomputes none of them; a smaller one in proportion, at most (the
+    compiler chooses the cheapest).
+    """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = sizes(shape).blocks * sizes(shape).block
     attention = 4 * length * shape.d_model * shape.n_layers / (2 if shape.causal else 1)
     blocks = tokens * (2 * matrices + attention)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
+    budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
+    d = shape.d_model  # a block's input, which is always kept
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
+    again["budget"] = max(0.0, (ops - budget) / (ops - d))
     return 3 * (blocks + head), (3 + again[config.parallel.recompute]) * blocks + 4 * head
 
 
@@ -223,13 +257,18 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
         (gpu.near if near else gpu.far) * assumed.link_efficiency
     )
     communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
+    communication = max(communication, sent["host"] / assumed.host_link)  # links of their own
     counted, run = step_flops(shape, config, assumed.masked)
     compute = run / (gpus * gpu.peak * assumed.compute_efficiency)
     seconds = max(compute, communication)  # the collectives of one block run under the products of another
+    states, host = sum(state_bytes(config, sizes(shape).total, shard).values()), config.parallel.offload
+    if host:  # after the backward pass, AdamW reads parameter, gradient and two moments and writes all but the gradient
+        seconds += 28 * sizes(shape).total / shard / assumed.host_memory
     total = seconds * config.run.steps
     saved = sizes(shape).total * (16 if config.optim.ema_decay is not None else 12)
     return Cost(
-        gpus=gpus, reasons=plan.reasons, memory=kinds, traffic=sent, link="node" if near else "network",
+        gpus=gpus, reasons=plan.reasons, memory=kinds, host_bytes=states if host else 0.0,
+        traffic=sent, link="node" if near else "network",
         fits=sum(kinds.values()) <= gpu.memory * (1 - assumed.memory_reserve),
         model_flops=counted, compute_seconds=compute, communication_seconds=communication, step_seconds=seconds,
         mfu=counted / (seconds * gpus * gpu.peak), tokens_per_second=plan.tokens_per_step / seconds,
@@ -242,16 +281,16 @@ def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
     """Changes that lower the memory, cheapest in time first."""
     rows = config.run.global_batch // gpus
     micros = [2**n for n in range(int(log2(config.run.micro_batch)), -1, -1) if rows % 2**n == 0]
-    for recompute in dict.fromkeys([config.parallel.recompute, "ops", "full"]):
-        for micro in micros:
-            for replicate in dict.fromkeys([config.parallel.replicate, 1]):
-                parallel = config.parallel.model_copy(
-                    update={"recompute": recompute, "replicate": replicate, "shard": None}
-                )
-                run = config.run.model_copy(update={"micro_batch": micro})
-                words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
-                words += " parallel.shard=null" if config.parallel.shard else ""
-                yield words, config.model_copy(update={"parallel": parallel, "run": run})
+    offloads, copies = dict.fromkeys([config.parallel.offload, True]), dict.fromkeys([config.parallel.replicate, 1])
+    recomputes = dict.fromkeys([config.parallel.recompute, "ops", "full"])
+    for offload, recompute, micro, replicate in product(offloads, recomputes, micros, copies):
+        changes = {"offload": offload, "recompute": recompute, "replicate": replicate, "shard": None}
+        run = config.run.model_copy(update={"micro_batch": micro})
+        words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
+        words += " parallel.offload=true" if offload else ""
+        words += " parallel.shard=null" if config.parallel.shard else ""
+        parallel = config.parallel.model_copy(update=changes)
+        yield words, config.model_copy(update={"parallel": parallel, "run": run})
 
 
 def propose(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:

@@ -89,6 +89,11 @@ def prepare(options: argparse.Namespace) -> Launch:
     plan = resolve(config, world)
     run_dir = Path(config.run.dir).absolute()
     refuse_if_in_use(run_dir)
+    if config.checkpoint.dir is not None:
+        raise ValueError(
+            f"checkpoint.dir={config.checkpoint.dir}: a launched run is followed by the checkpoints in its run folder: "
+            "leave it out, or start the run with torchrun"
+        )
     sources = open_sources(config.data, "train", "size")
     open_sources(config.data, "validation", "size")
     tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import places, store
@@ -75,9 +76,14 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
     return seen
 
 
-def die_while_saving(tree: dict) -> None:
-    """One rank that is killed when it has written the second checkpoint's tensors, beside a loop that goes on."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+def die_while_saving(tree: dict, elsewhere: dict) -> None:
+    """One rank that is killed when it has written the second checkpoint's tensors, beside a loop that goes on.
+
+    Before that, a run that keeps its checkpoints in this process's memory and goes on from there.
+    """
+    world = alone()
+    part = {**elsewhere, "run": {**elsewhere["run"], "steps": 6}}
+    assert [saw["steps"] for saw in train_with(world, [(part, None), (elsewhere, None)])] == [6, 6]
     write = store.write_marker
 
     def killed(folder, *arguments):
@@ -86,9 +92,14 @@ def die_while_saving(tree: dict) -> None:
         write(folder, *arguments)
 
     store.write_marker = killed
-    run = multiprocessing.current_process()
-    assert run.name != "MainProcess"
-    train_with(__import__("mdmtrain.parallel.world").parallel.world.init_world(), [(tree, None)])
+    train_with(world, [(tree, None)])
+
+
+def alone():
+    from mdmtrain.parallel.world import init_world
+
+    torch.set_num_threads(1)
+    return init_world()
 
 
 def flip(file: Path) -> None:
@@ -103,7 +114,8 @@ def log_of(run: Path) -> str:
 
 
 def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=die_while_saving, args=(tree_of("killed"),))
+    memory = tree_of("memory", {"checkpoint": {"dir": "memory://somewhere"}})
+    process = multiprocessing.get_context("spawn").Process(target=die_while_saving, args=(tree_of("killed"), memory))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -127,6 +139,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
     for name in ("waiting", "healed", "failed", "elsewhere"):
         assert read_metrics(tmp_path / name) == calm, name
     close(calm, read_metrics(tmp_path / "killed"), 1e-4)  # its first steps were one rank's
+    assert [r["step"] for r in read_metrics(tmp_path / "memory") if "loss" in r] == [*range(1, 13)]
     assert not healed["error"] and log_of(tmp_path / "healed").count("trying once more") == 1
     # All ranks stop after the same step, soon: not at the next checkpoint, and not at the end of the run.
     assert failed["error"] == ranks[1][3]["error"] and failed["steps"] == ranks[1][3]["steps"] < 12

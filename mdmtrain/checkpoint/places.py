@@ -1,6 +1,6 @@
 """Where checkpoints lie: a folder on a disk, or whatever fsspec reaches (s3://, gs://, memory://, file://).
 
-A local place is a plain Path, any other a UPath, which has the same methods. Locks exist on disks only.
+A place on a disk is a plain Path, any other a UPath, which has the same methods. Locks exist on disks only.
 """
 
 import fcntl
@@ -14,7 +14,6 @@ from typing import IO
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from upath import UPath
 
 from mdmtrain.parallel.world import describe, writing
 
@@ -24,6 +23,8 @@ def place(text: str) -> Path:
     if "://" not in text:
         return Path(text)
     try:
+        from upath import UPath
+
         found = UPath(text, use_listings_cache=False)  # other ranks write there too
         _ = found.fs  # made here, so that what is missing is said here
         return found
@@ -47,12 +48,12 @@ def remove(folder: Path) -> None:
     with storage_errors(folder):
         (folder / "meta.json").unlink(missing_ok=True)
         if folder.exists():
-            folder.rmdir(recursive=True) if isinstance(folder, UPath) else shutil.rmtree(folder)
+            shutil.rmtree(folder) if isinstance(folder, Path) else folder.rmdir(recursive=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a crash leaves the old text or the new, never a part (object stores do so themselves)."""
-    if isinstance(path, UPath):
+    if not isinstance(path, Path):
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -78,13 +79,13 @@ def hold(folder: Path) -> IO:
     On a disk only: elsewhere nothing is held.
     """
     file = (folder / "meta.json").open("rb")
-    if not isinstance(folder, UPath):
+    if isinstance(folder, Path):
         fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
 
 def held(folder: Path) -> bool:
-    if isinstance(folder, UPath):
+    if not isinstance(folder, Path):
         return False
     try:
         with open(folder / "meta.json", "r+b") as file:
@@ -119,10 +120,10 @@ class _FsspecWriter(_OwnErrors, FsspecWriter):
 
 def storage_writer(folder: Path) -> dcp.StorageWriter:
     """DCP's writer for a folder. It gets tensors on the CPU, so that copying them ahead has nothing to win."""
-    if isinstance(folder, UPath):
-        return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
-    return _DiskWriter(folder, per_thread_copy_ahead=0)
+    if isinstance(folder, Path):
+        return _DiskWriter(folder, per_thread_copy_ahead=0)
+    return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
 
 
 def storage_reader(folder: Path) -> dcp.StorageReader:
-    return FsspecReader(str(folder)) if isinstance(folder, UPath) else dcp.FileSystemReader(folder)
+    return dcp.FileSystemReader(folder) if isinstance(folder, Path) else FsspecReader(str(folder))

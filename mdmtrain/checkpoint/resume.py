@@ -52,6 +52,11 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     """The newest checkpoint but for damaged ones, or None. Raises ValueError where it belongs to a different run."""
     folder = store.newest(home, damaged or ())
     if folder is None:
+        if before := store.complete_checkpoints(Path(config.run.dir)):
+            raise ValueError(
+                f"{config.run.dir} kept its checkpoints in {before[0].parent} and {home} has none: copy them "
+                "there, change checkpoint.dir back, or choose another run.dir"
+            )
         return None
     if config.checkpoint.resume == "never":
         where = config.checkpoint.dir or config.run.dir

@@ -65,3 +65,13 @@ def test_a_run_that_fails_lets_its_checkpoint_finish():
     threading.Timer(0.1, may_write.set).start()
     logs._let_checkpoint_finish()
     assert written
+
+
+def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_run, tmp_path):
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
+    config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
+    with pytest.raises(
+        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+    ):
+        resume.find_resume(config, resume.store.home(config), IDENTITY)

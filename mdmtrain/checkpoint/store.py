@@ -333,9 +333,10 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
     meta = world.agree(lambda: read_meta(folder))
     source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
-    tokenizer = world.agree(lambda: Tokenizer.load(folder / TOKENIZER_FILE))
+    file = folder / TOKENIZER_FILE
+    tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer it was trained with; use another checkpoint")
+        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
     here = config.parallel.model_copy(update={"replicate": 1, "shard": None, "compile": False})  # any number of ranks
     model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)

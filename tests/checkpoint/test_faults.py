@@ -84,6 +84,7 @@ def die_while_saving(tree: dict, elsewhere: dict) -> None:
     world = alone()
     part = {**elsewhere, "run": {**elsewhere["run"], "steps": 6}}
     assert [saw["steps"] for saw in train_with(world, [(part, None), (elsewhere, None)])] == [6, 6]
+    assert store.load_model("memory://somewhere", None, world).meta["step"] == 12
     write = store.write_marker
 
     def killed(folder, *arguments):

@@ -198,19 +198,28 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    dir: str | None = Field(
+        None, min_length=1, description="where they are kept: a path or an fsspec URL; null: run.dir/checkpoints"
+    )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
     keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="those of every so many steps stay for good; null: none")
+    asynchronous: bool = Field(True, description="write beside the training, which waits for a copy only")
     resume: Literal["auto", "never"] = Field(
         "auto",
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
+    )
+    allow: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
+        (), description="what may be another than in the checkpoint that a run goes on from; see docs/checkpoints.md"
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
     export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
 
     @model_validator(mode="after")
-    def _exports_are_of_checkpoints(self) -> "CheckpointConfig":
-        if self.export_every is not None and self.export_every % self.save_every:
-            raise ValueError(f"export_every={self.export_every} is not a multiple of save_every={self.save_every}")
+    def _falls_on_checkpoints(self) -> "CheckpointConfig":
+        for name, every in (("export_every", self.export_every), ("keep_every", self.keep_every)):
+            if every is not None and every % self.save_every:
+                raise ValueError(f"{name}={every} is not a multiple of save_every={self.save_every}")
         return self
 
 

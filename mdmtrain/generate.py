@@ -270,7 +270,7 @@ def check_lengths(prompts: list[tuple[str, dict, list[str]]], sampling: Sampling
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
     add = parser.add_argument
-    add("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
+    add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
     add("--prefix", type=utf8_text, default="", help="text before the gap")
     add("--suffix", type=utf8_text, default="", help="text after the gap")
     add("--input", type=Path, metavar="FILE", help=f"jsonl: 'prefix' and 'suffix', or 'text' with {GAP} for each gap")

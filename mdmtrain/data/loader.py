@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mdmtrain.config import Config, DataConfig, RunPlan
-from mdmtrain.data.order import Mixture
+from mdmtrain.data.order import START, Cursor, Mixture
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
@@ -110,8 +110,9 @@ def describe_rows(source: PreparedSplit, length: int) -> str:
 class Dataset(torch.utils.data.Dataset):
     """Map-style over (step, slot); fetches a micro-batch at a time."""
 
-    def __init__(self, config: Config, sources: list[PreparedSplit]):
-        self._sources, self._data = sources, config.data
+    def __init__(self, config: Config, sources: list[PreparedSplit], cursor: Cursor = START):
+        """cursor: from where on every step has had this configuration's batch."""
+        self._sources, self._data, self._cursor = sources, config.data, cursor
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._syrm = None
@@ -130,7 +131,7 @@ class Dataset(torch.utils.data.Dataset):
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
-        source, window = self._mixture(step * self._slots_per_step + slots)
+        source, window = self._mixture(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
         rows = [
             read_row(self._sources[one], int(number), L, self._row_length(step, slot), self._data.document_mask)
             for one, number, slot in zip(source, window, slots, strict=True)
@@ -157,8 +158,9 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def train_loader(
-    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool
-) -> Iterable[Batch]:
+    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool,
+    cursor: Cursor = START,
+) -> Iterable[Batch]:  # fmt: skip
     """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
     workers = config.data.workers
     places = (
@@ -169,7 +171,7 @@ def train_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         return StatefulDataLoader(
-            Dataset(config, sources),
+            Dataset(config, sources, cursor),
             batch_sampler=places,
             collate_fn=_as_it_is,
             num_workers=workers,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
+WRITER_THREAD = "checkpoint writer"  # a process that ends in good order lets it finish
 
 
 class AgreedError(ValueError):

@@ -137,7 +137,7 @@ class Watchdog:
             self._tell("verdict", mine)
             verdict = self._told("verdict") or mine
         named, line, by = json.loads(verdict)
-        log.error("%s", line)
+        log.info("%s", line or f"ranks {named} left, and said why")
         if by == rank and line:
             print(f"error: {line}: stacks are in {self._log.parent}; the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip

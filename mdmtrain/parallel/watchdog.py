@@ -21,11 +21,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from mdmtrain.config import RunConfig
-from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, reason
+from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, meeting_point, reason
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -61,12 +60,7 @@ class Watchdog:
         woken.setblocking(False)
         self._woken = woken  # keeps it open
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-        if "RANK" in os.environ:  # a connection of its own: the main thread may be waiting on its one
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
-        else:
-            store = dist.HashStore()
-        self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = meeting_point("watchdog")  # not the main thread's, which may be waiting there
         self._thread = threading.Thread(target=self._look_on, daemon=True)
         self._thread.start()
         return self
@@ -122,9 +116,10 @@ class Watchdog:
         _exit(EARLY)
 
     def _roll_call(self, why: str) -> None:
-        with open(self._log, "a", encoding="utf-8") as file:
-            print(f"---- {why}: the stack of every thread", file=file, flush=True)
-            faulthandler.dump_traceback(file, all_threads=True)
+        if self._log.exists():
+            with open(self._log, "a", encoding="utf-8") as file:
+                print(f"---- {why}: the stack of every thread", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
         size, rank = self._world.size, self._world.rank
         self._tell(f"at {rank}", json.dumps(self._report()))
         # Rank 0 asks everybody. Where it is the one that does not answer, nobody does, and each asks for itself.

@@ -134,10 +134,22 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store, longest = None if launched else dist.HashStore(), timedelta(minutes=timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
+    longest = timedelta(minutes=timeout)
+    dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
+
+
+def meeting_point(name: str) -> dist.Store:
+    """A key value store of all ranks, over a connection of its own; keys of the same name are the same.
+
+    torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone in it: each
+    attempt has its own part.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 class AgreedStop:

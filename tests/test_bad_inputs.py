@@ -393,6 +393,12 @@ def run_on_other_data(lab):
     return lab.resume(sources(lab.corpus, lab.corpus))
 
 
+@case("train", "{lab}/corpus/train-00001.bin is missing", "prepare the data again")
+def shard_lost_between_stop_and_resume(lab):
+    (lab.copy_corpus() / "train-00001.bin").unlink()
+    return lab.resume(sources(lab.folder / "corpus"))
+
+
 @case("train", "cannot resume {lab}/run/checkpoints", "optim.ema_decay", "use the setting it was trained with")
 def run_with_its_average_switched_off(lab):
     return lab.resume("optim.ema_decay=null")

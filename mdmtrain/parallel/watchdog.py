@@ -43,7 +43,7 @@ class Watchdog:
         self._timeouts = 60 * config.step_timeout, 60 * config.slow_timeout
         self._count, self._first, self._step = 0, None, 0
         self._place = ("preparation", 0, True, time.monotonic())
-        self._closed, self._lost = threading.Event(), False
+        self._closed, self._lost, self._deaf = threading.Event(), False, False
 
     def at(self, phase: str, step: int | None = None) -> None:
         """The main thread begins with `phase`; step: of the loop, from 0, where it is a new one."""
@@ -104,9 +104,11 @@ class Watchdog:
 
     def _told(self, key: str) -> str:
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else ""
-        except RuntimeError:
-            return ""
+            if not self._deaf and self._store.check([key]):
+                return self._store.get(key).decode()
+        except RuntimeError:  # at the end of a run that is no fault
+            self._deaf = True
+        return ""
 
     # ---- the end
 

@@ -736,6 +736,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(lab,
     after = lab.state()
     metrics_before, metrics_after = before.pop("run/metrics.jsonl"), after.pop("run/metrics.jsonl")
     assert metrics_after.startswith(metrics_before)
+    assert after.pop("run/skipped.jsonl").count(b"\n") >= 3
     assert all(record["skipped"] for record in read_metrics(lab.run)[-3:])
     for state in (before, after):
         assert state.pop("run/config.yaml") and state.pop("run/environment.json")

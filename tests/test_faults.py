@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -95,23 +96,24 @@ def watched(world, trees: dict[str, dict]) -> dict:
     return {**seen, "said": said.getvalue()}
 
 
+def tree(run_dir: Path, corpus: Path, **run) -> dict:
+    return {
+        "run": {"dir": str(run_dir), "seed": 5, "steps": 6, "global_batch": 16, "micro_batch": 4, **run},
+        "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64},
+        "data": {"sources": [{"path": str(corpus)}], "sequence_length": 64, "workers": 0},
+        "optim": {"lr": 3e-3, "ema_decay": 0.9},
+        "checkpoint": {"save_every": 100},
+        "monitor": {"log_every": 2, "tensorboard": False, "probe_every": None},
+        "eval": {"every": 3, "rows": 16, "samples": 2, "batch": 2},
+    }
+
+
 @pytest.fixture(scope="module")
 def two_ranks(corpus, tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("faults")
-
-    def tree(name: str, **run) -> dict:
-        return {
-            "run": {"dir": str(folder / name), "seed": 5, "steps": 6, "global_batch": 16, "micro_batch": 4, **run},
-            "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64},
-            "data": {"sources": [{"path": str(corpus)}], "sequence_length": 64, "workers": 0},
-            "optim": {"lr": 3e-3, "ema_decay": 0.9},
-            "checkpoint": {"save_every": 100},
-            "monitor": {"log_every": 2, "tensorboard": False, "probe_every": None},
-            "eval": {"every": 3, "rows": 16, "samples": 2, "batch": 2},
-        }
-
-    trees = {name: tree(name) for name in ("calm", "skip", "stopped")}
-    trees |= {"abort": tree("abort", max_skips=3), "late": tree("late", time_limit=1e-6), "slow": tree("slow")}
+    trees = {name: tree(folder / name, corpus) for name in ("calm", "skip", "stopped")}
+    trees["abort"] = tree(folder / "abort", corpus, max_skips=3)
+    trees |= {"late": tree(folder / "late", corpus, time_limit=1e-6), "slow": tree(folder / "slow", corpus)}
     trees["slow"]["monitor"] |= {"log_every": 1, "profile_at": 1, "profile_steps": 2}
     return folder, run_world(watched, 2, trees)
 
@@ -189,24 +191,6 @@ def rank(number: int, size: int, port: int, config: str, fault: Callable | None,
     runpy.run_module("mdmtrain.train", run_name="__main__", alter_sys=True)
 
 
-@pytest.fixture
-def run_ranks(server, small_run, tmp_path):  # noqa: F811
-    def run(fault: Callable, size: int = 2, **changes: dict) -> list[Outcome]:
-        changes = {**changes, "run": {"steps": 20, "step_timeout": 0.05, **changes.get("run", {})}}
-        config = str(write_config(small_run({"eval": {"every": 100}, **changes}), tmp_path / "config.yaml"))
-        arguments = (size, free_port(), config, fault, str(tmp_path / "rank"))
-        processes = [WARM.Process(target=rank, args=(number, *arguments)) for number in range(size)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(LIMIT)
-            process.kill()
-        texts = [[(tmp_path / f"rank.{n}.{stream}").read_text() for stream in ("out", "err")] for n in range(size)]
-        return [Outcome(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
-
-    return run
-
-
 def at_step(step: int, act: Callable[[], None]) -> None:
     """Have `act` called when batch number `step` (from 0) is asked for."""
     from mdmtrain.monitor.recorder import StepRecorder
@@ -231,31 +215,9 @@ def hang(number: int) -> None:
         at_step(4, stuck_in_a_lock)
 
 
-def test_a_hung_rank_is_named_with_its_stack(run_ranks, tmp_path):
-    zero, one = run_ranks(hang)
-    assert (zero.status, one.status) == (1, 1)
-    assert zero.err.startswith("error: no progress for 0.05 minutes (") and zero.err.count("\n") == 1, zero.err
-    assert "rank 1 is behind, in data (step 4) for " in zero.err
-    assert "the others wait in forward and backward (step 4), in gloo:" in zero.err
-    assert one.err == ""
-    assert "stuck_in_a_lock" in (tmp_path / "run/logs/rank-1.log").read_text()
-    assert "in all_gather" in (tmp_path / "run/logs/rank-0.log").read_text()  # a collective of torch's
-
-
 def die(victim: int, number: int) -> None:
     if number == victim:
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-@pytest.mark.parametrize(("victim", "said"), [(0, "rank 0 is gone"), (1, "rank 1 is silent: the process is gone")])
-def test_a_dead_rank_is_named(run_ranks, victim, said):
-    """Rank 0 holds the store where the others would ask."""
-    outcomes = run_ranks(partial(die, victim))
-    assert outcomes[victim].status == -signal.SIGKILL
-    assert outcomes[1 - victim].status == 1
-    *before, last = outcomes[1 - victim].err.splitlines()
-    assert last.startswith(f"error: a rank was lost: {said}"), outcomes
-    assert not any(line.startswith(("error", "Traceback")) for line in before)  # torch speaks of the store, in C++
 
 
 def stop_in_preparation(number: int) -> None:
@@ -268,25 +230,9 @@ def stop_in_preparation(number: int) -> None:
         threading.Timer(5.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
 
 
-def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(run_ranks, tmp_path):
-    zero, one = run_ranks(stop_in_preparation)
-    assert (zero.status, one.status) == (parallel.EARLY, parallel.EARLY) == (lifecycle.EARLY, lifecycle.EARLY)
-    assert zero.out == "stopped by signal 15 in preparation, before any step: the same command begins again\n"
-    assert zero.err == one.err == one.out == ""
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "logs"]
-
-
 def run_out_of_memory(number: int) -> None:
     if number == 1:
         at_step(1, lambda: torch.empty(1 << 50))
-
-
-def test_out_of_memory_says_what_to_change(run_ranks):
-    zero, one = run_ranks(run_out_of_memory)
-    assert one.status == 2 and zero.status == 1 and zero.err == ""
-    line = one.refusal()
-    assert line.startswith("error: rank 1: out of memory (") and "lower run.micro_batch=4" in line
-    assert "parallel.recompute=full" in line and "tools/plan_run.py" in line
 
 
 def cut_a_shard(number: int) -> None:
@@ -302,12 +248,88 @@ def cut_a_shard(number: int) -> None:
     PreparedSplit.__init__ = opening
 
 
-def test_a_shard_cut_under_a_loader_is_named(run_ranks, corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "cut")
-    data = {"sources": [{"path": str(tmp_path / "cut")}], "workers": 1, "prefetch": 1}
-    (only,) = run_ranks(cut_a_shard, 1, data=data)
+FAULTS = {
+    "hang": (hang, 2),
+    "die 0": (partial(die, 0), 2),
+    "die 1": (partial(die, 1), 2),
+    "stop": (stop_in_preparation, 2),
+    "memory": (run_out_of_memory, 2),
+    "cut": (cut_a_shard, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(server, corpus, tmp_path_factory) -> Callable[[str], tuple[Path, list[Outcome]]]:  # noqa: F811
+    """Its folder and how its ranks ended, of each run by name: they wait most of the time, so three go at once."""
+    folder = tmp_path_factory.mktemp("broken")
+
+    def run(name: str) -> tuple[Path, list[Outcome]]:
+        fault, size = FAULTS[name]
+        wanted = tree(folder / name, corpus, steps=20, step_timeout=0.05)
+        wanted["eval"]["every"] = 100
+        if name == "cut":
+            shutil.copytree(corpus, folder / "corpus")
+            wanted["data"] |= {"sources": [{"path": str(folder / "corpus")}], "workers": 1, "prefetch": 1}
+        config = str(write_config(wanted, folder / f"{name}.yaml"))
+        arguments = (size, free_port(), config, fault, str(folder / f"{name}-rank"))
+        processes = [WARM.Process(target=rank, args=(number, *arguments)) for number in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(LIMIT)
+            process.kill()
+        texts = [[(folder / f"{name}-rank.{n}.{one}").read_text() for one in ("out", "err")] for n in range(size)]
+        return folder / name, [Outcome(process.exitcode, *text) for process, text in zip(processes, texts, strict=True)]
+
+    with ThreadPoolExecutor(3) as pool:
+        running = {name: pool.submit(run, name) for name in FAULTS}
+        yield lambda name: running[name].result()
+
+
+def test_a_hung_rank_is_named_with_its_stack(broken):
+    folder, (zero, one) = broken("hang")
+    assert (zero.status, one.status) == (1, 1)
+    assert zero.err.startswith("error: no progress for 0.05 minutes: ") and zero.err.count("\n") == 1, zero.err
+    assert "rank 1 is behind, in data (step 4) for " in zero.err
+    assert "the others wait in forward and backward (step 4), in gloo:" in zero.err
+    assert one.err == ""
+    assert "stuck_in_a_lock" in (folder / "logs/rank-1.log").read_text()
+    assert "in all_gather" in (folder / "logs/rank-0.log").read_text()  # a collective of torch's
+
+
+@pytest.mark.parametrize(("victim", "said"), [(0, "rank 0 is gone"), (1, "rank 1 is silent: the process is gone")])
+def test_a_dead_rank_is_named(broken, victim, said):
+    """Rank 0 holds the store where the others would ask."""
+    _, outcomes = broken(f"die {victim}")
+    assert outcomes[victim].status == -signal.SIGKILL
+    assert outcomes[1 - victim].status == 1
+    *before, last = outcomes[1 - victim].err.splitlines()
+    assert last.startswith(f"error: a connection broke: {said}"), outcomes
+    assert not any(line.startswith(("error", "Traceback")) for line in before)  # torch speaks of the store, in C++
+
+
+def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
+    folder, (zero, one) = broken("stop")
+    assert (zero.status, one.status) == (parallel.EARLY, parallel.EARLY) == (lifecycle.EARLY, lifecycle.EARLY)
+    assert zero.out == "stopped by signal 15 in preparation, before any step: the same command begins again\n"
+    assert zero.err == one.err == one.out == ""
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
+
+
+def test_out_of_memory_says_what_to_change(broken):
+    _, (zero, one) = broken("memory")
+    assert one.status == 2 and zero.status == 1 and zero.err == ""
+    line = one.refusal()
+    assert line.startswith("error: rank 1: out of memory (") and "lower run.micro_batch=4" in line
+    assert "parallel.recompute=full" in line and "tools/plan_run.py" in line
+
+
+def test_a_shard_cut_under_a_loader_is_named(broken):
+    folder, (only,) = broken("cut")
     line = only.err.splitlines()[-1].strip("\0")  # torch's own line about the loader's process ends with one
-    assert only.status == 2 and line.startswith(f"error: {tmp_path}/cut/train-00000.bin has 0 bytes, the manifest says")
+    assert only.status == 2 and line.startswith(
+        f"error: {folder.parent}/corpus/train-00000.bin has 0 bytes, the manifest"
+    )
 
 
 # ---- the verdict by itself

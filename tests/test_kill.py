@@ -188,6 +188,7 @@ def test_disturbed_runs_end_like_a_calm_one(calm, tmp_path):
     # Always on two ranks; where one of them is killed, torchrun starts both again.
     short = [("a save", "all killed"), ("a step", "one rank killed")]
     happened = disturbed_run(config, tmp_path / "same", chosen(short, 1), [2], 3, duration, equal)
+    assert any(" is silent: the process is gone" in file.read_text() for file in tmp_path.glob("same.*.out"))
     # On 2, 4 and 1 ranks in turn.
     short = [("an evaluation", "one rank told"), ("any time", "launcher killed")]
     sizes = [2, 2, 4, 4, 1, 1] if SOAK else [2, 4, 1]

@@ -43,7 +43,7 @@ class Watchdog:
         self._timeouts = 60 * config.step_timeout, 60 * config.slow_timeout
         self._count, self._first, self._step = 0, None, 0
         self._place = ("preparation", 0, True, time.monotonic())
-        self._closed, self._lost, self._deaf = threading.Event(), False, False
+        self._closed, self._lost, self._deaf = threading.Event(), "", False
 
     def at(self, phase: str, step: int | None = None) -> None:
         """The main thread begins with `phase`; step: of the loop, from 0, where it is a new one."""
@@ -66,9 +66,10 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST):
+        lost = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+        if lost and self._world.size > 1:
             log.debug("a collective failed", exc_info=error)
-            self._call("a rank was lost")
+            self._tell("news", "a connection broke")
             self._thread.join()  # ends this process, as a rule
         self._closed.set()
         signal.set_wakeup_fd(-1)
@@ -85,22 +86,22 @@ class Watchdog:
             if phase == "preparation" and told:
                 self._tell("news", f"stop {told}")
             if time.monotonic() - since > self._timeouts[slow]:
-                self._call(f"no progress for {self._timeouts[slow] / 60:g} minutes ({phase})")
+                self._tell("news", f"no progress for {self._timeouts[slow] / 60:g} minutes")
             news = self._told("news")
             if news.startswith("stop"):
                 self._leave_early(int(news.split()[1]))
-            elif news or self._lost:
-                self._roll_call(news)
-
-    def _call(self, why: str) -> None:
-        self._tell("news", why)
+            elif (news or self._lost) and not self._closed.is_set():
+                try:
+                    self._roll_call(news or self._lost)
+                finally:
+                    _exit(1)
 
     def _tell(self, key: str, text: str) -> None:
         """The first to write a key is heard."""
         try:
             self._store.compare_set(key, "", text)
         except RuntimeError:  # the store has gone, with the rank or launcher that held it
-            self._lost = True
+            self._lost = self._lost or text
 
     def _told(self, key: str) -> str:
         try:
@@ -125,7 +126,7 @@ class Watchdog:
         size, rank = self._world.size, self._world.rank
         self._tell(f"at {rank}", json.dumps(self._report()))
         # Rank 0 asks everybody. Where it is the one that does not answer, nobody does, and each asks for itself.
-        deadline = time.monotonic() + (0.0 if rank == 0 else 2 * PATIENCE)
+        deadline = time.monotonic() + (0.0 if rank == 0 or self._lost else 2 * PATIENCE)
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:
@@ -141,7 +142,6 @@ class Watchdog:
         if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
             (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())
         time.sleep(0.0 if rank in named else POLL)  # whose process ends first is taken for the culprit
-        _exit(1)
 
     def _answers(self) -> dict[int, dict]:
         """Where each rank stands, of those that answer."""

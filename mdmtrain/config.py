@@ -26,6 +26,15 @@ class RunConfig(Section):
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
     micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
     max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
+    time_limit: float | None = Field(
+        None, gt=0, description="minutes after which the run saves and stops, as on a signal; null: none"
+    )
+    step_timeout: float = Field(
+        10.0, gt=0, description="minutes that a rank may get nowhere within a step; then the run ends and says which"
+    )
+    slow_timeout: float = Field(
+        60.0, gt=0, description="the same in preparation, the first two steps, evaluations, probes and saves"
+    )
 
 
 class ModelConfig(Section):
@@ -232,6 +241,10 @@ class MonitorConfig(Section):
     probe: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
         (8, 4, 2), description="validation sequences x rates x masks of a decomposition"
     )
+    profile_at: int | None = Field(
+        None, ge=0, description="step (from 0) at which rank 0 starts a torch.profiler trace; null: none"
+    )
+    profile_steps: int = Field(3, gt=0, description="steps in the trace, RUN/profile/step-N.json")
 
     @model_validator(mode="after")
     def _has_an_estimator(self) -> "MonitorConfig":
@@ -270,6 +283,10 @@ class Config(Section):
     def slots_per_step(self) -> int:
         """Sequences that a step reads: a paired arm has two rows of each."""
         return self.run.global_batch // self.diffusion.rows_per_slot
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation after `step` steps?"""
+        return step > 0 and (step % self.eval.every == 0 or step == self.run.steps)
 
     def to_yaml(self) -> str:
         return yaml12.dump(self.model_dump(mode="json"))

@@ -222,8 +222,8 @@ def show_loop(console: Console, loop: dict) -> None:
         table.add_row(part, f"{row['seconds'] * 1e3:,.2f}", ratio(row["share"]))
     console.print(table)
     console.print(
-        f"step {ratio(loop['step_seconds'])} s, {loop['tokens_per_second']:,.0f} tokens/s, MFU {loop['mfu']:.1%} of the "
-        f"{loop['ceiling_flops'] / 1e12:,.3g} TFLOP/s of matrix products here, loop's overhead beyond model and "
+        f"step {ratio(loop['step_seconds'])} s, {loop['tokens_per_second']:,.0f} tokens/s, MFU {loop['mfu']:.1%} of "
+        f"the {loop['ceiling_flops'] / 1e12:,.3g} TFLOP/s of matrix products here, loop's overhead beyond model and "
         f"optimizer {loop['overhead']:.2%} (by step {ratio(loop['overhead_by_step'])})",
         highlight=False,
     )

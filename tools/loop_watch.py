@@ -1,8 +1,7 @@
 """Where a step of the real loop spends its time: train.train itself, with a clock at the doors of its parts.
 
 The parts: "data" (waiting for the next micro-batch; with loader processes they work meanwhile), "masking" (rates
-applied, masks and weights, the copy to the device), "forward" (the blocks, and what masked_cross_entropy does around
-them), "head" (forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop",
+applied, masks and weights, the copy to the device), "forward" (the blocks, and the loss of the rows), "head" (forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop",
 all the rest: draws, statistics, records, the flush at the log interval, agreement on a stop. On CUDA the doors are
 events on the stream: a part's time is the device's, waiting for the host included.
 """
@@ -97,6 +96,7 @@ def doors(watched: Doors) -> Iterator[None]:
             (Law, "corrupt", around(Law.corrupt, "masking")),
             (Corruption, "to", around(Corruption.to, "masking")),
             (loop, "masked_cross_entropy", around(loop.masked_cross_entropy, "forward")),
+            (loop, "row_losses", around(loop.row_losses, "forward")),
             (Head, "forward", through_the_head),
             (Tensor, "backward", around(Tensor.backward, "head backward")),
             (loop, "optimizer_step", around(loop.optimizer_step, "optimizer")),

@@ -1,9 +1,10 @@
 """Where a step of the real loop spends its time: train.train itself, with a clock at the doors of its parts.
 
 The parts: "data" (waiting for the next micro-batch; with loader processes they work meanwhile), "masking" (rates
-applied, masks and weights, the copy to the device), "forward" (the blocks, and the loss of the rows), "head" (forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop",
-all the rest: draws, statistics, records, the flush at the log interval, agreement on a stop. On CUDA the doors are
-events on the stream: a part's time is the device's, waiting for the host included.
+applied, masks and weights, the copy to the device), "forward" (the blocks, and the losses of the rows), "head"
+(forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop", all the rest:
+draws, statistics, records, the flush at the log interval, agreement on a stop. On CUDA the doors are events on the
+stream: a part's time is the device's, waiting for the host included.
 """
 
 import time

@@ -148,7 +148,7 @@ class Dataset(torch.utils.data.Dataset):
         )
 
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
-        """Tokens of each window: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+        """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
             return [L] * len(slots)

@@ -92,7 +92,7 @@ def child(name: str, place: Place, file: Path, output: Path) -> None:
     try:
         with ExitStack() as patches:
             if place.rehearsal:  # the same graphs, without minutes of a C++ compiler
-                quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+                quick = partialmethod(torch.nn.Module.compile, backend="eager")
                 patches.enter_context(patch.object(torch.nn.Module, "compile", quick))
             PARTS[name][0](report, place)
     except BaseException as error:

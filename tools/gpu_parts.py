@@ -212,8 +212,8 @@ def small_run(place: Place, name: str, **run) -> Config:
     tree = {
         "run": {"dir": str(place.folder / name), "global_batch": 16, "micro_batch": 8, **run},
         "model": {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 256},
-        "data": {"sources": [{"path": str(place.data)}], "sequence_length": place.pick(256, 64), "workers": place.pick(2, 0),
-                 "document_mask": True, "verify": "size"},
+        "data": {"sources": [{"path": str(place.data)}], "sequence_length": place.pick(256, 64),
+                 "workers": place.pick(2, 0), "document_mask": True, "verify": "size"},
         "optim": {"lr": 3e-3, "ema_decay": 0.9},
         "parallel": {"compute_dtype": place.pick("bfloat16", "float32")},
         "checkpoint": {"save_every": 4, "keep_last": 9},

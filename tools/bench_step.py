@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: at least one measurement")
     config = configuration.load(args.config)
-    shape, world, console = shape_of(config), init_world(), Console()
+    shape, world, console = shape_of(config), init_world(), Console(width=130)
     result = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
               "clock": clock_of(world).__name__}  # fmt: skip
     if world.is_main:

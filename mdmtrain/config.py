@@ -166,14 +166,35 @@ class ParallelConfig(Section):
     )
     shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
-    recompute: Literal["none", "full", "selective", "ops"] = Field(
+    offload: bool = Field(
+        False, description="parameters, gradients and optimizer state in host memory, where the optimizer then runs"
+    )
+    recompute: Literal["none", "full", "selective", "ops", "budget"] = Field(
         "none",
         description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
-        "every recompute_every-th block; ops: every block but its matrix products and attention",
+        "every recompute_every-th block; ops: every block but its matrix products and attention; budget: what the "
+        "compiler finds cheapest beyond recompute_budget",
     )
     recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    recompute_budget: float = Field(
+        0.5, ge=0, le=1, description="recompute=budget: share of its activation memory that a compiled block keeps"
+    )
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
+
+    fused_head: bool = Field(
+        False, description="torch's own fused linear cross-entropy (2.13 and later), in float32: less memory"
+    )
+
+    @model_validator(mode="after")
+    def _torch_can(self) -> "ParallelConfig":
+        if self.recompute == "budget" and not self.compile:
+            raise ValueError(
+                "recompute=budget is torch.compile's: set parallel.compile=true, or recompute=selective or ops"
+            )
+        if self.fused_head and self.compute_dtype != "float32":
+            raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -30,7 +30,7 @@ from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.world import AgreedError, AgreedStop, World, init_world
-from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.parallel.wrap import GraphCount, build_model, init_weights
 from mdmtrain.probe import Probe
 
 
@@ -87,6 +87,8 @@ def train(config: Config, world: World) -> None:
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
+    if config.parallel.offload and world.device.type == "cpu":
+        say(world, "parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
     if sampler.fits("once") and resumed is None:
         rates, rows, masks = config.diffusion.grid
         say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
@@ -101,6 +103,7 @@ def train(config: Config, world: World) -> None:
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
+    graphs = GraphCount(config.parallel.compile)
     stopped = 0
     model.train()
     while step < run.steps and not stopped:
@@ -140,6 +143,7 @@ def train(config: Config, world: World) -> None:
         saving = step % config.checkpoint.save_every == 0 or last
         if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             records = recorder.flush()  # the only place where the host waits for the device
+            graphs.report(step)
             if probe.due(step):
                 components, seconds, share = probe.decompose(law, validation, step)
                 records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
@@ -171,6 +175,7 @@ def train(config: Config, world: World) -> None:
             exports.start(folder)
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
+            graphs.resume()
 
     stop.drain()
     progress.close()

@@ -13,7 +13,7 @@ from mdmtrain import observed, plan
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.parallel.wrap import recompute_options
+from mdmtrain.parallel.wrap import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
 
@@ -49,11 +49,21 @@ def test_traffic_is_what_the_engine_sends(tied, parallel):
     assert twice["all_gather"] == 2 * planned["all_gather"] and twice["all_reduce"] == planned["all_reduce"]
 
 
-def saved_numbers(shape: ModelShape, recompute: str) -> float:
-    """What a forward pass keeps for the backward pass, in float32 numbers per token, parameters aside."""
+def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None) -> float:
+    """What a forward pass keeps for the backward pass, in float32 numbers per token, parameters aside.
+
+    With a budget, blocks are compiled (partitioned as on a GPU, run without a C++ compiler).
+    """
     model, kept = Transformer(shape, 1 << 20), {}
+    more = {} if budget is None else {"compile": True, "recompute_budget": budget}
+    parallel = ParallelConfig(recompute=recompute, **more)
     for index, layer in enumerate(model.layers):
-        layer.recompute = recompute_options(ParallelConfig(recompute=recompute), index)
+        layer.recompute = recompute_options(parallel, index)
+        if parallel.compile:
+            layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    if parallel.compile:
+        torch.compiler.reset()
+        set_up_compiler(parallel)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -77,6 +87,27 @@ def test_activations_are_what_autograd_keeps(change):
         # On the CPU a norm is composed of products and keeps its input twice; statistics are a few numbers a token.
         composed = {"none": 2 * 64 + 2 + 4, "full": 0}[mode]
         assert (six - two) / 4 == plan.saved_per_token(shapes[0], mode) + composed
+
+
+def test_a_budget_is_kept():
+    """The plan bounds it from above: what is not compiled keeps more. All or nothing would be far off in the middle."""
+    shapes = [ModelShape(**{**SHAPE, "n_layers": layers}) for layers in (1, 3)]
+    for budget in (0.0, 0.5):
+        one, three = (saved_numbers(shape, "budget", budget) for shape in shapes)
+        planned = plan.saved_per_token(shapes[0], "budget", budget)
+        assert 0.75 * planned <= (three - one) / 2 <= planned
+    set_up_compiler(ParallelConfig())
+
+
+def test_offloaded_states_leave_the_gpu_for_its_host():
+    shape, gpu, assumed = ModelShape(**SHAPE), plan.GPUS["h100"], plan.Assumptions()
+    here, there = (plan.cost(config_of({"offload": o}), shape, 4, gpu, assumed) for o in (False, True))
+    assert there.host_bytes == 5 * 4 * shape.parameters() / 4  # parameter, gradient, its pair, two moments
+    assert here.host_bytes == 0 and here.memory_total - there.memory_total > 0.8 * there.host_bytes
+    # Two micro-steps: in float32, blocks and embedding come twice, head and norm once; gradients go.
+    block, matrix = plan.sizes(shape).block * 3, 64 * 64
+    assert there.traffic["host"] == 4 * 2 * (2 * block + 2 * matrix + (matrix + 64) + shape.parameters()) / 4
+    assert there.step_seconds > here.step_seconds
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -43,6 +43,8 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     for kind in costs[0].memory:
         row(f"{kind}, GiB a GPU", [f"{c.memory[kind] / GIB:.2f}" for c in costs])
     row("together (one at work at a time)", [f"{c.memory_total / GIB:.1f} of {capacity / GIB:.1f}" for c in costs])
+    if any(c.host_bytes for c in costs):
+        row("offloaded, GiB of host memory a GPU", [f"{c.host_bytes / GIB:.2f}" for c in costs])
     row("fits", ["yes" if c.fits else "NO" for c in costs])
     for kind in costs[0].traffic:
         row(f"{kind}, GB sent a step", [f"{c.traffic[kind] / 1e9:.3g}" for c in costs])
@@ -50,7 +52,7 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     row("model FLOPs a step", [f"{c.model_flops:.3g}" for c in costs])
     row("compute, s", [f"{c.compute_seconds:.3g}" for c in costs])
     row("communication, s", [f"{c.communication_seconds:.3g}" for c in costs])
-    row("step (the larger), s", [f"{c.step_seconds:.3g}" for c in costs])
+    row("step (the larger, and AdamW if on the host), s", [f"{c.step_seconds:.3g}" for c in costs])
     row("MFU", [f"{c.mfu:.1%}" for c in costs])
     row("tokens/s", [f"{c.tokens_per_second:,.0f}" for c in costs])
     row("days", [f"{c.days:,.2f}" for c in costs])

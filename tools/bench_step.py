@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from loop_watch import MODEL, watch
 from meter import (
+    COMPILE,
     RECOMPUTE,
     against,
     all_positions,
@@ -104,21 +105,19 @@ def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) 
 
 
 def compare_recompute(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    eager = {"compile": False}
-    modes = {"none": {"recompute": "none", **eager}} | {name: {**eager, **mode} for name, mode in RECOMPUTE.items()}
-    return compare_settings(config, shape, world, modes, repeat)
+    return compare_settings(config, shape, world, RECOMPUTE, repeat)
 
 
 def compare_compile(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    return compare_settings(config, shape, world, {"eager": {"compile": False}, "compiled": {"compile": True}}, repeat)
+    return compare_settings(config, shape, world, COMPILE, repeat)
 
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """{mode: {kind: [planned, measured]}}, bytes on rank 0; the peaks include all but the states."""
     assumed, compared = Assumptions(), {}
     composed = world.device.type == "cpu"  # its norms
-    for mode, settings in {"none": {"recompute": "none"}, **RECOMPUTE}.items():
-        one = changed(config, "parallel", compile=False, **settings)
+    for mode, settings in RECOMPUTE.items():
+        one = changed(config, "parallel", **settings)
         measured = measured_memory(one, shape, world, assumed.masked)
         shard = world.size // config.parallel.replicate
         planned = memory(shape, one, shard, config.run.micro_batch, assumed, composed)

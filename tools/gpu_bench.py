@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from gpu_parts import Place, Report, example, the_world
 from meter import (
+    COMPILE,
     RECOMPUTE,
     against,
     all_positions,
@@ -33,8 +34,10 @@ def bench_170m(report: Report, place: Place) -> None:
     """Step, memory against the plan, and every switch, at 170M."""
     config, shape, world = benchmark(report, place, "170m")
     repeat = place.pick(10, 1)
-    modes = {"none": {"recompute": "none"}, **RECOMPUTE}
-    report.note(recompute=compare_settings(config, shape, world, modes, repeat))
+    report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, repeat))
+    free()
+    settings = {name: COMPILE[name] for name in ("compiled", "compiled, budget")}
+    report.note(budget=compare_settings(config, shape, world, settings, repeat))
     free()
     heads(report, config, shape, world, repeat)
     documents(report, config, shape, world, repeat)
@@ -61,7 +64,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     # Above 1.1 the plan's reserve is used up; below 0.75 it refuses what would fit.
     report.check("memory", 0.75 < ratio < 1.1, f"{most / 2**30:.2f} GiB, {ratio:.3f} of the plan")
     free()
-    settings = {"eager": {"compile": False}, "compiled": {"compile": True}}
+    settings = {name: COMPILE[name] for name in ("eager", "compiled")}
     compared = compare_settings(config, shape, world, settings, repeat)
     report.note(compile=compared)
     free()

@@ -23,11 +23,17 @@ from mdmtrain.observed import allocations
 from mdmtrain.parallel.world import World
 from mdmtrain.parallel.wrap import build_model, init_weights
 
-# Settings of `parallel` that are compared with recompute=none, eager. A new mode gets its line here.
+# Settings of `parallel` that are compared, each with the first. A new mode gets its line here.
 RECOMPUTE = {
-    "selective": {"recompute": "selective"},
-    "ops": {"recompute": "ops"},
-    "full": {"recompute": "full"},
+    "none": {"recompute": "none", "compile": False},
+    "selective": {"recompute": "selective", "compile": False},
+    "ops": {"recompute": "ops", "compile": False},
+    "full": {"recompute": "full", "compile": False},
+}
+COMPILE = {
+    "eager": {"recompute": "none", "compile": False},
+    "compiled": {"recompute": "none", "compile": True},
+    "compiled, budget": {"recompute": "budget", "compile": True},
 }
 Work = Callable[[], None]
 

@@ -13,7 +13,7 @@ MOST_LINES = 7600  # of the package
 
 FLOORS = {
     **dict.fromkeys(["train", "generate"], 5),
-    **dict.fromkeys(["evaluate", "likelihood", "measure", "probe", "plan"], 4),
+    **dict.fromkeys(["evaluate", "likelihood", "measure", "probe", "plan", "observed"], 4),
     **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim"], 2),
     "diffusion": 1,

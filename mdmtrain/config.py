@@ -26,9 +26,7 @@ class RunConfig(Section):
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
     micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
     max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
-    time_limit: float | None = Field(
-        None, gt=0, description="minutes after which the run saves and stops, as on a signal; null: none"
-    )
+    time_limit: float | None = Field(None, gt=0, description="minutes until it saves and stops, as on a signal")
     step_timeout: float = Field(
         10.0, gt=0, description="minutes that a rank may get nowhere within a step; then the run ends and says which"
     )
@@ -190,17 +188,12 @@ class ParallelConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
-
-    fused_head: bool = Field(
-        False, description="torch's own fused linear cross-entropy (2.13 and later), in float32: less memory"
-    )
+    fused_head: bool = Field(False, description="torch's own fused linear cross-entropy (2.13 and later), in float32")
 
     @model_validator(mode="after")
     def _torch_can(self) -> "ParallelConfig":
         if self.recompute == "budget" and not self.compile:
-            raise ValueError(
-                "recompute=budget is torch.compile's: set parallel.compile=true, or recompute=selective or ops"
-            )
+            raise ValueError("recompute=budget is torch.compile's: set compile=true, or recompute=selective or ops")
         if self.fused_head and self.compute_dtype != "float32":
             raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
         return self

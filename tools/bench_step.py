@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from loop_watch import MODEL, watch
 from meter import (
+    BUDGET,
     COMPILE,
     RECOMPUTE,
     against,
@@ -109,7 +110,8 @@ def compare_recompute(config: Config, shape: ModelShape, world: World, repeat: i
 
 
 def compare_compile(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    return compare_settings(config, shape, world, COMPILE, repeat)
+    plain, budget = (compare_settings(config, shape, world, settings, repeat) for settings in (COMPILE, BUDGET))
+    return budget | plain
 
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:

@@ -30,11 +30,10 @@ RECOMPUTE = {
     "ops": {"recompute": "ops", "compile": False},
     "full": {"recompute": "full", "compile": False},
 }
-COMPILE = {
-    "eager": {"recompute": "none", "compile": False},
-    "compiled": {"recompute": "none", "compile": True},
-    "compiled, budget": {"recompute": "budget", "compile": True},
-}
+EAGER = {"eager": RECOMPUTE["none"]}
+COMPILE = {**EAGER, "compiled": {"recompute": "none", "compile": True}}
+# By itself: the compiler's cache does not tell graphs of one budget from those of another.
+BUDGET = {**EAGER, "compiled, budget": {"recompute": "budget", "compile": True}}
 Work = Callable[[], None]
 
 
@@ -167,6 +166,7 @@ def compare_settings(config: Config, shape: ModelShape, world: World, settings: 
 
     All models are there at once, without optimizers. `first_seconds` of a setting has its compilation.
     """
+    torch.compiler.reset()
     batch, works, first = random_batch(config, shape).to(world.device), {}, {}
     for name, values in settings.items():
         works[name] = passes(new_model(changed(config, "parallel", **values), shape, world), batch)

@@ -4,7 +4,8 @@ The loader's processes prefetch and nothing more: its position is the step, so n
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mdmtrain.config import Config, DataConfig, RunPlan
-from mdmtrain.data.order import Mixture
+from mdmtrain.data.order import START, Cursor, Mixture
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
@@ -110,8 +111,9 @@ def describe_rows(source: PreparedSplit, length: int) -> str:
 class Dataset(torch.utils.data.Dataset):
     """Map-style over (step, slot); fetches a micro-batch at a time."""
 
-    def __init__(self, config: Config, sources: list[PreparedSplit]):
-        self._sources, self._data = sources, config.data
+    def __init__(self, config: Config, sources: list[PreparedSplit], cursor: Cursor = START):
+        """cursor: from where on every step has had this configuration's batch."""
+        self._sources, self._data, self._cursor = sources, config.data, cursor
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._syrm = None
@@ -130,7 +132,7 @@ class Dataset(torch.utils.data.Dataset):
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
-        source, window = self._mixture(step * self._slots_per_step + slots)
+        source, window = self._mixture(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
         rows = [
             read_row(self._sources[one], int(number), L, most, self._data.document_mask)
             for one, number, most in zip(source, window, self._row_lengths(step, slots), strict=True)
@@ -147,6 +149,12 @@ class Dataset(torch.utils.data.Dataset):
             samples=torch.from_numpy(np.stack([source, window], axis=1)),
         )
 
+    def samples(self, step: int) -> dict[str, list[int]]:
+        """What iteration `step` (from 0) reads, on all ranks: the windows of each source, in the order of the slots."""
+        first = self._cursor.at(step, self._slots_per_step, 0).sample
+        source, window = self._mixture(first + np.arange(self._slots_per_step))
+        return {str(s.folder): window[source == number].tolist() for number, s in enumerate(self._sources)}
+
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
         """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
@@ -157,8 +165,9 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def train_loader(
-    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool
-) -> Iterable[Batch]:
+    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool,
+    cursor: Cursor = START,
+) -> Iterable[Batch]:  # fmt: skip
     """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
     workers = config.data.workers
     places = (
@@ -169,7 +178,7 @@ def train_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         return StatefulDataLoader(
-            Dataset(config, sources),
+            Dataset(config, sources, cursor),
             batch_sampler=places,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -178,6 +187,21 @@ def train_loader(
             pin_memory=pin_memory,
             snapshot_every_n_steps=1 << 62,  # its state is never asked for
         )
+
+
+@contextmanager
+def loader_deaths(config: DataConfig) -> Iterator[None]:
+    """Say why a loader's process may have died: a shard that was cut while it was read kills whoever reads on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        open_sources(config, "train", "size")  # raises ValueError naming the shard
+        raise ValueError(
+            f"a loader process was killed ({str(error).split(': ')[-1]}): out of memory, or a disk that failed: lower "
+            "data.workers or data.prefetch, check the disk, and start again"
+        ) from error
 
 
 def _as_it_is(batch: Batch) -> Batch:

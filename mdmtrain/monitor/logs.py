@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import faulthandler
 import logging
 import os
 import sys
@@ -13,9 +14,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mdmtrain.parallel.world import AgreedError, describe
+from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe
 
 log = logging.getLogger("mdmtrain")
+WRITER_PATIENCE = 120.0  # seconds
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -35,7 +37,8 @@ def output_file(argument: str) -> Path:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End a command: at its end in good order, with one `error:` line and status 2 on ValueError or OSError.
+    """End a command: at its end in good order, with one `error:` line and status 2 on ValueError or OSError; with
+    status EARLY where it was told to stop with something left to do that its last checkpoint does not tell.
 
     The traceback goes to the log file where there is one (DEBUG level), and to the terminal with MDMTRAIN_DEBUG=1.
     Identical errors of several ranks on a node are printed once; an error of a single rank names the rank.
@@ -45,6 +48,8 @@ def user_errors() -> Iterator[None]:
     log.setLevel(logging.WARNING)
     try:
         yield
+    except Interrupted:
+        _exit_at_once(EARLY)
     except (ValueError, OSError) as error:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
@@ -55,6 +60,7 @@ def user_errors() -> Iterator[None]:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
+            _let_checkpoint_finish()
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
             _exit_at_once(2)
         sys.exit(2)
@@ -64,6 +70,13 @@ def user_errors() -> Iterator[None]:
         # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
         _exit_at_once(0)
+
+
+def _let_checkpoint_finish() -> None:
+    """A checkpoint that is being written beside the training may yet be committed, unless ranks are gone."""
+    for thread in threading.enumerate():
+        if thread.name == WRITER_THREAD:
+            thread.join(WRITER_PATIENCE)
 
 
 def _exit_at_once(status: int) -> NoReturn:
@@ -86,6 +99,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     file = logging.FileHandler(folder / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    faulthandler.enable(file.stream)  # SIGSEGV, SIGBUS, SIGABRT: every thread's stack, in this process and its helpers
     if rank == 0:
         terminal = logging.StreamHandler()
         terminal.setLevel(logging.WARNING)

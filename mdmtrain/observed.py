@@ -20,7 +20,7 @@ from mdmtrain.config import Config
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.optim import build_optimizer, local
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model, data_mesh, init_weights
+from mdmtrain.parallel.wrap import build_model, data_mesh
 
 
 def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, float]:
@@ -102,7 +102,9 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
     there but the states (parameters, gradients, optimizer). masked: share of the positions that pass the head.
     """
     model = build_model(shape, config.parallel, world)
-    init_weights(model, config.run.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local(parameter).fill_(0.01)  # any numbers; a run's own take minutes at 1B
     optimizer = build_optimizer(model, config.optim)
     ids = torch.zeros(config.run.micro_batch, config.data.sequence_length, dtype=torch.long, device=world.device)
     positions = torch.arange(int(masked * ids.numel()), device=world.device)

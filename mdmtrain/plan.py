@@ -281,3 +281,16 @@ def propose(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Ass
         except ValueError:
             continue  # does not divide
     return None
+
+
+def hurry(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:
+    """Where communication sets the pace and memory is left: the micro-batch of the shortest step, as an override."""
+    now = cost(config, shape, gpus, gpu, assumed)
+    rows, micro, best = config.run.global_batch // gpus, config.run.micro_batch, now
+    while now.fits and now.communication_seconds > now.compute_seconds and rows % (micro := 2 * micro) == 0:
+        run = config.run.model_copy(update={"micro_batch": micro})
+        other = cost(config.model_copy(update={"run": run}), shape, gpus, gpu, assumed)
+        if not other.fits or other.step_seconds >= best.step_seconds:
+            break
+        best, words = other, f"run.micro_batch={micro}: {other.step_seconds:.3g} s a step"
+    return None if best is now else words

@@ -187,6 +187,10 @@ def test_plan_of_8b(tmp_path):
     states = [p["memory"]["parameters"] + p["memory"]["gradients"] + p["memory"]["optimizer"] for p in plans]
     assert states == [pytest.approx(16 * 8_015_581_184 / gpus) for gpus in (64, 256, 1024)]
     assert plans[0]["model_flops"] == plans[2]["model_flops"] and plans[0]["days"] > plans[1]["days"]
+    # Two rows of 32 or 8 at a time leave most of the memory free, and gather the parameters more often than need be;
+    # on 1,024 GPUs a rank has two rows.
+    assert [p["hurry"] and p["hurry"].split(":")[0] for p in plans] == ["run.micro_batch=4", "run.micro_batch=4", None]
+    assert float(plans[0]["hurry"].split()[1]) < plans[0]["step_seconds"] / 1.5
 
 
 def test_what_does_not_fit_gets_a_proposal_that_does(tmp_path):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from loop_watch import MODEL, watch
 from meter import (
+    BUDGET,
     CHUNKS,
     COMPILE,
     RECOMPUTE,
@@ -111,7 +112,8 @@ def compare_recompute(config: Config, shape: ModelShape, world: World, repeat: i
 
 
 def compare_compile(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    return compare_settings(config, shape, world, COMPILE, repeat)
+    plain, budget = (compare_settings(config, shape, world, settings, repeat) for settings in (COMPILE, BUDGET))
+    return budget | plain
 
 
 def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from gpu_parts import Place, Report, example, the_world
 from meter import (
+    BUDGET,
     COMPILE,
     RECOMPUTE,
     against,
@@ -36,8 +37,7 @@ def bench_170m(report: Report, place: Place) -> None:
     repeat = place.pick(10, 1)
     report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, repeat))
     free()
-    settings = {name: COMPILE[name] for name in ("compiled", "compiled, budget")}
-    report.note(budget=compare_settings(config, shape, world, settings, repeat))
+    report.note(budget=compare_settings(config, shape, world, BUDGET, repeat))
     free()
     heads(report, config, shape, world, repeat)
     documents(report, config, shape, world, repeat)
@@ -64,8 +64,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     # Above 1.1 the plan's reserve is used up; below 0.75 it refuses what would fit.
     report.check("memory", 0.75 < ratio < 1.1, f"{most / 2**30:.2f} GiB, {ratio:.3f} of the plan")
     free()
-    settings = {name: COMPILE[name] for name in ("eager", "compiled")}
-    compared = compare_settings(config, shape, world, settings, repeat)
+    compared = compare_settings(config, shape, world, COMPILE, repeat)
     report.note(compile=compared)
     free()
     faster = compared["compiled"]["seconds"] < compared["eager"]["seconds"]

@@ -310,7 +310,10 @@ def saves(report: Report, place: Place) -> None:
 
 def save_stall(report: Report, place: Place) -> None:
     """How long a save holds up training, written beside it and waited for."""
-    file, sizes = place.folder / "bench_save.json", place.pick(["--layers", "32", "--saves", "3"], ["--layers", "1"])
+    file, sizes = (
+        place.folder / "bench_save.json",
+        place.pick(["--layers", "16", "--saves", "3"], ["--layers", "1", "--saves", "1"]),
+    )
     command = [sys.executable, str(ROOT / "tools/bench_save.py"), "--out", str(place.folder / "saves"), *sizes]
     subprocess.run([*command, "--json", str(file)], check=True)
     report.note(**json.loads(file.read_text()))

@@ -18,10 +18,11 @@ from mdmtrain.data.shards import read_manifest
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import Transformer, initial_std
 from mdmtrain.observed import allocations
+from mdmtrain.optim import local
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.parallel.wrap import build_model
 
 # Settings of `parallel` that are compared, each with the first. A new mode gets its line here.
 RECOMPUTE = {
@@ -30,11 +31,10 @@ RECOMPUTE = {
     "ops": {"recompute": "ops", "compile": False},
     "full": {"recompute": "full", "compile": False},
 }
-COMPILE = {
-    "eager": {"recompute": "none", "compile": False},
-    "compiled": {"recompute": "none", "compile": True},
-    "compiled, budget": {"recompute": "budget", "compile": True},
-}
+EAGER = {"eager": RECOMPUTE["none"]}
+COMPILE = {**EAGER, "compiled": {"recompute": "none", "compile": True}}
+# By itself: the compiler's cache does not tell graphs of one budget from those of another.
+BUDGET = {**EAGER, "compiled, budget": {"recompute": "budget", "compile": True}}
 CHUNKS = {
     "one chunk": {"head_chunk": 1 << 20, "fused_head": False},
     "chunks of 256": {"head_chunk": 256, "fused_head": False},
@@ -152,9 +152,14 @@ def all_positions(batch: Corruption) -> Corruption:
     return Corruption(batch.noisy, torch.arange(count, device=device), targets, weights, weights)
 
 
+@torch.no_grad()
 def new_model(config: Config, shape: ModelShape, world: World) -> Transformer:
+    """Weights of the usual size, the same each time; drawn on the device (a run's own take minutes at 1B)."""
     model = build_model(shape, config.parallel, world)
-    init_weights(model, config.run.seed)
+    torch.manual_seed(config.run.seed)
+    for name, parameter in model.named_parameters():
+        std = initial_std(name, shape)
+        local(parameter).fill_(1.0) if std is None else local(parameter).normal_(0.0, std)
     return model
 
 
@@ -173,6 +178,7 @@ def compare_settings(config: Config, shape: ModelShape, world: World, settings: 
 
     All models are there at once, without optimizers. `first_seconds` of a setting has its compilation.
     """
+    torch.compiler.reset()
     batch, works, first = random_batch(config, shape).to(world.device), {}, {}
     for name, values in settings.items():
         works[name] = passes(new_model(changed(config, "parallel", **values), shape, world), batch)

@@ -21,7 +21,7 @@ from mdmtrain.data.shards import read_manifest
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.observed import traced_traffic
-from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, propose, traffic
+from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, hurry, propose, traffic
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -105,6 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
             entry["proposal"] = propose(config, shape, one.gpus, gpu, assumed)
             way = entry["proposal"] or "nothing here makes it fit: more GPUs, or a smaller model or sequence_length"
             console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False)
+        entry["hurry"] = hurry(config, shape, one.gpus, gpu, assumed)
+        if entry["hurry"]:
+            line = f"communication sets the pace and memory is left; try {entry['hurry']}"
+            console.print(f"{one.gpus:,} GPUs: {line}", highlight=False)
         if args.trace:
             entry["traced_micro_step"] = traced_traffic(config, shape, one.gpus)
             planned_step = traffic(shape, config, one.gpus, one.gpus // config.parallel.replicate, 1)

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-EARLY = 75  # exit status of a rank that was told to stop before it had begun (EX_TEMPFAIL)
+EARLY = 75  # exit status of a rank told to stop before it had begun, or before its last evaluation (EX_TEMPFAIL)
 SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
 PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 
@@ -35,7 +35,7 @@ class Ended:
     """How the ranks ended."""
 
     status: int  # of the command that ran them
-    early: bool = False  # told to stop before they had begun
+    early: bool = False  # told to stop before they had begun, or before the last evaluation
     error: str = ""  # what was wrong, one line
     node: str = ""  # where the first rank crashed, if it is known
 
@@ -105,7 +105,7 @@ def conclude(state: State, ended: Ended, step: int, steps: int, max_crashes: int
 
     step: of the newest checkpoint; steps: of the whole run. A crash counts when it left no new checkpoint behind.
     """
-    if step >= steps:
+    if step >= steps and not ended.early:
         return replace(state, phase="finished", crashes=0)
     progress = step > state.began_at
     if ended.status == 0 or ended.early:  # an agreed stop: as often as it takes

@@ -26,6 +26,13 @@ class RunConfig(Section):
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
     micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
     max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
+    time_limit: float | None = Field(None, gt=0, description="minutes until it saves and stops, as on a signal")
+    step_timeout: float = Field(
+        10.0, gt=0, description="minutes that a rank may get nowhere within a step; then the run ends and says which"
+    )
+    slow_timeout: float = Field(
+        60.0, gt=0, description="the same in preparation, the first two steps, evaluations, probes and saves"
+    )
 
 
 class ModelConfig(Section):
@@ -166,14 +173,30 @@ class ParallelConfig(Section):
     )
     shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
-    recompute: Literal["none", "full", "selective", "ops"] = Field(
+    offload: bool = Field(
+        False, description="parameters, gradients and optimizer state in host memory, where the optimizer then runs"
+    )
+    recompute: Literal["none", "full", "selective", "ops", "budget"] = Field(
         "none",
         description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
-        "every recompute_every-th block; ops: every block but its matrix products and attention",
+        "every recompute_every-th block; ops: every block but its matrix products and attention; budget: what the "
+        "compiler finds cheapest beyond recompute_budget",
     )
     recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    recompute_budget: float = Field(
+        0.5, ge=0, le=1, description="recompute=budget: share of its activation memory that a compiled block keeps"
+    )
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
+    fused_head: bool = Field(False, description="torch's own fused linear cross-entropy (2.13 and later), in float32")
+
+    @model_validator(mode="after")
+    def _torch_can(self) -> "ParallelConfig":
+        if self.recompute == "budget" and not self.compile:
+            raise ValueError("recompute=budget is torch.compile's: set compile=true, or recompute=selective or ops")
+        if self.fused_head and self.compute_dtype != "float32":
+            raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -211,6 +234,10 @@ class MonitorConfig(Section):
     probe: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
         (8, 4, 2), description="validation sequences x rates x masks of a decomposition"
     )
+    profile_at: int | None = Field(
+        None, ge=0, description="step (from 0) at which rank 0 starts a torch.profiler trace; null: none"
+    )
+    profile_steps: int = Field(3, gt=0, description="steps in the trace, RUN/profile/step-N.json")
 
     @model_validator(mode="after")
     def _has_an_estimator(self) -> "MonitorConfig":
@@ -249,6 +276,10 @@ class Config(Section):
     def slots_per_step(self) -> int:
         """Sequences that a step reads: a paired arm has two rows of each."""
         return self.run.global_batch // self.diffusion.rows_per_slot
+
+    def evaluates(self, step: int) -> bool:
+        """Is there an evaluation after `step` steps?"""
+        return step > 0 and (step % self.eval.every == 0 or step == self.run.steps)
 
     def to_yaml(self) -> str:
         return yaml12.dump(self.model_dump(mode="json"))

@@ -163,7 +163,8 @@ def never_chosen(loaded: store.LoadedModel) -> list[int]:
     """Ids that no text has inside: reserved ones but for eos, and the rows that only round the vocabulary up."""
     tokenizer = loaded.tokenizer
     unused = range(tokenizer.vocab_size, loaded.model.shape.vocab_size)
-    return [tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id, *unused]
+    reserved = {tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}  # LLaDA's pad is its eos
+    return [*sorted(reserved), *unused]
 
 
 def layout(parts: list[str], tokenizer: Tokenizer, gen_length: int) -> list[int]:

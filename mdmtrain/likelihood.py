@@ -220,6 +220,8 @@ def deal(
     Batches are formed by number, whatever the ranks, so every number of ranks computes the same.
     """
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
-    dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
-    reshard(model)
+    try:
+        dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
+    finally:  # it may be interrupted
+        reshard(model)
     return np.concatenate(dealt)

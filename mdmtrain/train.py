@@ -6,8 +6,10 @@
 Read `train` from top to bottom: that is the whole run. To change what a step does, change it there.
 """
 
+import gc
 import sys
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +21,45 @@ from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, lo
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.loader import describe_rows, open_sources, train_loader, validation_rows
+from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
-from mdmtrain.evaluate import evaluate_split, split_names
+from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
 from mdmtrain.model.presets import describe, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
-from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog
+from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, evaluated
+from mdmtrain.monitor.profile import Profiler, out_of_memory
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
-from mdmtrain.parallel.world import AgreedError, AgreedStop, World, init_world
-from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.parallel.watchdog import Watchdog
+from mdmtrain.parallel.world import AgreedError, Interrupted, World, init_world, reason
+from mdmtrain.parallel.wrap import GraphCount, build_model, init_weights
 from mdmtrain.probe import Probe
 
+GARBAGE_EVERY = 50  # steps: when Python looks for cycles, so that all ranks do it together
 
-def train(config: Config, world: World) -> None:
-    """One run, from where its folder stands to its last step, or to an agreed stop. Raises ValueError."""
+
+def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
+    """One run, from where its folder stands to its last step, or to an agreed stop.
+
+    Raises ValueError; Interrupted where the stop left an evaluation after the last step.
+    """
     run, run_dir = config.run, Path(config.run.dir)
     plan = world.agree(lambda: resolve(config, world.size))
-    stop = AgreedStop(world)
+    watch = watch or Watchdog(world, run)
+    stop = watch.stop
 
     # ---- what there is: folder, data, tokenizer, model
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)  # held until the process ends
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
     sources = world.agree(lambda: open_sources(config.data, "train", config.data.verify if world.is_main else "size"))
     validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
-    evaluated = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
-    world.agree(lambda: [validation_rows(split, *evaluated) for split in validation])  # said now, not after hours
+    wanted = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
+    world.agree(lambda: [validation_rows(split, *wanted) for split in validation])  # said now, not after hours
     tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
     tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
     shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
@@ -82,7 +92,8 @@ def train(config: Config, world: World) -> None:
         cursor = continued(meta, identity)
         recorder.restore(meta["recorder"], cursor, same_batch=not changed)
         origin = "; ".join([f"resumed from {resumed}", *changed])
-    if step >= run.steps:
+    owed = world.agree(lambda: config.evaluates(step) and not evaluated(run_dir, step), main_only=True)
+    if step >= run.steps and not owed:
         SideExports(config, resumed, world.is_main).finish()  # one that went with the process that made it
         say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
         return
@@ -93,6 +104,8 @@ def train(config: Config, world: World) -> None:
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
+    if config.parallel.offload and world.device.type == "cpu":
+        say(world, "parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
     if sampler.fits("once") and resumed is None:
         rates, rows, masks = config.diffusion.grid
         say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
@@ -108,15 +121,45 @@ def train(config: Config, world: World) -> None:
     exports = SideExports(config, resumed, world.is_main)
     writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
-    stopped = 0
+    graphs = GraphCount(config.parallel.compile)
+    profiler = Profiler(config.monitor, run_dir, world)
+
+    def evaluation() -> int:
+        """Evaluate after `step` steps and record it; where a stop comes first, nothing is recorded. The stop, or 0."""
+
+        def between() -> None:
+            watch.at("evaluation")
+            if not pair.half:  # no stop between the steps of a pair
+                stop.check()
+
+        try:
+            stoppable = replace(world, between=between)
+            found = in_loop_evaluation(model, average, splits, config, tokenizer.mask_id, stoppable)
+        except Interrupted as interruption:
+            return interruption.args[0]
+        for one in found:
+            progress.note(f"step {step}  {one}")
+        if metrics is not None:
+            metrics.write([{"step": step, **asdict(one)} for one in found])
+        return 0
+
+    stopped = evaluation() if owed else 0  # a stop came before it, or in the middle of it
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     model.train()
     while step < run.steps and not stopped:
+        profiler.before(step)
+        if step % GARBAGE_EVERY == 0:
+            gc.collect(1)
         law = sampler.law(step / run.steps)
         draws = law.draw(run.seed, step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
         for micro_step in range(plan.accumulation):
             model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
+            watch.at("data", step)
             batch = recorder.wait_for(batches)
+            watch.at("forward and backward")
             drawn = draws.at(batch.slots.numpy())
             corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(device)
             ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
@@ -129,6 +172,8 @@ def train(config: Config, world: World) -> None:
             recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
         elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
             pair.keep()
+        watch.at("optimizer")
+        recorder.add_own_seconds(sums)
         world.sum(sums)
         lr = learning_rate(config.optim, step, run.steps)
         norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
@@ -143,27 +188,35 @@ def train(config: Config, world: World) -> None:
 
         stopped = stop.poll() if not pair.half else 0  # nor across a stop: one step later
         last = step == run.steps or bool(stopped)
-        evaluating = step % config.eval.every == 0 or step == run.steps
+        evaluating = config.evaluates(step)
         saving = step % config.checkpoint.save_every == 0 or last
         if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
+            watch.at("log")
             records = recorder.flush()  # the only place where the host waits for the device
+            graphs.report(step)
             if probe.due(step):
+                watch.at("probe")
                 components, seconds, share = probe.decompose(law, validation, step)
                 records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
                 if metrics is not None:
                     metrics.probe_cost(step, seconds, share)
             if metrics is not None:
                 metrics.write(records)
+                for record in records:
+                    if record["skipped"]:
+                        metrics.skipped(record["step"], loader.dataset.samples(record["step"] - 1))
             progress.update(records[-1], bits_per_nat)
             check_skips(records, recorder.skips_in_a_row, run.max_skips, run_dir)
+            if slow := recorder.slow_rank():
+                log.warning("step %d: %s", step, slow)
+            if saving:
+                watch.at("checkpoint")  # the one before may still be written
             announce(writer.finish() if saving else writer.poll(), progress, exports)
-        if evaluating:
-            for name, split in splits:
-                evaluation = in_loop_evaluation(model, average, split, name, config, tokenizer.mask_id, world)
-                progress.note(f"step {step}  {evaluation}")
-                if metrics is not None:
-                    metrics.write([{"step": step, **asdict(evaluation)}])
+        if evaluating and not stopped:
+            stopped = evaluation()
+            saving = saving or bool(stopped)
         if saving:
+            watch.at("checkpoint")
             if metrics is not None:
                 metrics.sync()
             tensors = store.training_tensors(model, optimizer, average, sampler)
@@ -178,34 +231,37 @@ def train(config: Config, world: World) -> None:
             writer.save(step, tensors, meta)
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
+            graphs.resume()
 
     announce(writer.finish(), progress, exports)
     stop.drain()
+    profiler.close()
+    gc.enable()
+    gc.unfreeze()
     progress.close()
     exports.finish()
     if metrics is not None:
         metrics.close()
-    if stopped and step < run.steps:
-        say(
-            world,
-            f"stopped by signal {stopped} after step {step}, checkpoint saved; the same command goes on from there",
-        )
+    if stopped:
+        left = " but for its evaluation" if config.evaluates(step) else ""
+        what = f"stopped by {reason(stopped)} after step {step}{left}, checkpoint saved"
+        say(world, f"{what}; the same command goes on from there")
     del lock
+    if stopped and step == run.steps:
+        raise Interrupted(stopped)
 
 
 def in_loop_evaluation(
-    model, average: WeightAverage | None, split, name: str, config: Config, mask_id: int, world: World
-):
+    model, average: WeightAverage | None, splits: list, config: Config, mask_id: int, world: World
+) -> list[Evaluation]:
     """The validation NELBO of the weights that count: the average where the run keeps one."""
+    arguments = (config.eval, config.data.sequence_length, config.data.document_mask, mask_id, world)
     model.eval()
-    arguments = (split, name, config.eval, config.data.sequence_length, config.data.document_mask, mask_id, world)
-    if average is None:
-        evaluation = evaluate_split(model, *arguments)
-    else:
-        with average.swapped_into(model):
-            evaluation = evaluate_split(model, *arguments)
-    model.train()
-    return evaluation
+    try:
+        with average.swapped_into(model) if average is not None else nullcontext():
+            return [evaluate_split(model, split, name, *arguments) for name, split in splits]
+    finally:
+        model.train()
 
 
 # ---- small things
@@ -245,7 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )
     config = configuration.load(parser.parse_args(arguments).config)
-    train(config, init_world())
+    world = init_world(config.run.slow_timeout + 5, Path(config.run.dir) / "logs")
+    with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+        train(config, world, watch)
 
 
 if __name__ == "__main__":

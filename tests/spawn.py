@@ -22,6 +22,12 @@ def fake_world(gather: Callable = lambda value: [value], rank: int = 0, size: in
     return Fake(rank, size, torch.device("cpu"), None, None)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_world(function: Callable, size: int, *arguments) -> list:
     """Call function(world, *arguments) on every rank and return the results in the order of the ranks.
 
@@ -29,10 +35,7 @@ def run_world(function: Callable, size: int, *arguments) -> list:
     rank's traceback.
     """
     context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    results, port = context.SimpleQueue(), free_port()
     processes = [
         context.Process(target=_rank, args=(function, rank, size, port, arguments, results)) for rank in range(size)
     ]

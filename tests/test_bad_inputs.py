@@ -394,6 +394,12 @@ def run_on_other_data(lab):
     return lab.resume(sources(lab.corpus, lab.corpus))
 
 
+@case("train", "{lab}/corpus/train-00001.bin is missing", "prepare the data again")
+def shard_lost_between_stop_and_resume(lab):
+    (lab.copy_corpus() / "train-00001.bin").unlink()
+    return lab.resume(sources(lab.folder / "corpus"))
+
+
 @case("train", "cannot resume {lab}/run/checkpoints", "optim.ema_decay", "use the setting it was trained with")
 def run_with_its_average_switched_off(lab):
     return lab.resume("optim.ema_decay=null")
@@ -733,6 +739,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(lab,
     after = lab.state()
     metrics_before, metrics_after = before.pop("run/metrics.jsonl"), after.pop("run/metrics.jsonl")
     assert metrics_after.startswith(metrics_before)
+    assert after.pop("run/skipped.jsonl").count(b"\n") >= 3
     assert all(record["skipped"] for record in read_metrics(lab.run)[-3:])
     for state in (before, after):
         assert state.pop("run/config.yaml") and state.pop("run/environment.json")

@@ -346,7 +346,8 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
     tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
         raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
-    here = config.parallel.model_copy(update={"replicate": 1, "shard": None, "compile": False})  # any number of ranks
+    elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
+    here = config.parallel.model_copy(update=elsewhere)  # any number of ranks, any torch
     model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()

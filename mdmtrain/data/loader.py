@@ -4,7 +4,8 @@ The loader's processes prefetch and nothing more: its position is the step, so n
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -133,8 +134,8 @@ class Dataset(torch.utils.data.Dataset):
         L = self._data.sequence_length
         source, window = self._mixture(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
         rows = [
-            read_row(self._sources[one], int(number), L, self._row_length(step, slot), self._data.document_mask)
-            for one, number, slot in zip(source, window, slots, strict=True)
+            read_row(self._sources[one], int(number), L, most, self._data.document_mask)
+            for one, number, most in zip(source, window, self._row_lengths(step, slots), strict=True)
         ]
         ids, eligible, segments = stack_rows(rows, self._data.document_mask)
         if self._syrm is not None:
@@ -148,13 +149,19 @@ class Dataset(torch.utils.data.Dataset):
             samples=torch.from_numpy(np.stack([source, window], axis=1)),
         )
 
-    def _row_length(self, step: int, slot: int) -> int:
-        """Tokens of a window: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+    def samples(self, step: int) -> dict[str, list[int]]:
+        """What iteration `step` (from 0) reads, on all ranks: the windows of each source, in the order of the slots."""
+        first = self._cursor.at(step, self._slots_per_step, 0).sample
+        source, window = self._mixture(first + np.arange(self._slots_per_step))
+        return {str(s.folder): window[source == number].tolist() for number, s in enumerate(self._sources)}
+
+    def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
+        """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
-            return L
-        cut, which = noise.uniforms(noise.philox(self._seed, noise.Stream.LENGTH, step, int(slot)), 2)
-        return max(1, L * (1 + int(which * LENGTHS)) // LENGTHS) if cut < fraction else L
+            return [L] * len(slots)
+        cut, which = noise.position_uniforms(self._seed, step, slots, 2, noise.Stream.LENGTH).T
+        return np.where(cut < fraction, np.maximum(1, L * (1 + (which * LENGTHS).astype(int)) // LENGTHS), L).tolist()
 
 
 def train_loader(
@@ -180,6 +187,21 @@ def train_loader(
             pin_memory=pin_memory,
             snapshot_every_n_steps=1 << 62,  # its state is never asked for
         )
+
+
+@contextmanager
+def loader_deaths(config: DataConfig) -> Iterator[None]:
+    """Say why a loader's process may have died: a shard that was cut while it was read kills whoever reads on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        open_sources(config, "train", "size")  # raises ValueError naming the shard
+        raise ValueError(
+            f"a loader process was killed ({str(error).split(': ')[-1]}): out of memory, or a disk that failed: lower "
+            "data.workers or data.prefetch, check the disk, and start again"
+        ) from error
 
 
 def _as_it_is(batch: Batch) -> Batch:

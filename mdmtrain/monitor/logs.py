@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import faulthandler
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mdmtrain.parallel.world import WRITER_THREAD, AgreedError, describe
+from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe
 
 log = logging.getLogger("mdmtrain")
 WRITER_PATIENCE = 120.0  # seconds
@@ -36,7 +37,8 @@ def output_file(argument: str) -> Path:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End a command: at its end in good order, with one `error:` line and status 2 on ValueError or OSError.
+    """End a command: at its end in good order, with one `error:` line and status 2 on ValueError or OSError; with
+    status EARLY where it was told to stop with something left to do that its last checkpoint does not tell.
 
     The traceback goes to the log file where there is one (DEBUG level), and to the terminal with MDMTRAIN_DEBUG=1.
     Identical errors of several ranks on a node are printed once; an error of a single rank names the rank.
@@ -46,6 +48,8 @@ def user_errors() -> Iterator[None]:
     log.setLevel(logging.WARNING)
     try:
         yield
+    except Interrupted:
+        _exit_at_once(EARLY)
     except (ValueError, OSError) as error:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
@@ -95,6 +99,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     file = logging.FileHandler(folder / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    faulthandler.enable(file.stream)  # SIGSEGV, SIGBUS, SIGABRT: every thread's stack, in this process and its helpers
     if rank == 0:
         terminal = logging.StreamHandler()
         terminal.setLevel(logging.WARNING)

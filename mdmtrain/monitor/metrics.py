@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from mdmtrain.monitor.logs import log
 from mdmtrain.parallel.world import writing
 
+METRICS = "metrics.jsonl"
 OCTILES = 8
 LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
@@ -24,31 +26,12 @@ class MetricsLog:
     """Appends one JSON object a line. On resume everything after the checkpoint's step is cut away first."""
 
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self._skipped = run_dir / METRICS, run_dir / "skipped.jsonl"
         with writing(run_dir):
-            self._cut(resume_step)
+            for file in (self.path, self._skipped):
+                cut(file, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._board = SummaryWriter(str(run_dir / "events"), purge_step=resume_step + 1) if tensorboard else None
-
-    def _cut(self, step: int) -> None:
-        """Keep the records of steps up to `step`; a line torn by a crash goes too. The file is replaced as a whole."""
-        if not self.path.exists():
-            return
-        temporary = self.path.with_suffix(".tmp")
-        with open(self.path, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
-            for number, line in enumerate(old, 1):
-                try:
-                    if line.endswith("\n") and json.loads(line)["step"] <= step:
-                        new.write(line)
-                except (
-                    json.JSONDecodeError,
-                    KeyError,
-                    TypeError,
-                ):  # a power cut may leave zeros behind what was brought to the disk
-                    log.warning("%s line %d was damaged and is left out", self.path, number)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, self.path)
 
     def write(self, records: list[dict]) -> None:
         """Append records and hand them to the operating system."""
@@ -60,6 +43,11 @@ class MetricsLog:
                     self._draw(record)
             self._file.flush()
 
+    def skipped(self, step: int, samples: dict[str, list[int]]) -> None:
+        """A line in skipped.jsonl: the windows (or documents) of each source that a skipped step had read."""
+        with writing(self._skipped), open(self._skipped, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+
     def sync(self) -> None:
         """Bring everything to the disk itself: before a checkpoint is committed."""
         with writing(self.path.parent):
@@ -69,23 +57,23 @@ class MetricsLog:
                 self._board.flush()
 
     def _draw(self, record: dict) -> None:
-        step = record["step"]
-        group = record.get("split", "train")
+        step, group = record["step"], record.get("split", "train")
+        scalars: dict[str, float] = {}
         for name, value in record.items():
             if name in BY_OCTILE:
-                for octile, mean in enumerate(value):
-                    if mean is not None:
-                        self._board.add_scalar(f"{BY_OCTILE[name]}/octile_{octile}", mean, step)
+                means = {f"{BY_OCTILE[name]}/octile_{octile}": mean for octile, mean in enumerate(value)}
+                scalars |= {tag: mean for tag, mean in means.items() if mean is not None}
             elif name == HISTOGRAM:
                 self._draw_histogram(value, step)
             elif name == COMPONENTS:
-                for component, size in value.items():
-                    if size is not None:
-                        self._board.add_scalar(f"{COMPONENTS}/{component}", size, step)
+                scalars |= {f"{COMPONENTS}/{part}": size for part, size in value.items() if size is not None}
             elif name == DENSITY:
                 self._board.add_figure("train/rate_density", density_figure(value), step)
             elif name not in ("step", "time") and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                scalars[f"{group}/{name}"] = value
+        # As one event: thirty of them, as add_scalar makes, take longer than the rest of a step's records.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._board.file_writer.add_summary(Summary(value=values), step)
 
     def _draw_histogram(self, counts: list[int], step: int) -> None:
         middles = [(octile + 0.5) / OCTILES for octile in range(OCTILES)]
@@ -112,6 +100,36 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def cut(file: Path, step: int) -> None:
+    """Keep the records of steps up to `step`; a line torn by a crash goes too. The file is replaced as a whole."""
+    if not file.exists():
+        return
+    temporary = file.with_suffix(".tmp")
+    with open(file, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
+        for number, line in enumerate(old, 1):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    new.write(line)
+            except (
+                json.JSONDecodeError,
+                KeyError,
+                TypeError,
+            ):  # a power cut may leave zeros behind what was brought to the disk
+                log.warning("%s line %d was damaged and is left out", file, number)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(temporary, file)
+
+
+def evaluated(run_dir: Path, step: int) -> bool:
+    """Has the evaluation after `step` been recorded?"""
+    file = run_dir / METRICS
+    if not file.exists():
+        return False
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        return any(line.startswith(f'{{"step": {step}, "split": ') for line in lines)
 
 
 def density_figure(density: dict[str, list[float]]) -> Figure:

@@ -15,6 +15,8 @@ from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATIST
 
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
 CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
+SLOW = 1.5  # times the median of the ranks' own seconds: a slow rank
+SLOW_FLUSHES, SLOW_WARNING = 3, 50  # flushes in a row before it is called slow, and until it is called so again
 PAIR_DECAY = 0.9  # per pair, of the noise scale's two halves
 
 
@@ -33,9 +35,10 @@ class _Pending:
 class StepRecorder:
     """Collects the steps between two flushes.
 
-    The vector of sums (float64 [2 bins + 3 + ranks], added up over ranks once a step: its size does not depend on the
+    The vector of sums (float64 [2 bins + 3 + 2 ranks], added up over ranks once a step: its size does not depend on the
     batch) holds, by cell of the masking rate, the weighted losses of the rows and their P-POTS statistics; then the
-    eligible positions, what a GradientPair found (zeros in most steps), and the masked positions of each rank.
+    eligible positions, what a GradientPair found (zeros in most steps), the masked positions of each rank, and the
+    seconds that the step took each rank by itself: waiting for data, and awake (`awake`), but not in a collective.
 
     It also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the running mean of
     the weighted loss y in each cell. b is a constant to the step, so the gradient does not change by a bit: it is
@@ -58,6 +61,8 @@ class StepRecorder:
         self._pending: list[_Pending] = []
         self._waited = 0.0
         self._flushed = time.monotonic()
+        self._asleep, self._awake = 0.0, awake()  # seconds asleep for data since the last step, and when that ended
+        self._own, self._slow = np.zeros(self._ranks), 0
 
     def state(self) -> dict:
         """What a resumed run needs to go on with the same numbers, for meta.json."""
@@ -72,7 +77,7 @@ class StepRecorder:
         self._baseline, self._seen = np.array(state["baseline"]), np.array(state["seen"])
 
     def new_sums(self) -> Tensor:
-        return torch.zeros(2 * self._bins + 3 + self._ranks, dtype=torch.float64, device=self._device)
+        return torch.zeros(2 * self._bins + 3 + 2 * self._ranks, dtype=torch.float64, device=self._device)
 
     def statistics(self, sums: Tensor) -> Tensor:
         """The part of the sums that the sampler is fitted from: float64 [bins]."""
@@ -80,9 +85,11 @@ class StepRecorder:
 
     def wait_for(self, batches: Iterator):
         """The next micro-batch; the time that it takes counts as waiting for data."""
-        start = time.monotonic()
+        start, busy = time.monotonic(), awake()
         batch = next(batches)
-        self._waited += time.monotonic() - start
+        waited = time.monotonic() - start
+        self._waited += waited
+        self._asleep += max(0.0, waited - (awake() - busy))
         return batch
 
     def add_micro_step(
@@ -98,6 +105,12 @@ class StepRecorder:
     def add_pair(self, sums: Tensor, pair: Tensor) -> None:
         """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
         sums[2 * self._bins + 1 : 2 * self._bins + 3] = pair
+
+    def add_own_seconds(self, sums: Tensor) -> None:
+        """What this rank took since the last step, others' lateness not counted."""
+        now = awake()
+        sums[2 * self._bins + 3 + self._ranks + self._rank] += now - self._awake + self._asleep
+        self._asleep, self._awake = 0.0, now
 
     def add_step(
         self, step: int, law: Law, draws: Draws, row_counts: np.ndarray, sums: Tensor, norm: Tensor, skipped: Tensor,
@@ -122,16 +135,31 @@ class StepRecorder:
             self._record(p, row, self._positions * steps / elapsed, self._waited / elapsed)
             for p, row in zip(self._pending, numbers, strict=True)
         ]
-        self._pending, self._waited, self._flushed = [], 0.0, now
+        self._own = numbers[:, 2 * self._bins + 3 + self._ranks : -2].sum(axis=0)
+        slow = self._own.max() > SLOW * np.median(self._own) and self._own.max() > elapsed / 4
+        self._slow = self._slow + 1 if slow else 0
+        self._pending, self._waited = [], 0.0
+        self._flushed, self._awake = now, awake()  # CUDA's wait for the device may be awake
         return records
+
+    def slow_rank(self) -> str | None:
+        """Something to say of a rank that has been slow in each of the last few flushes; None the next few times."""
+        if self._slow % SLOW_WARNING != SLOW_FLUSHES:
+            return None
+        most, median = self._own.max(), np.median(self._own)
+        return (
+            f"rank {self._own.argmax()} takes {most / median:.1f} times the median of the ranks by itself (work and "
+            "its wait for data, no wait for others), and all wait for it: look at its node"
+        )
 
     def resume_clock(self) -> None:
         """Leave the time since the last flush (an evaluation, a save) out of the next speed."""
-        self._flushed = time.monotonic()
+        self._flushed, self._awake = time.monotonic(), awake()
 
     def _record(self, pending: _Pending, numbers: np.ndarray, speed: float, wait: float) -> dict:
         by_bin, statistics = numbers[: 2 * self._bins].reshape(2, -1)
-        eligible, noise, signal, *masked, norm, skipped = numbers[2 * self._bins :].tolist()
+        eligible, noise, signal, *by_rank, norm, skipped = numbers[2 * self._bins :].tolist()
+        masked, own = by_rank[: self._ranks], by_rank[self._ranks :]
         after_skip, self.skips_in_a_row = self.skips_in_a_row > 0, self.skips_in_a_row + 1 if skipped else 0
         total, length = float(by_bin.sum()), self._positions / self._rows
         smooth = self._smooth(by_bin / length, pending, bool(skipped))
@@ -161,6 +189,8 @@ class StepRecorder:
             HISTOGRAM: octile_counts.tolist(),
             "tokens_per_second": speed,
             "data_wait": wait,
+            "slowest_rank": int(np.argmax(own)),
+            "slowest_over_median": finite(float(max(own) / np.median(own))) if min(own) > 0 else None,
             "time": time.time(),
         }
         if noise > 0 and not skipped and not after_skip:
@@ -194,3 +224,12 @@ class StepRecorder:
             self._baseline[hit] = BASELINE_DECAY * old + (1 - BASELINE_DECAY) * means
             self._seen |= hit
         return float(value)
+
+
+def awake() -> float:
+    """Seconds that this thread has run, or waited for a core, so far; asleep in a collective they stand still."""
+    try:
+        with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+            return sum(map(int, file.read().split()[:2])) / 1e9
+    except OSError:  # not Linux, or a kernel without: the first of the two
+        return time.thread_time()

@@ -4,9 +4,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +20,15 @@ T = TypeVar("T")
 WRITER_THREAD = "checkpoint writer"  # a process that ends in good order lets it finish
 
 
+EARLY = 75  # exit status of a run that was told to stop with something left that no checkpoint tells (EX_TEMPFAIL)
+
+
 class AgreedError(ValueError):
     """A user's error that every rank raises together."""
+
+
+class Interrupted(Exception):
+    """A stop that all ranks take in the middle of something, which is given up. Its argument: see AgreedStop.poll."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class World:
     device: torch.device
     mesh: DeviceMesh  # one dimension, "dp_shard"
     control: dist.ProcessGroup  # gloo on the CPU, for what must not touch the accelerator
+    between: Callable[[], None] | None = field(default=None, compare=False)  # called before each round of `deal`
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +66,8 @@ class World:
         """
         mine = {}
         for first in range(0, count, self.size):
+            if self.between is not None:
+                self.between()
             number = min(first + self.rank, count - 1)
             mine[number] = compute(number)
         gathered = {number: value for part in self.gather(mine) for number, value in part.items()}
@@ -97,8 +109,11 @@ def writing(place: Path) -> Iterator[None]:
         raise OSError(error.errno, problem, str(place)) from None
 
 
-def init_world() -> World:
-    """Join the process group that torchrun describes, or a group of one when started as plain `python`."""
+def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
+    """Join the process group that torchrun describes, or a group of one when started as plain `python`.
+
+    timeout: minutes after which a collective fails; logs: the folder for what NCCL's flight recorder has to say then.
+    """
     launched = "RANK" in os.environ
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     if launched and sys.platform == "linux":
@@ -110,30 +125,50 @@ def init_world() -> World:
             raise ValueError(
                 f"{here} ranks on a node with {gpus} GPUs: start {gpus}, or hide them (CUDA_VISIBLE_DEVICES=)"
             )
+        if logs is not None:
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+            dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # + the rank
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", dump)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    store = None if launched else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    longest = timedelta(minutes=timeout)
+    dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
-    return World(rank, size, device, mesh, dist.new_group(backend="gloo"))
+    return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
+
+
+def meeting_point(name: str) -> dist.Store:
+    """A key value store of all ranks, over a connection of its own; keys of the same name are the same.
+
+    torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone in it: each
+    attempt has its own part.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 class AgreedStop:
     """A stop that all ranks take at the same step.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them. Each step sends the flag round without
-    waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second Ctrl-C
-    takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them, and so does the time limit (minutes from
+    now). Each step sends the flag round without waiting, and the next step reads what arrived, so agreement costs no
+    stall and comes one step late. A second Ctrl-C takes its default course; the others may come twice (Slurm does
+    that), with SIGKILL to follow.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    TIME_LIMIT = 1000  # the flag where it was no signal
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, time_limit: float | None = None):
         self._world = world
         self._requested = 0
+        self._deadline = float("inf") if time_limit is None else time.monotonic() + 60 * time_limit
         self._in_flight: tuple | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._request)
@@ -143,19 +178,35 @@ class AgreedStop:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
+    @property
+    def requested(self) -> int:
+        """What this rank knows by itself: the number of a signal, TIME_LIMIT, or 0."""
+        return self._requested or (self.TIME_LIMIT if time.monotonic() > self._deadline else 0)
+
     def poll(self) -> int:
-        """Call once a step on every rank. The number of a signal that some rank got by the step before, or 0."""
+        """Call once a step on every rank. What some rank had been told by the step before: a signal's number,
+        TIME_LIMIT, or 0."""
         agreed = 0
         if self._in_flight is not None:
             work, flag = self._in_flight
             work.wait()
             agreed = int(flag.item())
-        flag = torch.tensor([self._requested], dtype=torch.int32)
+        flag = torch.tensor([self.requested], dtype=torch.int32)
         self._in_flight = (dist.all_reduce(flag, dist.ReduceOp.MAX, self._world.control, async_op=True), flag)
         return agreed
+
+    def check(self) -> None:
+        """The same in the middle of something: raises Interrupted."""
+        if number := self.poll():
+            raise Interrupted(number)
 
     def drain(self) -> None:
         """Wait for the last exchange, before the process group goes away."""
         if self._in_flight is not None:
             self._in_flight[0].wait()
             self._in_flight = None
+
+
+def reason(number: int) -> str:
+    """Why a run stops, as AgreedStop numbers it."""
+    return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else f"signal {number}"

@@ -1,0 +1,213 @@
+"""Which rank is it? Noticing that a run gets nowhere, or that a rank is gone, and saying which one and where it stands.
+
+The main thread of each rank stamps what it does; a thread beside it looks on. When a rank has stood still for too long,
+or has lost the connection to another, it calls the roll: collectives are stuck then, so the threads talk through a key
+value store, write every thread's stack into the rank's log, and agree on one line for the terminal. The processes end
+with status 1, so that whoever started them can start them again. The thread also ends a run that is told to stop while
+it prepares: the main thread may be in a collective then, where no signal handler of Python's runs.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from mdmtrain.config import RunConfig
+from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, meeting_point, reason
+
+POLL = 1.0  # seconds between two looks
+PATIENCE = 4.0  # seconds in which a live rank answers the roll call
+SLOW = ("preparation", "evaluation", "probe", "checkpoint")
+# What gloo and NCCL say when the process at the other end is gone.
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL error", "connectFullMesh", "Socket")
+log = logging.getLogger("mdmtrain")
+
+
+class Watchdog:
+    """`at` costs a microsecond, and is all there is without the `with` block, which starts the thread."""
+
+    def __init__(self, world: World, config: RunConfig):
+        self.stop = AgreedStop(world, config.time_limit)
+        self._world, self._log = world, Path(config.dir) / "logs" / f"rank-{world.rank}.log"
+        self._timeouts = 60 * config.step_timeout, 60 * config.slow_timeout
+        self._count, self._first, self._step = 0, None, 0
+        self._place = ("preparation", 0, True, time.monotonic())
+        self._closed, self._lost, self._deaf = threading.Event(), "", False
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """The main thread begins with `phase`; step: of the loop, from 0, where it is a new one."""
+        if step is not None:
+            self._first, self._step = step if self._first is None else self._first, step
+        self._count += 1  # the ranks run the same program, so these counts can be compared
+        slow = phase in SLOW or self._step < self._first + 2
+        self._place = (phase, self._step, slow, time.monotonic())  # as one, because the thread reads it
+
+    # ---- the thread
+
+    def __enter__(self) -> "Watchdog":
+        self._signals, woken = socket.socketpair()
+        woken.setblocking(False)
+        self._woken = woken  # keeps it open
+        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+        self._store = meeting_point("watchdog")  # not the main thread's, which may be waiting there
+        self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        lost = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
+        if lost and self._world.size > 1:
+            log.debug("a collective failed", exc_info=error)
+            self._tell("news", "a connection broke")
+            self._thread.join()  # ends this process, as a rule
+        self._closed.set()
+        signal.set_wakeup_fd(-1)
+        self._woken.send(b"\0")
+        if error is not None:  # this rank will say why itself
+            self._tell(f"left {self._world.rank}", describe(error) if str(error) else repr(error))
+        self._thread.join()
+
+    def _look_on(self) -> None:
+        while not self._closed.is_set():
+            signals = self._signals.recv(64) if select.select([self._signals], [], [], POLL)[0] else b""
+            phase, _, slow, since = self._place
+            told = next((number for number in signals if number in AgreedStop.SIGNALS), self.stop.requested)
+            if phase == "preparation" and told:
+                self._tell("news", f"stop {told}")
+            if time.monotonic() - since > self._timeouts[slow]:
+                self._tell("news", f"no progress for {self._timeouts[slow] / 60:g} minutes")
+            news = self._told("news")
+            if news.startswith("stop"):
+                self._leave_early(int(news.split()[1]))
+            elif (news or self._lost) and not self._closed.is_set():
+                try:
+                    self._roll_call(news or self._lost)
+                finally:
+                    _exit(1)
+
+    def _tell(self, key: str, text: str) -> None:
+        """The first to write a key is heard."""
+        try:
+            self._store.compare_set(key, "", text)
+        except RuntimeError:  # the store has gone, with the rank or launcher that held it
+            self._lost = self._lost or text
+
+    def _told(self, key: str) -> str:
+        try:
+            if not self._deaf and self._store.check([key]):
+                return self._store.get(key).decode()
+        except RuntimeError:  # at the end of a run that is no fault
+            self._deaf = True
+        return ""
+
+    # ---- the end
+
+    def _leave_early(self, number: int) -> None:
+        if self._world.is_main:
+            print(f"stopped by {reason(number)} in preparation, before any step: the same command begins again")
+        _exit(EARLY)
+
+    def _roll_call(self, why: str) -> None:
+        if self._log.exists():
+            with open(self._log, "a", encoding="utf-8") as file:
+                print(f"---- {why}: the stack of every thread", file=file, flush=True)
+                faulthandler.dump_traceback(file, all_threads=True)
+        size, rank = self._world.size, self._world.rank
+        self._tell(f"at {rank}", json.dumps(self._report()))
+        # Rank 0 asks everybody. Where it is the one that does not answer, nobody does, and each asks for itself.
+        deadline = time.monotonic() + (0.0 if rank == 0 or self._lost else 2 * PATIENCE)
+        while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not verdict:
+            named, line = judge(why, self._answers(), size) if not self._lost else ([0], f"{why}: rank 0 is gone")
+            mine = verdict = json.dumps([named, line, rank])
+            self._tell("verdict", mine)
+            verdict = self._told("verdict") or mine
+        named, line, by = json.loads(verdict)
+        log.info("%s", line or f"ranks {named} left, and said why")
+        if by == rank and line:
+            print(f"error: {line}: stacks are in {self._log.parent}; the same command goes on from the last checkpoint",
+                  file=sys.stderr)  # fmt: skip
+        if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
+            (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())
+        time.sleep(0.0 if rank in named else POLL)  # whose process ends first is taken for the culprit
+
+    def _answers(self) -> dict[int, dict]:
+        """Where each rank stands, of those that answer."""
+        answers, deadline = {}, time.monotonic() + PATIENCE
+        while len(answers) < self._world.size and time.monotonic() < deadline:
+            for rank in set(range(self._world.size)) - answers.keys():
+                if text := self._told(f"left {rank}"):
+                    answers[rank] = {"left": text}
+                elif text := self._told(f"at {rank}"):
+                    answers[rank] = json.loads(text)
+            time.sleep(0.1)
+        return answers
+
+    def _report(self) -> dict:
+        phase, step, _, since = self._place
+        counts, last = collectives()
+        place = phase if phase == "preparation" else f"{phase} (step {step})"
+        return {"place": place, "seconds": time.monotonic() - since, "progress": [self._count, *counts], "last": last}
+
+
+def judge(why: str, answers: dict[int, dict], size: int) -> tuple[list[int], str]:
+    """Which ranks hold the others up, and a sentence about it; none where a rank has said itself why it left.
+
+    answers: of each rank that answered, {"left": its last words}, or its place, the seconds it has been there, its
+    progress (numbers that only grow, to be compared one after the other) and its last collective.
+    """
+    if left := [rank for rank, answer in answers.items() if "left" in answer]:
+        return left, ""
+    common = Counter(answer["place"] for answer in answers.values()).most_common(1)
+    if missing := [rank for rank in range(size) if rank not in answers]:
+        line = f"{why}: {ranks(missing)} silent: the process is gone or frozen, or the node is"
+        return missing, line + (f"; the others stand in {common[0][0]}" if common else "")
+    least = min(answer["progress"] for answer in answers.values())
+    behind = [rank for rank in range(size) if answers[rank]["progress"] == least]
+    one = answers[behind[0]]
+    stand = f"in {one['place']} for {one['seconds']:.0f} s, after {one['last']}"
+    if len(behind) == size:
+        return [], f"{why}: all ranks stand {stand}"
+    ahead = next(answers[rank] for rank in range(size) if rank not in behind)
+    line = f"{why}: {ranks(behind)} behind, {stand}; the others wait in {ahead['place']}, in {ahead['last']}"
+    return behind, line
+
+
+def ranks(numbers: list[int]) -> str:
+    few = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return f"rank {few} is" if len(numbers) == 1 else f"ranks {few} are"
+
+
+def collectives() -> tuple[list[int], str]:
+    """How many collectives this process has begun, and ended, and its newest one, from torch's flight recorder."""
+    entries, counts = [], [0, 0]
+    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where torch has it
+        if hasattr(c10d, dump):
+            trace = json.loads(getattr(c10d, dump)())
+            entries += trace.get("entries", [])
+            for status in trace.get("pg_status", {}).values():
+                for index, name in enumerate(("last_enqueued_collective", "last_completed_collective")):
+                    counts[index] += max(0, int(status[name]))
+    if not entries:
+        return counts, "no collective"
+    newest = max(entries, key=lambda entry: entry["time_created_ns"])
+    return counts, f"{newest['profiling_name']} {newest['input_sizes']} (collective {counts[0]})"
+
+
+def _exit(status: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

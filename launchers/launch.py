@@ -16,15 +16,15 @@ from pathlib import Path
 from launchers import slurm_client
 from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state, write_state
 from mdmtrain import config as configuration
+from mdmtrain.checkpoint.resume import find_resume, run_identity
 from mdmtrain.checkpoint.run_folder import git_revision
-from mdmtrain.checkpoint.store import TOKENIZER_FILE, write_atomically
+from mdmtrain.checkpoint.store import TOKENIZER_FILE, home, write_atomically
 from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.data.loader import open_sources
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.monitor.logs import CommandParser
 from mdmtrain.parallel.world import writing
-from mdmtrain.train import find_resume, run_identity
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,11 +89,17 @@ def prepare(options: argparse.Namespace) -> Launch:
     plan = resolve(config, world)
     run_dir = Path(config.run.dir).absolute()
     refuse_if_in_use(run_dir)
+    if config.checkpoint.dir is not None:
+        raise ValueError(
+            f"checkpoint.dir={config.checkpoint.dir}: a launched run is followed by the checkpoints in its run folder: "
+            "leave it out, or start the run with torchrun"
+        )
     sources = open_sources(config.data, "train", "size")
     open_sources(config.data, "validation", "size")
     tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
     shape = model_shape(config.model, tokenizer.vocab_size)
-    find_resume(config, run_dir, run_identity(config, shape, tokenizer, [source.fingerprint for source in sources]))
+    identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
+    find_resume(config, home(config), identity)
     step = newest_step(run_dir)
     if step >= config.run.steps:
         raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")

@@ -26,9 +26,7 @@ class RunConfig(Section):
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
     micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
     max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
-    time_limit: float | None = Field(
-        None, gt=0, description="minutes after which the run saves and stops, as on a signal; null: none"
-    )
+    time_limit: float | None = Field(None, gt=0, description="minutes until it saves and stops, as on a signal")
     step_timeout: float = Field(
         10.0, gt=0, description="minutes that a rank may get nowhere within a step; then the run ends and says which"
     )
@@ -175,30 +173,55 @@ class ParallelConfig(Section):
     )
     shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
-    recompute: Literal["none", "full", "selective", "ops"] = Field(
+    offload: bool = Field(
+        False, description="parameters, gradients and optimizer state in host memory, where the optimizer then runs"
+    )
+    recompute: Literal["none", "full", "selective", "ops", "budget"] = Field(
         "none",
         description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
-        "every recompute_every-th block; ops: every block but its matrix products and attention",
+        "every recompute_every-th block; ops: every block but its matrix products and attention; budget: what the "
+        "compiler finds cheapest beyond recompute_budget",
     )
     recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    recompute_budget: float = Field(
+        0.5, ge=0, le=1, description="recompute=budget: share of its activation memory that a compiled block keeps"
+    )
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
+    fused_head: bool = Field(False, description="torch's own fused linear cross-entropy (2.13 and later), in float32")
+
+    @model_validator(mode="after")
+    def _torch_can(self) -> "ParallelConfig":
+        if self.recompute == "budget" and not self.compile:
+            raise ValueError("recompute=budget is torch.compile's: set compile=true, or recompute=selective or ops")
+        if self.fused_head and self.compute_dtype != "float32":
+            raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
+        return self
 
 
 class CheckpointConfig(Section):
+    dir: str | None = Field(
+        None, min_length=1, description="where they are kept: a path or an fsspec URL; null: run.dir/checkpoints"
+    )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
     keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="those of every so many steps stay for good; null: none")
+    asynchronous: bool = Field(True, description="write beside the training, which waits for a copy only")
     resume: Literal["auto", "never"] = Field(
         "auto",
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
+    )
+    allow: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
+        (), description="what may be another than in the checkpoint that a run goes on from; see docs/checkpoints.md"
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
     export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
 
     @model_validator(mode="after")
-    def _exports_are_of_checkpoints(self) -> "CheckpointConfig":
-        if self.export_every is not None and self.export_every % self.save_every:
-            raise ValueError(f"export_every={self.export_every} is not a multiple of save_every={self.save_every}")
+    def _falls_on_checkpoints(self) -> "CheckpointConfig":
+        for name, every in (("export_every", self.export_every), ("keep_every", self.keep_every)):
+            if every is not None and every % self.save_every:
+                raise ValueError(f"{name}={every} is not a multiple of save_every={self.save_every}")
         return self
 
 

@@ -267,7 +267,7 @@ def row_count(argument: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
-    add("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
+    add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
     inputs = "prepared folders, text files, jsonl with 'text' or with 'prefix' and 'continuation' (default: the run's)"
     add("--data", nargs="+", metavar="PATH", help=inputs)
     add("--split", default="validation", help="split of the prepared folders (default: validation)")

@@ -163,7 +163,8 @@ def never_chosen(loaded: store.LoadedModel) -> list[int]:
     """Ids that no text has inside: reserved ones but for eos, and the rows that only round the vocabulary up."""
     tokenizer = loaded.tokenizer
     unused = range(tokenizer.vocab_size, loaded.model.shape.vocab_size)
-    return [tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id, *unused]
+    reserved = {tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}  # LLaDA's pad is its eos
+    return [*sorted(reserved), *unused]
 
 
 def layout(parts: list[str], tokenizer: Tokenizer, gen_length: int) -> list[int]:
@@ -269,7 +270,7 @@ def check_lengths(prompts: list[tuple[str, dict, list[str]]], sampling: Sampling
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
     add = parser.add_argument
-    add("checkpoint", type=Path, help="run folder (its newest checkpoint counts) or checkpoint folder")
+    add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
     add("--prefix", type=utf8_text, default="", help="text before the gap")
     add("--suffix", type=utf8_text, default="", help="text after the gap")
     add("--input", type=Path, metavar="FILE", help=f"jsonl: 'prefix' and 'suffix', or 'text' with {GAP} for each gap")

@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
     )
     for p in parameters:
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        step = torch.zeros((), dtype=torch.float32, device=local(p).device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
@@ -53,12 +53,13 @@ def optimizer_step(
     """Clip and step, or skip on the device where the loss or the gradient norm is not finite.
 
     healthy: bool scalar on the device, the same on every rank: is the step's loss finite? Returns (gradient norm before
-    clipping, skipped: 1.0 or 0.0), both scalars on the device; nothing waits for them.
+    clipping, skipped: 1.0 or 0.0), both scalars on the device; nothing waits for them, but for offloaded parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    skipped = (~(norm.isfinite() & healthy)).float()
+    # Offloaded gradients are on the CPU, and so must be the flag, complete: AdamW itself would copy it without waiting.
+    skipped = (~(norm.isfinite() & healthy.to(norm.device))).float()
     if clip_norm is not None:
         clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in optimizer.param_groups:
@@ -66,7 +67,7 @@ def optimizer_step(
     optimizer.found_inf = skipped  # where this is 1, fused AdamW leaves parameters, moments and counters alone
     optimizer.step()
     optimizer.zero_grad()
-    return norm, skipped
+    return norm.to(healthy.device), skipped.to(healthy.device)
 
 
 class GradientPair:
@@ -113,7 +114,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: Tensor) -> None:
         """One step towards the model's weights; none where the step was skipped."""
-        share = (1.0 - self.decay) * (1.0 - skipped)
+        share = ((1.0 - self.decay) * (1.0 - skipped)).to(local(next(iter(self.tensors.values()))).device)
         for name, p in model.named_parameters():
             local(self.tensors[name]).lerp_(local(p), share)
 

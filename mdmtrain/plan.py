@@ -1,24 +1,17 @@
 """What a run costs on given GPUs: memory, communication, time. Arithmetic only, so that 1,024 GPUs plan in a second.
 
 Everything follows from the configuration and a few facts of the GPU; what is assumed rather than derived (how much of
-the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result.
+the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result. What the engine
+really sends and holds is in observed.py; tests and tools/plan_run.py compare the two.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import log2
-
-import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdmtrain.config import Config, resolve
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model, data_mesh
 
 GIB = 2.0**30
 
@@ -51,6 +44,8 @@ class Assumptions:
     masked: float = 0.5  # share of the positions that go through the head, in the mean of a step
     memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
     disk: float = 1e9  # bytes/s that one rank writes into a checkpoint
+    host_link: float = 25e9  # bytes/s each way between a GPU and its host's memory (saves, offload)
+    host_memory: float = 20e9  # bytes/s at which a rank's optimizer runs through its host's memory (offload)
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,10 @@ class Cost:
 
     gpus: int
     reasons: tuple[str, ...]  # of the resolved plan
-    memory: dict[str, float]  # bytes by kind
+    memory: dict[str, float]  # bytes of the GPU by kind; of WORK one is there at a time
+    host_bytes: float  # of host memory: what is offloaded
     fits: bool
-    traffic: dict[str, float]  # bytes sent a step, by collective
+    traffic: dict[str, float]  # bytes sent a step, by collective; "host": between GPU and host, both ways
     link: str  # over which the sharding collectives go: "node" or "network"
     model_flops: float  # of one step on all GPUs, what MFU counts
     compute_seconds: float
@@ -72,11 +68,12 @@ class Cost:
     days: float
     gpu_hours: float
     checkpoint_bytes: float  # all ranks
-    save_seconds: float
+    stall_seconds: float  # a save's copy to the host, for which training waits
+    write_seconds: float  # from there to the disk, while training goes on
 
     @property
     def memory_total(self) -> float:
-        return sum(self.memory.values())
+        return peak(self.memory)
 
 
 @dataclass(frozen=True)
@@ -102,51 +99,94 @@ def sizes(shape: ModelShape) -> Sizes:
     return Sizes(block, shape.n_layers, matrix, matrix + shape.d_model, 0)
 
 
-def saved_per_token(shape: ModelShape, recompute: str) -> float:
-    """Numbers that one block keeps for the backward pass, per token, with fused norms (a CPU keeps 2 d more)."""
+def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, composed_norms: bool = False) -> float:
+    """Numbers that one block keeps for the backward pass, per token. Composed norms (the CPU's) keep their inputs twice
+    and a few statistics.
+
+    A budget is taken as a share of what a block without compilation keeps beyond its input; torch takes it of what the
+    compiler would keep by itself, which is less.
+    """
     d, kv, ff = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
         case "full":
             return d  # the block's input
         case "ops":  # the input, and the outputs of products and attention
             return d + (d + 2 * kv) + d + d + 2 * ff + d
+        case "budget":
+            return d + budget * (saved_per_token(shape, "none") - d)
     # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
-    return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff
+    norms = 2 * d + 6 if composed_norms else 0
+    return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff + norms
 
 
-def activation_bytes(shape: ModelShape, config: Config, tokens: int, width: int) -> float:
-    """Activations of all blocks for `tokens` positions, and one block in full while it is recomputed."""
+def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
+    """Numbers per token: (kept by all blocks for the backward pass, what a block that computes its own again adds)."""
     mode, every = config.parallel.recompute, config.parallel.recompute_every
-    whole = saved_per_token(shape, "none")
-    if mode == "none":
-        per_token = shape.n_layers * whole
-    elif mode == "selective":
-        recomputed = -(-shape.n_layers // every)
-        per_token = (shape.n_layers - recomputed) * whole + recomputed * saved_per_token(shape, "full") + whole
-    else:
-        per_token = shape.n_layers * saved_per_token(shape, mode) + whole
-    return float(per_token) * tokens * width
+    whole = saved_per_token(shape, "none", composed_norms=composed_norms)
+    if mode == "selective":
+        recomputed, least = -(-shape.n_layers // every), saved_per_token(shape, "full")
+        after = (shape.n_layers - 1) % every  # blocks behind the last recomputed one: theirs are gone by then
+        return (shape.n_layers - recomputed) * whole + recomputed * least, whole - least - after * whole
+    kept = whole if mode == "none" else saved_per_token(shape, mode, config.parallel.recompute_budget)
+    return shape.n_layers * kept, whole - kept
 
 
-def memory(shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions) -> dict[str, float]:
-    """Peak bytes on one rank by kind, in the backward pass of a micro-batch."""
+WORK = ("head at work", "block at work")  # kinds of memory of which only one is there at a time
+
+
+def peak(kinds: dict[str, float]) -> float:
+    return sum(kinds.values()) - min(kinds[kind] for kind in WORK)
+
+
+def memory(
+    shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions, composed_norms: bool = False
+) -> dict[str, float]:
+    """Peak bytes on one rank by kind, in the backward pass of a micro-batch; `peak` adds them up.
+
+    The backward pass begins with the head, all activations still there; then the last block, most of them there, works
+    with the gradient of the head on its way to the other ranks. Eager mode: compiled blocks keep a little less.
+    """
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
-    tokens = micro_batch * config.data.sequence_length
-    gathered_blocks = min(2, parts.blocks) if config.parallel.reshard_after_forward else parts.blocks
+    tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
+    stay = 0 if config.parallel.reshard_after_forward else parts.blocks
+    gathered_blocks = 0 if stay else min(2, parts.blocks)  # the one in use and the next
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
-    average = 4 * parts.total / shard if config.optim.ema_decay is not None else 0.0
+    kept, again = activations(shape, config, composed_norms)
+    # Offloaded, all of this is in host memory, but for a block's shard in float32, on its way.
+    states, offload = state_bytes(config, parts.total, shard), config.parallel.offload
+    states = dict.fromkeys(states, 0.0) if offload else states
     return {
-        "parameters": 4 * parts.total / shard,
-        "gradients": 4 * parts.total / shard,
+        **states,
+        # Throughout the backward pass, in the compute dtype: a tied matrix, what is not freed, the buffer of the last
+        # gathering.
+        "gathered": width
+        * float(parts.root + stay * parts.block + (parts.embed if stay else 0) + (parts.block if shard > 1 else 0)),
+        "activations": width * tokens * kept,
+        # Its weight and that one's gradient; rows before and after the norm and their gradient; for one chunk, in
+        # float32, the log-probabilities and two gradients (fused: in place).
+        "head at work": width * (parts.head + matrix)
+        + 3 * width * tokens * assumed.masked * shape.d_model
+        + (4 if config.parallel.fused_head else 12) * rows * shape.vocab_size,
+        # Gathered parameters; what is recomputed, or, when that is used up, the gradients before and while they are
+        # reduced; gradients of the stream and inside SwiGLU; that of the head on its way, or of a tied matrix.
+        "block at work": width * gathered_blocks * parts.block
+        + max(width * tokens * again, (width + 4) * parts.block)
+        + width * tokens * (shape.d_model + 2 * shape.d_ff)
+        + (4 * parts.head or width * matrix)
+        + (4 * parts.block / shard if offload else 0.0),
+    }
+
+
+def state_bytes(config: Config, parameters: int, shard: int) -> dict[str, float]:
+    """What a rank keeps from step to step."""
+    one = 4 * parameters / shard
+    return {
+        "parameters": one,
+        "gradients": one,
         # Kept from one step to the next where the gradient's noise is measured.
-        "gradient pair": 4 * parts.total / shard if config.monitor.probe_every else 0.0,
-        "optimizer": 8 * parts.total / shard,
-        "average": average,
-        # In use and the next one, in the compute dtype; the gradients of a block before and while they are reduced.
-        "gathered": width * (gathered_blocks * parts.block + parts.head + parts.root) + (width + 4) * parts.block,
-        "activations": activation_bytes(shape, config, tokens, width),
-        # Rows before and after the norm; logits, their float32 copy and its gradient for one chunk.
-        "head": 2 * width * tokens * assumed.masked * shape.d_model + rows * shape.vocab_size * (width + 8),
+        "gradient pair": one if config.monitor.probe_every else 0.0,
+        "optimizer": 2 * one,
+        "average": one if config.optim.ema_decay is not None else 0.0,
     }
 
 
@@ -156,58 +196,31 @@ def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulat
     # The backward pass gathers again what was freed: not the head, nor a tied matrix, which stay.
     again = parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
     others, copies = (shard - 1) / shard, world // shard
+    # Offloaded shards come in float32 for every gathering, and gradients go back: with copies, once they are added up.
+    back = parts.total * (accumulation if copies == 1 else 1)
     return {
         "all_gather": accumulation * width * (parts.total + again) * others,
         "reduce_scatter": accumulation * 4 * parts.total * others,
         "all_reduce": 2 * 4 * parts.total / shard * (copies - 1) / copies,
+        "host": 4 * (accumulation * (parts.total + again) + back) / shard if config.parallel.offload else 0.0,
     }
 
 
-def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, float]:
-    """The same from the engine itself: one micro-step of the real model on fake tensors and a fake process group.
-
-    Starts and ends a process group of its own. Differs from `traffic` of one micro-step by the padding of rows that
-    do not divide.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    sent: Counter[str] = Counter()
-    copies = config.parallel.replicate
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            match str(func):
-                case "c10d._allgather_base_.default":
-                    sent["all_gather"] += args[0].nbytes - args[1].nbytes
-                case "c10d._reduce_scatter_base_.default":
-                    sent["reduce_scatter"] += args[1].nbytes - args[0].nbytes
-                case "c10d.allreduce_.default":
-                    sent["all_reduce"] += 2 * sum(tensor.nbytes for tensor in args[0]) * (copies - 1) // copies
-            return func(*args, **(kwargs or {}))
-
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
-        here = World(0, world, torch.device("cpu"), mesh, dist.group.WORLD)
-        data_mesh(config.parallel, here)  # made before tensors are fake
-        rows, length = config.run.micro_batch, config.data.sequence_length
-        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
-            model = build_model(shape, config.parallel, here)
-            ids = torch.zeros(rows, length, dtype=torch.long)
-            model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
-    finally:
-        dist.destroy_process_group()
-    return dict(sent)
-
-
 def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
-    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed."""
+    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed.
+
+    A budget that holds all products and attention recomputes none of them; a smaller one in proportion, at most (the
+    compiler chooses the cheapest).
+    """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = sizes(shape).blocks * sizes(shape).block
     attention = 4 * length * shape.d_model * shape.n_layers / (2 if shape.causal else 1)
     blocks = tokens * (2 * matrices + attention)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
+    budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
+    d = shape.d_model  # a block's input, which is always kept
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
+    again["budget"] = max(0.0, (ops - budget) / (ops - d))
     return 3 * (blocks + head), (3 + again[config.parallel.recompute]) * blocks + 4 * head
 
 
@@ -223,18 +236,23 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
         (gpu.near if near else gpu.far) * assumed.link_efficiency
     )
     communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
+    communication = max(communication, sent["host"] / assumed.host_link)  # links of their own
     counted, run = step_flops(shape, config, assumed.masked)
     compute = run / (gpus * gpu.peak * assumed.compute_efficiency)
     seconds = max(compute, communication)  # the collectives of one block run under the products of another
+    states, host = sum(state_bytes(config, sizes(shape).total, shard).values()), config.parallel.offload
+    if host:  # after the backward pass, AdamW reads parameter, gradient and two moments and writes all but the gradient
+        seconds += 28 * sizes(shape).total / shard / assumed.host_memory
     total = seconds * config.run.steps
     saved = sizes(shape).total * (16 if config.optim.ema_decay is not None else 12)
     return Cost(
-        gpus=gpus, reasons=plan.reasons, memory=kinds, traffic=sent, link="node" if near else "network",
-        fits=sum(kinds.values()) <= gpu.memory * (1 - assumed.memory_reserve),
+        gpus=gpus, reasons=plan.reasons, memory=kinds, host_bytes=states if host else 0.0,
+        traffic=sent, link="node" if near else "network",
+        fits=peak(kinds) <= gpu.memory * (1 - assumed.memory_reserve),
         model_flops=counted, compute_seconds=compute, communication_seconds=communication, step_seconds=seconds,
         mfu=counted / (seconds * gpus * gpu.peak), tokens_per_second=plan.tokens_per_step / seconds,
         days=total / 86400, gpu_hours=gpus * total / 3600, checkpoint_bytes=float(saved),
-        save_seconds=saved / gpus / assumed.disk,
+        stall_seconds=saved / gpus / assumed.host_link, write_seconds=saved / gpus / assumed.disk,
     )  # fmt: skip
 
 
@@ -242,16 +260,16 @@ def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
     """Changes that lower the memory, cheapest in time first."""
     rows = config.run.global_batch // gpus
     micros = [2**n for n in range(int(log2(config.run.micro_batch)), -1, -1) if rows % 2**n == 0]
-    for recompute in dict.fromkeys([config.parallel.recompute, "ops", "full"]):
-        for micro in micros:
-            for replicate in dict.fromkeys([config.parallel.replicate, 1]):
-                parallel = config.parallel.model_copy(
-                    update={"recompute": recompute, "replicate": replicate, "shard": None}
-                )
-                run = config.run.model_copy(update={"micro_batch": micro})
-                words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
-                words += " parallel.shard=null" if config.parallel.shard else ""
-                yield words, config.model_copy(update={"parallel": parallel, "run": run})
+    offloads, copies = dict.fromkeys([config.parallel.offload, True]), dict.fromkeys([config.parallel.replicate, 1])
+    recomputes = dict.fromkeys([config.parallel.recompute, "ops", "full"])
+    for offload, recompute, micro, replicate in product(offloads, recomputes, micros, copies):
+        changes = {"offload": offload, "recompute": recompute, "replicate": replicate, "shard": None}
+        run = config.run.model_copy(update={"micro_batch": micro})
+        words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
+        words += " parallel.offload=true" if offload else ""
+        words += " parallel.shard=null" if config.parallel.shard else ""
+        parallel = config.parallel.model_copy(update=changes)
+        yield words, config.model_copy(update={"parallel": parallel, "run": run})
 
 
 def propose(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:

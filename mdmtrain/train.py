@@ -17,14 +17,17 @@ import numpy as np
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
+from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, load_initial_weights, run_identity
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
+from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
+from mdmtrain.data.order import START
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
-from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.model.presets import describe, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
 from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, evaluated
@@ -34,7 +37,7 @@ from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import AgreedError, Interrupted, World, init_world, reason, set_timeout
-from mdmtrain.parallel.wrap import build_model, data_mesh, init_weights
+from mdmtrain.parallel.wrap import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.probe import Probe
 
 LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
@@ -71,7 +74,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
 
     # ---- where it stands: a checkpoint of this run, another run's weights, or a fresh start
     identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
-    resumed = world.agree(lambda: find_resume(config, run_dir, identity), main_only=True)
+    home = world.agree(lambda: store.home(config))
+    resumed = choose_checkpoint(config, home, identity, world)
     if resumed is None and config.checkpoint.init_from is None:
         init_weights(model, run.seed)
         origin = f"fresh weights from seed {run.seed}"
@@ -79,27 +83,31 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         origin = f"weights of {load_initial_weights(config, identity, model, world)}"
     if config.optim.ema_decay is not None:
         average = WeightAverage(model, config.optim.ema_decay)
-    step, recorder = 0, StepRecorder(config, plan, world.device, world.rank)
+    step, cursor, recorder = 0, START, StepRecorder(config, plan, world.device, world.rank)
     probe, pair = Probe(model, config, tokenizer.mask_id, world), GradientPair(model)
     if resumed is not None:
         store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
         sampler.restored()
-        meta = world.agree(lambda: store.read_meta(resumed))
-        step = meta["step"]
-        recorder.restore(meta["recorder"])
-        origin = f"resumed from {resumed}"
+        meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
+        step, changed = meta["step"], changes(meta, identity)
+        cursor = continued(meta, identity)
+        recorder.restore(meta["recorder"], cursor, same_batch=not changed)
+        origin = "; ".join([f"resumed from {resumed}", *changed])
     owed = world.agree(lambda: config.evaluates(step) and not evaluated(run_dir, step), main_only=True)
     if step >= run.steps and not owed:
         SideExports(config, resumed, world.is_main).finish()  # one that went with the process that made it
         say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
         return
-    loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, world.device.type == "cuda"))
+    pin = world.device.type == "cuda"
+    loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, pin, cursor))
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
         say(world, line)
+    if config.parallel.offload and world.device.type == "cpu":
+        say(world, "parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
     if sampler.fits("once") and resumed is None:
         rates, rows, masks = config.diffusion.grid
         say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
@@ -113,7 +121,9 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
+    writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
+    graphs = GraphCount(config.parallel.compile)
     profiler = Profiler(config.monitor, run_dir, world)
 
     def evaluation() -> int:
@@ -185,6 +195,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             watch.at("log")
             records = recorder.flush()  # the only place where the host waits for the device
+            graphs.report(step)
             if probe.due(step):
                 watch.at("probe")
                 components, seconds, share = probe.decompose(law, validation, step)
@@ -200,27 +211,33 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             check_skips(records, recorder.skips_in_a_row, run.max_skips, run_dir)
             if slow := recorder.slow_rank():
                 log.warning("step %d: %s", step, slow)
+            if saving:
+                watch.at("checkpoint")  # the one before may still be written
+            announce(writer.finish() if saving else writer.poll(), progress, exports)
         if evaluating and not stopped:
             stopped = evaluation()
-            saving = saving or bool(stopped)
+            if stopped and not saving:
+                saving = True
+                announce(writer.finish(), progress, exports)
         if saving:
             watch.at("checkpoint")
             if metrics is not None:
                 metrics.sync()
             tensors = store.training_tensors(model, optimizer, average, sampler)
             meta = {
-                "tokens": step * plan.tokens_per_step,
+                "tokens": cursor.at(step, config.slots_per_step, plan.tokens_per_step).tokens,
+                "cursor": asdict(cursor),
                 "identity": identity,
                 "has_average": average is not None,
                 "recorder": recorder.state(),
                 "config": config.model_dump(mode="json"),
             }
-            folder = store.save(run_dir, step, tensors, meta, tokenizer_file, config.checkpoint.keep_last, world)
-            progress.note(f"step {step}  checkpoint {folder}")
-            exports.start(folder)
+            writer.save(step, tensors, meta)
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
+            graphs.resume()
 
+    announce(writer.finish(), progress, exports)
     stop.drain()
     profiler.close()
     gc.enable()
@@ -251,70 +268,14 @@ def in_loop_evaluation(
         model.train()
 
 
-# ---- resuming
-
-
-def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
-    """What a checkpoint and the run that continues it must have in common."""
-    weights = [source.weight for source in config.data.sources]
-    return {
-        "model": asdict(shape),
-        "tokenizer": tokenizer.sha256,
-        "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
-        "sequence_length": config.data.sequence_length,
-        "document_mask": config.data.document_mask,
-        "random_length_fraction": config.data.random_length_fraction,
-        "global_batch": config.run.global_batch,
-        "seed": config.run.seed,
-        "diffusion": config.diffusion.model_dump(mode="json"),
-    }
-
-
-def find_resume(config: Config, run_dir: Path, identity: dict) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Raises ValueError where it belongs to a different run."""
-    folder = store.newest(run_dir)
-    if folder is None:
-        return None
-    if config.checkpoint.resume == "never":
-        raise ValueError(f"{run_dir} holds a run already and checkpoint.resume=never: choose another run.dir")
-    meta = store.read_meta(folder)
-    for name, value in identity.items():
-        if meta["identity"].get(name) != value:
-            raise ValueError(
-                f"cannot resume {folder}: its {name} is {brief(meta['identity'].get(name), value)}: "
-                "use the settings it was trained with, or another run.dir"
-            )
-    if meta["has_average"] != (config.optim.ema_decay is not None):
-        raise ValueError(
-            f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
-        )
-    return folder
-
-
-def brief(saved, wanted) -> str:
-    """The difference between two values, named as 'X, not Y'."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        keys = [key for key in wanted if saved.get(key) != wanted[key]]
-        saved, wanted = {key: saved.get(key) for key in keys}, {key: wanted[key] for key in keys}
-    return f"{str(saved)[:200]}, not {str(wanted)[:200]}"
-
-
-def load_initial_weights(config: Config, identity: dict, model, world: World) -> Path:
-    """Fill the model with another run's weights (its average, where it kept one). Returns their folder."""
-    folder = world.agree(lambda: store.find(Path(config.checkpoint.init_from)), main_only=True)
-    meta = world.agree(lambda: store.read_meta(folder))
-    for name in ("model", "tokenizer"):
-        if meta["identity"][name] != identity[name]:
-            raise AgreedError(
-                f"checkpoint.init_from={folder}: its {name} is {brief(meta['identity'][name], identity[name])}: "
-                "start from weights of the same model and tokenizer"
-            )
-    source = "average" if meta["has_average"] else "model"
-    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
-    return folder
-
-
 # ---- small things
+
+
+def announce(checkpoint: Path | None, progress: TrainingProgress, exports: SideExports) -> None:
+    """Say that a checkpoint is committed, and start what waits for that."""
+    if checkpoint is not None:
+        progress.note(f"step {store.step_of(checkpoint)}  checkpoint {checkpoint}")
+        exports.start(checkpoint)
 
 
 def check_skips(records: list[dict], in_a_row: int, most: int, run_dir: Path) -> None:

@@ -1,29 +1,63 @@
 """How the model is spread and recomputed changes speed and memory, never the run."""
 
+import dataclasses
+import hashlib
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mdmtrain import config as configuration
 from mdmtrain.config import ParallelConfig, resolve
-from mdmtrain.model.presets import ModelShape
-from mdmtrain.model.transformer import Transformer
-from mdmtrain.parallel.wrap import recompute_options
+from mdmtrain.diffusion import noise
+from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.model.transformer import Transformer, initial_std
+from mdmtrain.parallel.world import AgreedError
+from mdmtrain.parallel.wrap import GraphCount, build_model, init_weights, recompute_options
 from tests.conftest import read_metrics
-from tests.spawn import run_world
+from tests.spawn import fake_world, run_world
 from tests.test_plan import saved_numbers
 from tests.test_worlds import close
+from tools.check_exactness import Row, measure
 
+FUSED = ["fused head"] if hasattr(torch.nn.functional, "linear_cross_entropy") else []
 SHAPE = ModelShape(vocab_size=64, d_model=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=32)
 
 
-def train_each(world, trees: list[dict]) -> None:
+def train_each(world, trees: list[dict]) -> list[str]:
+    """Train each configuration; the hash of the weights that each of them starts with."""
     from mdmtrain.train import train
 
+    hashes = []
     for tree in trees:
-        train(configuration.validate(tree, "test"), world)
+        config = configuration.validate(tree, "test")
+        model = build_model(model_shape(config.model, 512), config.parallel, world)
+        init_weights(model, config.run.seed)
+        hashes.append(hash_of({name: p.full_tensor().detach() for name, p in model.named_parameters()}))
+        train(config, world)
+    return hashes
+
+
+def hash_of(weights: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        total.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def initial_hash(tree: dict) -> str:
+    """The same from the definition alone: no FSDP, no shards."""
+    config = configuration.validate(tree, "test")
+    weights = {}
+    shape = model_shape(config.model, 512)
+    for name, p in Transformer(shape, 1).named_parameters():
+        std = initial_std(name, shape)
+        drawn = torch.from_numpy(noise.normals(config.run.seed, name, 0, p.numel())).view(p.shape)
+        weights[name] = torch.ones_like(p.detach()) if std is None else drawn * std
+    return hash_of(weights)
 
 
 @pytest.fixture
@@ -39,17 +73,11 @@ def short_run(small_run, tmp_path):
     return tree
 
 
-def test_mesh_and_recomputation_change_nothing(short_run, tmp_path):
-    kinds = {
-        "fsdp": {},
-        "full": {"recompute": "full"},
-        "ops": {"recompute": "ops", "reshard_after_forward": False},
-        "hsdp": {"replicate": 2, "recompute": "full"},
-    }
-    run_world(train_each, 4, [short_run(name, parallel) for name, parallel in kinds.items()])
+def test_the_mesh_changes_nothing(short_run, tmp_path):
+    kinds = {"fsdp": {}, "hsdp": {"replicate": 2, "recompute": "full", "offload": True}}
+    trees = [short_run(name, parallel) for name, parallel in kinds.items()]
+    assert run_world(train_each, 4, trees) == [[initial_hash(trees[0])] * 2] * 4
     metrics = {name: read_metrics(tmp_path / name) for name in kinds}
-    for name in ("full", "ops"):
-        assert metrics[name] == metrics["fsdp"], name
     assert [r["step"] for r in metrics["fsdp"] if "grad_noise" in r] == [2, 6]  # not 4: step 3 saves
     # Two copies of two shards add up in another order; averaging over copies would halve the gradient, and gradient
     # noise added up over all ranks would count each copy.
@@ -58,6 +86,25 @@ def test_mesh_and_recomputation_change_nothing(short_run, tmp_path):
     shutil.rmtree(tmp_path / "hsdp/checkpoints/step-00000006")
     run_world(train_each, 2, [short_run("hsdp", {})])
     close(metrics["hsdp"], read_metrics(tmp_path / "hsdp"), 1e-5)
+
+
+def test_arrangements_are_one_run(corpus, tmp_path):
+    """A short version of tools/check_exactness.py: what should be bitwise equal is, the rest to 1e-5."""
+    names = ["plain", "recompute full", "recompute selective", "recompute ops", "keep gathered", "offload", "average"]
+    rows = list(measure(4, ["1", "2x2"], [*names, "accumulate", *FUSED], corpus, tmp_path))
+    assert len(rows) == 2 * (8 + len(FUSED)) and {row.verdict(4) for row in rows} == {"ok"}, rows
+    assert any(row.loss_to_plain for row in rows), "nothing differs: was anything arranged?"
+
+
+def test_exactness_is_judged_by_the_law():
+    row = Row("2x2", "x", True, 9e-6, 0.3, 0.0, 0.0)
+    close = dataclasses.replace(row, exact=False, loss_to_plain=1e-7)
+    assert row.verdict(20) == close.verdict(20) == "ok"
+    assert dataclasses.replace(close, exact=True).verdict(20) == "NOT BITWISE EQUAL"
+    assert dataclasses.replace(row, weights_to_plain=1e-9).verdict(20) == "NOT BITWISE EQUAL"
+    for beyond in (2e-5, float("nan")):
+        assert "LOSS BEYOND 1e-05" in dataclasses.replace(close, loss_to_one=beyond).verdict(20)
+    assert dataclasses.replace(close, loss_to_one=2e-5).verdict(21) == "ok"
 
 
 def test_recomputation_keeps_less():
@@ -94,18 +141,91 @@ def test_ops_keeps_products_and_attention_only(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler (g++)")
 def test_compiled_blocks(short_run, tmp_path):
     eager, compiled = short_run("eager", {}), short_run("compiled", {"compile": True, "recompute": "ops"})
-    (graphs,) = run_world(train_and_count_graphs, 1, [eager, compiled])
+    ((graphs, budget, flex),) = run_world(train_and_count_graphs, 1, [eager, compiled])
     close(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), 1e-4)
     # With and without a mask, in training and in evaluation: not once per layer, nor once per step.
-    assert 1 <= graphs <= 4
+    assert 1 <= graphs <= 4 and budget == 0.25
+    for differences, graphs in flex:
+        assert max(differences) < 1e-5 and graphs <= 1
+    log = (tmp_path / "compiled/logs/rank-0.log").read_text()
+    assert "torch.compile made" in log and "more graphs" not in log, "steady steps with other masked positions compile"
     assert Path(tmp_path / "compiled/checkpoints/step-00000006/meta.json").is_file()
 
 
-def train_and_count_graphs(world, trees: list[dict]) -> int:
-    from torch._dynamo.utils import counters
-
+def train_and_count_graphs(world, trees: list[dict]) -> tuple[int, float, list]:
+    """Graphs of all runs, the budget that a further model would be compiled under, flex_against_sdpa."""
     train_each(world, trees)
-    return counters["stats"]["unique_graphs"]
+    made = counters["stats"]["unique_graphs"]
+    build_model(SHAPE, ParallelConfig(compile=True, recompute="budget", recompute_budget=0.25), world)
+    return made, torch._functorch.config.activation_memory_budget, flex_against_sdpa(world)
+
+
+def flex_against_sdpa(world) -> list[tuple[tuple[float, float], int]]:
+    """(Relative differences of losses and gradients, graphs made) with FlexAttention under FSDP, eager and compiled.
+
+    Two batches of other documents. Its dense form, as in tests/model/test_attention.py; compiled, but for code of GPUs.
+    """
+    import torch.nn.attention.flex_attention as flex
+
+    from mdmtrain.model import attention, transformer
+
+    flex._validate_device, attention._compiled = lambda *tensors: None, lambda function: function
+    compile, sdpa = torch.nn.Module.compile, transformer.attention_mask
+    torch.nn.Module.compile = lambda module, **options: compile(module, backend="aot_eager", **options)
+    shape = ModelShape(vocab_size=64, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=64)
+    ids, positions, segments = torch.arange(300).view(2, 150) * 7 % 60, torch.arange(0, 300, 3), torch.zeros(2, 150)
+    segments[0, 40:], segments[0, 130:], segments[1, 9:] = 1, -1, -1
+    found = []
+    for parallel in (ParallelConfig(recompute="full"), ParallelConfig(recompute="ops", compile=True)):
+        outcomes = []
+        for mask in (sdpa, lambda seen, _: attention.block_mask(seen, False)):
+            transformer.attention_mask = mask
+            torch.compiler.reset()
+            counters.clear()
+            model = build_model(shape, parallel, world)
+            init_weights(model, 0)
+            for documents in (segments, segments.roll(1, 0)):
+                losses = model(ids, positions, ids.flatten()[positions], documents)
+                losses.sum().backward()
+            gradient = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])
+            outcomes.append((losses.detach(), gradient))
+        differences = tuple(float((a - b).norm() / a.norm()) for a, b in zip(*outcomes, strict=True))
+        found.append((differences, counters["stats"]["unique_graphs"] if parallel.compile else 0))
+    return found
+
+
+def test_graphs_made_late_are_reported(monkeypatch, caplog):
+    """Not those that an evaluation makes between two reports, nor any of a run without compilation."""
+    monkeypatch.setitem(counters, "stats", {"unique_graphs": 3})
+    caplog.set_level(logging.INFO, "mdmtrain")
+    graphs, eager = GraphCount(True), GraphCount(False)
+    for step, made in ((10, 0), (20, 0), (30, 2)):
+        counters["stats"]["unique_graphs"] += made
+        graphs.report(step), eager.report(step)
+        counters["stats"]["unique_graphs"] += 1
+        graphs.resume()
+    first, warning = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert first == ("INFO", "torch.compile made 3 graphs by step 10")
+    assert warning[0] == "WARNING" and "2 more graphs by step 30, 7 in all" in warning[1]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"recompute": "budget"}, "recompute=budget is torch.compile's: set parallel.compile=true"),
+        ({"recompute": "budget", "compile": True, "recompute_budget": 1.5}, "'parallel.recompute_budget': input"),
+        ({"fused_head": True, "compute_dtype": "bfloat16"}, "fused_head gives losses of compute_dtype"),
+    ],
+)
+def test_what_torch_cannot_do_is_refused(short_run, parallel, message):
+    with pytest.raises(ValueError, match=message):
+        configuration.validate(short_run("x", parallel), "test")
+
+
+def test_a_torch_without_the_fused_head_refuses_it(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    with pytest.raises(AgreedError, match=r"parallel.fused_head=true needs torch 2.13"):
+        build_model(SHAPE, ParallelConfig(fused_head=True), fake_world())
 
 
 @pytest.mark.parametrize(

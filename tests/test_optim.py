@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mdmtrain.config import OptimConfig
 from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
@@ -297,3 +298,19 @@ def test_the_average_does_not_follow_the_model_by_reference():
     with torch.no_grad():
         model.matrix.add_(1)
     assert torch.equal(average.tensors["matrix"], kept)
+
+
+def test_offloaded_parameters_are_stepped_where_they_are():
+    """Parameters on the CPU, the loss on a GPU (of fake tensors: devices are checked, nothing is computed).
+
+    AdamW would copy a flag from the GPU without waiting for it, and read it before it is there.
+    """
+    with FakeTensorMode():
+        model = nn.Linear(4, 4)
+        optimizer, average = build_optimizer(model, OptimConfig(lr=0.1)), WeightAverage(model, 0.9)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        norm, skipped = optimizer_step(optimizer, torch.empty((), dtype=torch.bool, device="cuda"), 0.1, 1.0)
+        average.update(model, skipped)  # raises where a number is on the other device
+        devices = [tensor.device.type for tensor in (optimizer.found_inf, norm, skipped)]
+    assert devices == ["cpu", "cuda", "cuda"]

@@ -9,12 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdmtrain import config as configuration
-from mdmtrain import plan
+from mdmtrain import observed, plan
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.parallel.wrap import recompute_options
-from tests.conftest import ROOT
+from mdmtrain.parallel.wrap import recompute_options, set_up_compiler
+from tests.conftest import ROOT, SOAK
+from tests.spawn import run_world
 
 SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
 
@@ -42,17 +43,27 @@ def test_traffic_is_what_the_engine_sends(tied, parallel):
     """To the byte, where every dimension divides. Leaving out the backward pass' gathering would be far off."""
     config, shape = config_of(parallel), ModelShape(**SHAPE, tied_embeddings=tied)
     planned = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=1)
-    traced = plan.traced_traffic(config, shape, 8)
+    traced = observed.traced_traffic(config, shape, 8)
     assert {kind: sent for kind, sent in planned.items() if sent} == traced
     twice = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=2)
     assert twice["all_gather"] == 2 * planned["all_gather"] and twice["all_reduce"] == planned["all_reduce"]
 
 
-def saved_numbers(shape: ModelShape, recompute: str) -> float:
-    """What a forward pass keeps for the backward pass, in float32 numbers per token, parameters aside."""
+def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None) -> float:
+    """What a forward pass keeps for the backward pass, in float32 numbers per token, parameters aside.
+
+    With a budget, blocks are compiled (partitioned as on a GPU, run without a C++ compiler).
+    """
     model, kept = Transformer(shape, 1 << 20), {}
+    more = {} if budget is None else {"compile": True, "recompute_budget": budget}
+    parallel = ParallelConfig(recompute=recompute, **more)
     for index, layer in enumerate(model.layers):
-        layer.recompute = recompute_options(ParallelConfig(recompute=recompute), index)
+        layer.recompute = recompute_options(parallel, index)
+        if parallel.compile:
+            layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    if parallel.compile:
+        torch.compiler.reset()
+        set_up_compiler(parallel)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -78,6 +89,27 @@ def test_activations_are_what_autograd_keeps(change):
         assert (six - two) / 4 == plan.saved_per_token(shapes[0], mode) + composed
 
 
+def test_a_budget_is_kept():
+    """The plan bounds it from above: what is not compiled keeps more. All or nothing would be far off in the middle."""
+    shapes = [ModelShape(**{**SHAPE, "n_layers": layers}) for layers in (1, 3)]
+    for budget in (0.0, 0.5):
+        one, three = (saved_numbers(shape, "budget", budget) for shape in shapes)
+        planned = plan.saved_per_token(shapes[0], "budget", budget)
+        assert 0.75 * planned <= (three - one) / 2 <= planned
+    set_up_compiler(ParallelConfig())
+
+
+def test_offloaded_states_leave_the_gpu_for_its_host():
+    shape, gpu, assumed = ModelShape(**SHAPE), plan.GPUS["h100"], plan.Assumptions()
+    here, there = (plan.cost(config_of({"offload": o}), shape, 4, gpu, assumed) for o in (False, True))
+    assert there.host_bytes == 5 * 4 * shape.parameters() / 4  # parameter, gradient, its pair, two moments
+    assert here.host_bytes == 0 and here.memory_total - there.memory_total > 0.8 * there.host_bytes
+    # Two micro-steps: in float32, blocks and embedding come twice, head and norm once; gradients go.
+    block, matrix = plan.sizes(shape).block * 3, 64 * 64
+    assert there.traffic["host"] == 4 * 2 * (2 * block + 2 * matrix + (matrix + 64) + shape.parameters()) / 4
+    assert there.step_seconds > here.step_seconds
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_flops_are_those_of_the_model(recompute):
     config, shape = config_of({"recompute": recompute}), ModelShape(**SHAPE)
@@ -97,6 +129,46 @@ def test_flops_are_those_of_the_model(recompute):
     norms = passes * 2 * 2 * shape.d_model * shape.n_layers * tokens
     last = 2 * shape.d_ff * shape.d_model * shape.n_layers * tokens if recompute == "full" else 0
     assert run == counter.get_total_flops() + attention + norms + last
+
+
+MEMORY_CASES = [
+    ({}, {}),
+    ({}, {"recompute": "ops"}),
+    ({}, {"recompute": "full"}),
+    ({}, {"recompute": "selective"}),
+    ({"tied_embeddings": True}, {"recompute": "full"}),
+    ({"vocab_size": 2048, "n_kv_heads": 1}, {"recompute": "full", "reshard_after_forward": False}),
+]
+
+
+def measure_memory(world) -> list[dict[str, float]]:
+    """In the order of MEMORY_CASES."""
+    return [observed.measured_memory(*memory_case(*case, world.size), world, 0.5) for case in MEMORY_CASES]
+
+
+def memory_case(change: dict, parallel: dict, ranks: int) -> tuple:
+    shape = dict(vocab_size=512, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=352)
+    config = config_of({"head_chunk": 256, **parallel}, global_batch=8 * ranks, micro_batch=8)
+    data = config.data.model_copy(update={"sequence_length": 128})
+    return config.model_copy(update={"data": data}), ModelShape(**{**shape, **change})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4] if SOAK else [2])
+def test_memory_is_what_the_allocator_hands_out(ranks):
+    """States to the byte, activations to 1%, peaks to 10%. A plan that adds up head and block would be off by more."""
+    worst = 0.0
+    for case, measured in zip(MEMORY_CASES, run_world(measure_memory, ranks)[0], strict=True):
+        config, shape = memory_case(*case, ranks)
+        planned = plan.memory(shape, config, ranks, 8, plan.Assumptions(), composed_norms=True)
+        for kind in ("parameters", "gradients", "optimizer"):
+            assert planned[kind] == measured[kind], (case, kind)
+        assert planned["activations"] == pytest.approx(measured["activations"], rel=0.01), case
+        there = planned["gathered"] + planned["activations"]
+        for kind in plan.WORK:
+            assert there + planned[kind] == pytest.approx(measured[kind], rel=0.1), (case, kind)
+        most = max(measured[kind] for kind in plan.WORK)
+        worst = max(worst, (there + sum(planned[kind] for kind in plan.WORK)) / most - 1)
+    assert worst > 0.2
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

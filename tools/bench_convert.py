@@ -58,7 +58,7 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     }
     identity = {"model": asdict(shape), "tokenizer": tokenizer.sha256}
     config = validate(tree, "benchmark").model_dump(mode="json")
-    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config})
+    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config}, {})
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -1,313 +1,305 @@
 #!/usr/bin/env python3
-"""What a training step costs, as ratios measured in one process, and how evenly the work is spread.
+"""What a training step costs, and what each switch changes, as ratios measured in one process.
 
-    python tools/bench_step.py CONFIG... [section.key=value ...] [--repeat N] [--json FILE]
+    python tools/bench_step.py CONFIG... [section.key=value ...] [--only PART,...] [--repeat N] [--json FILE]
+    torchrun --nproc-per-node 2 tools/bench_step.py ...
 
-Random tokens, the configuration's model and micro-batch. Three comparisons: the head on masked rows only against logits
-for every position (whole step and head alone, time and peak memory, alternating so that a noisy machine is fair to
-both); a step with the variance machinery against one without; and the masked positions per rank and micro-step under
-global strata against independent rates (simulated).
+Random tokens, the configuration's model and micro-batch; works that are compared take turns. The parts:
+
+    heads      the head on masked rows only against logits for every position: whole step, head alone
+    recompute  forward and backward pass under each activation checkpointing mode against none
+    compile    compiled blocks against eager ones
+    memory     the planner's prediction (mdmtrain/plan.py) against the allocator's books, by kind and mode
+    loop       steps of the real training loop on the prepared data: where their time goes, tokens/s, MFU against the
+               matrix products of this process, and the loop's overhead beyond the model and the optimizer
+    machinery  a step with the variance machinery against one without
+    balance    masked positions per rank and micro-step under global strata against independent rates (simulated)
+
+On a CPU and one process, processor time counts: what other programs take does not. Peaks are the allocator's.
 """
 
-import argparse
 import json
-import resource
-import statistics
-import sys
-import time
+import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from loop_watch import MODEL, watch
+from meter import (
+    COMPILE,
+    RECOMPUTE,
+    against,
+    all_positions,
+    changed,
+    clock_of,
+    compare_settings,
+    in_turns,
+    new_model,
+    passes,
+    peak_bytes,
+    product_ceiling,
+    random_batch,
+    shape_of,
+    summary,
+)
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from variance_cost import (
+    SIMULATED_BATCH,
+    SIMULATED_RANKS,
+    SIMULATED_ROWS,
+    SIMULATED_STEPS,
+    measure_machinery,
+    simulate_balance,
+)
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
-from mdmtrain.config import Config, DiffusionConfig, resolve
-from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.diffusion import masks, noise
-from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses, row_statistics
-from mdmtrain.diffusion.sampler import RateSampler
-from mdmtrain.model.presets import ModelShape, describe, model_shape
-from mdmtrain.model.transformer import masked_cross_entropy
-from mdmtrain.monitor.logs import user_errors
-from mdmtrain.monitor.recorder import StepRecorder
-from mdmtrain.optim import build_optimizer, optimizer_step
+from mdmtrain.config import Config, resolve
+from mdmtrain.diffusion.objective import Corruption
+from mdmtrain.model.presets import ModelShape, describe
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.observed import measured_memory
 from mdmtrain.parallel.world import World, init_world
-from mdmtrain.parallel.wrap import build_model, init_weights
+from mdmtrain.plan import WORK, Assumptions, memory, step_flops
 
-SIMULATED_RANKS, SIMULATED_BATCH, SIMULATED_STEPS = 64, 1280, 20
-
-
-def random_batch(config: Config, shape: ModelShape, mask_id: int) -> Corruption:
-    """One corrupted micro-batch of random tokens: the first rows of step 0."""
-    rows, length = config.run.micro_batch, config.data.sequence_length
-    slots = np.arange(rows)
-    ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
-    ids = torch.from_numpy((ids * (shape.vocab_size - 1)).astype(np.int64))
-    law = plain_law(DiffusionConfig(eps=config.diffusion.eps))
-    drawn = law.draw(config.run.seed, 0, rows)
-    uniforms = torch.from_numpy(noise.position_uniforms(config.run.seed, 0, slots, length))
-    return law.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), uniforms, drawn, mask_id)
+WARM_UP = 5  # steps of the loop that do not count
 
 
-def all_positions(batch: Corruption, clean_targets: Tensor) -> Corruption:
-    """The same batch with every position through the head; those that are not masked weigh 0."""
-    count = batch.noisy.numel()
-    weights = torch.zeros(count, device=batch.noisy.device).index_copy(0, batch.positions, batch.weights)
-    return Corruption(batch.noisy, torch.arange(count, device=batch.noisy.device), clean_targets, weights, weights)
-
-
-class Meter:
-    """Seconds and peak bytes of a piece of work."""
-
-    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
-        self.cuda, self.clock = device.type == "cuda", clock
-        self.seconds: list[float] = []
-        self.peak = 0
-
-    def run(self, work: Callable[[], None]) -> None:
-        before = self._reset_peak()
-        start = self.clock()
-        work()
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds.append(self.clock() - start)
-        self.peak = max(self.peak, self._peak() - before)
-
-    def _reset_peak(self) -> int:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
-        if sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
-        return self._peak()
-
-    def _peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        if sys.platform == "linux":
-            line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# ---- what is measured
 
 
 def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """Time and peak memory of masked rows only against full logits, for the step and for the head alone."""
-    model = build_model(shape, config.parallel, world)
-    init_weights(model, config.run.seed)
-    mask_id = shape.vocab_size - 1
-    masked = random_batch(config, shape, mask_id)
-    clean = masked.noisy.flatten().index_copy(0, masked.positions, masked.targets)
-    batches = {"masked rows": masked.to(world.device), "full logits": all_positions(masked, clean).to(world.device)}
+    """Masked rows only against full logits (in one chunk, as everybody else has them)."""
+    model, masked = new_model(config, shape, world), random_batch(config, shape)
+    batches = {"masked rows": masked.to(world.device), "full logits": all_positions(masked).to(world.device)}
+    chunks = {"masked rows": config.parallel.head_chunk, "full logits": masked.noisy.numel()}
     hidden = torch.randn(masked.noisy.numel(), shape.d_model, device=world.device)
     weight = torch.randn(shape.vocab_size, shape.d_model, device=world.device, requires_grad=True)
 
-    def step(batch: Corruption) -> None:
-        row_losses(model(batch.noisy, batch.positions, batch.targets), batch).sum().backward()
-        model.zero_grad()
-
-    def head(batch: Corruption) -> None:
+    def head_alone(batch: Corruption) -> None:
         rows = hidden.index_select(0, batch.positions)
         (model.head(rows, batch.targets, weight) * batch.weights).sum().backward()
         weight.grad = None
 
-    chunks = {"masked rows": config.parallel.head_chunk, "full logits": masked.noisy.numel()}
-    meters = {(what, how): Meter(world.device) for what in ("step", "head") for how in batches}
-    for repetition in track(range(repeat + 1), "comparing heads"):
-        for (what, how), meter in meters.items():
-            model.head.chunk = chunks[how]
-            meter.run(lambda work=(step if what == "step" else head), how=how: work(batches[how]))
-            if repetition == 0:  # warm-up
-                meter.seconds.clear()
-                meter.peak = 0
-    tokens = masked.noisy.numel()
-    result: dict = {"micro_batch_tokens": tokens, "masked_positions": len(masked.positions)}
+    def chunked(name: str, work: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            model.head.chunk = chunks[name]
+            work()
+
+        return call
+
+    result: dict = {"micro_batch_tokens": masked.noisy.numel(), "masked_positions": len(masked.positions)}
     for what in ("step", "head"):
-        few, full = meters[what, "masked rows"], meters[what, "full logits"]
-        ratios = sorted(a / b for a, b in zip(few.seconds, full.seconds, strict=True))
-        result[what] = {
-            "masked_seconds": statistics.median(few.seconds),
-            "full_seconds": statistics.median(full.seconds),
-            "time_ratio": statistics.median(ratios),
-            "time_ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
-            "masked_peak_bytes": few.peak,
-            "full_peak_bytes": full.peak,
-            "memory_ratio": few.peak / full.peak if full.peak else None,
+        works = {
+            name: chunked(name, passes(model, batch) if what == "step" else lambda batch=batch: head_alone(batch))
+            for name, batch in batches.items()
         }
-    result["step"]["tokens_per_second"] = tokens / result["step"]["masked_seconds"]
+        for work in works.values():
+            work()
+        peaks = {name: peak_bytes(work, world.device) for name, work in works.items()}
+        result[what] = against("full logits", in_turns(works, repeat, world, f"{what}: heads"), peaks)
     return result
 
 
-def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """What coordinated variance reduction adds to a step: P-POTS under global strata against `strata: none`, uniform.
+def compare_recompute(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    return compare_settings(config, shape, world, RECOMPUTE, repeat)
 
-    Both steps pass the same masked rows through the model. `share` is the machinery by itself (its draws, statistics,
-    sums and records, and its part of a fit) over the plain step; `time_ratio` is one whole step over the other. On a
-    CPU, processor time counts: what other programs take does not.
-    """
-    plain_choice, full_choice = {"strata": "none", "sampler": "uniform"}, {"strata": "global", "sampler": "ppots"}
-    config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update=full_choice)})
-    plan, slots = resolve(config, world.size), config.run.global_batch
-    model = build_model(shape, config.parallel, world)
-    init_weights(model, config.run.seed)
-    optimizer = build_optimizer(model, config.optim)
-    sampler = RateSampler(config.diffusion, world.device)
-    recorder = StepRecorder(config, plan, world.device, world.rank)
-    reference = plain_law(config.diffusion.model_copy(update=plain_choice))
-    batch = random_batch(config, shape, shape.vocab_size - 1).to(world.device)
-    known = torch.rand(len(batch.positions), device=world.device)
-    places = [np.array(plan.slots(world.rank, number)) for number in range(plan.accumulation)]
-    eligible, step = batch.noisy.numel(), 0
 
-    def cross_entropy() -> Tensor:
-        return masked_cross_entropy(model, batch, None, 1)
+def compare_compile(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    return compare_settings(config, shape, world, COMPILE, repeat)
 
-    def machinery(learn: bool) -> None:
-        """As in train.py; without `learn` the model stands still and its cross-entropies are known."""
-        nonlocal step
-        law = sampler.law(0.0)
-        draws = law.draw(config.run.seed, step, slots, world.size)
-        sums = recorder.new_sums()
-        for place in places:
-            ce = cross_entropy() if learn else known
-            losses = row_losses(ce, batch)
-            if learn:
-                (losses.sum() / plan.tokens_per_step).backward()
-            by_row = row_statistics(ce.detach(), batch, config.diffusion.target)
-            recorder.add_micro_step(sums, losses.detach(), by_row, law.row_cells(draws.at(place)), len(ce), eligible)
-        world.sum(sums)
-        norm = skipped = torch.zeros((), device=world.device)
-        if learn:
-            norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), 1e-4, config.optim.clip_norm)
-        row_counts = np.bincount(law.row_cells(draws), minlength=config.diffusion.bins)
-        step += 1
-        sampler.add(recorder.statistics(sums), row_counts, skipped)
-        recorder.add_step(step, law, draws, row_counts, sums, norm, skipped, 1e-4)
 
-    def plain() -> None:
-        total = torch.zeros((), dtype=torch.float64, device=world.device)
-        draws = reference.draw(config.run.seed, step, slots, world.size)
-        for place in places:
-            draws.at(place)
-            losses = row_losses(cross_entropy(), batch)
-            (losses.sum() / plan.tokens_per_step).backward()
-            total += losses.detach().sum()
-        world.sum(total)
-        optimizer_step(optimizer, total.isfinite(), 1e-4, config.optim.clip_norm)
+def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    """{mode: {kind: [planned, measured]}}, bytes on rank 0; the peaks include all but the states."""
+    assumed, compared = Assumptions(), {}
+    composed = world.device.type == "cpu"  # its norms
+    for mode, settings in RECOMPUTE.items():
+        one = changed(config, "parallel", **settings)
+        measured = measured_memory(one, shape, world, assumed.masked)
+        shard = world.size // config.parallel.replicate
+        planned = memory(shape, one, shard, config.run.micro_batch, assumed, composed)
+        for kind in WORK:
+            planned[kind] += planned["gathered"] + planned["activations"]
+        compared[mode] = {kind: [planned[kind], value] for kind, value in measured.items()}
+    return compared
 
-    works = {
-        "plain step": plain,
-        "step": lambda: machinery(learn=True),
-        "machinery": lambda: machinery(learn=False),
-        "fit": lambda: sampler.use(world.agree(sampler.fitted, main_only=True)),
-    }
-    while int(sampler.tensors["hits"].min()) < config.diffusion.min_hits:  # else there is nothing to fit
-        machinery(learn=False)
-    clock = time.process_time if world.device.type == "cpu" else time.perf_counter
-    meters = {name: Meter(world.device, clock) for name in works}
-    for repetition in track(range(repeat + 1), "variance machinery"):
-        for name, meter in meters.items():
-            meter.run(works[name])
-            if repetition == 0:  # warm-up
-                meter.seconds.clear()
-    seconds = {name: np.array(meter.seconds) for name, meter in meters.items()}
-    share = (seconds["machinery"] + seconds["fit"] / config.diffusion.refit_every) / seconds["plain step"]
-    ratio, numbers = seconds["step"] / seconds["plain step"], recorder.new_sums()
+
+def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    """The real loop for WARM_UP steps and log_every x 2 more, or `repeat` if that is more; rank 0's times."""
+    steps = WARM_UP + max(2 * config.monitor.log_every, repeat)
+    folder = world.agree(lambda: tempfile.mkdtemp(prefix="mdmtrain-bench-"), main_only=True)
+    one = changed(config, "run", dir=folder, steps=steps + 1)
+    one = changed(one, "optim", warmup_steps=0)
+    seconds = watch(one, world, clock_of(world)).seconds(WARM_UP)
+    plan, total = resolve(one, world.size), sum(seconds.values())
+    model = sum(seconds[part] for part in MODEL)
+    dtype = getattr(torch, config.parallel.compute_dtype)
+    tokens = config.run.micro_batch * config.data.sequence_length
+    ceiling = product_ceiling(world.device, dtype, shape, tokens)
+    counted, _ = step_flops(shape, one, Assumptions().masked)
+    step = float(np.median(total))
     return {
-        **{f"{name.replace(' ', '_')}_seconds": float(np.median(of)) for name, of in seconds.items()},
-        "share": float(np.median(share)),
-        "share_quartiles": np.quantile(share, [0.25, 0.75]).tolist(),
-        "time_ratio": float(np.median(ratio)),
-        "time_ratio_quartiles": np.quantile(ratio, [0.25, 0.75]).tolist(),
-        "bytes_per_step": numbers.numel() * numbers.element_size(),
-    }
+        "steps": len(total),
+        "step_seconds": summary(total),
+        "tokens_per_second": plan.tokens_per_step / step,
+        "ceiling_flops": ceiling,
+        "mfu": counted / world.size / step / ceiling,
+        "parts": {part: {"seconds": float(values.mean()), "share": summary(values / total)}
+                  for part, values in seconds.items()},
+        "overhead": float(1 - model.sum() / total.sum()),
+        "overhead_by_step": summary(1 - model / total),
+        "communication": measure_communication(config, shape, world),
+    }  # fmt: skip
 
 
-def simulate_balance(length: int, eps: float, micro_rows: int) -> dict:
-    """Masked positions of the busiest rank and micro-step over the mean: the busiest one sets the pace."""
-    per_rank = SIMULATED_BATCH // SIMULATED_RANKS
-    result = {}
-    for strata in ("global", "none"):
-        law = plain_law(DiffusionConfig(eps=eps, strata=strata))
-        by_rank, by_micro = [], []
-        for step in track(range(SIMULATED_STEPS), f"strata {strata}"):
-            drawn = law.draw(0, step, SIMULATED_BATCH)
-            slots = np.arange(SIMULATED_BATCH)
-            uniforms = noise.position_uniforms(0, step, slots, length)
-            counts = masks.bernoulli(uniforms, drawn.rates, np.ones(uniforms.shape, dtype=bool)).sum(axis=1)
-            ranks = counts.reshape(SIMULATED_RANKS, per_rank)
-            by_rank.append(ranks.sum(axis=1).max() / ranks.sum(axis=1).mean())
-            micro = ranks.reshape(SIMULATED_RANKS, -1, micro_rows).sum(axis=2)
-            by_micro.append(micro.max(axis=0).mean() / micro.mean())
-        result[strata] = {
-            "rank_max_over_mean": float(np.mean(by_rank)),
-            "micro_max_over_mean": float(np.mean(by_micro)),
-        }
-    return result
+def measure_communication(config: Config, shape: ModelShape, world: World) -> dict | None:
+    """Of one micro-step: seconds during which a collective is under way on this rank, from its start to its end, and of
+    the whole. Under a profiler, in steps of their own. Waiting for a slower rank counts; so does what products hide."""
+    if world.size == 1:
+        return None
+    work = passes(new_model(config, shape, world), random_batch(config, shape).to(world.device))
+    work()
+    cuda = world.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            work()
+        if cuda:
+            torch.cuda.synchronize()
+    events = [
+        (e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in profiler.profiler.kineto_results.events()
+    ]
+    word, covered, until = "nccl" if cuda else "gloo:", 0, 0
+    for start, end, name in sorted(events):
+        if word in name.lower():
+            covered += max(0, end - max(start, until))
+            until = max(until, end)
+    whole = max(end for _, end, _ in events) - min(start for start, _, _ in events)
+    return {"seconds": covered / 3e9, "share": covered / whole}
 
 
-def show(shape: ModelShape, heads: dict, machinery: dict, balance: dict, micro_rows: int) -> None:
-    console = Console()
-    console.print(describe(shape))
-    title = f"{heads['masked_positions']} of {heads['micro_batch_tokens']} positions masked"
-    table = Table(
-        "forward + backward", "masked rows", "full logits", "time ratio (quartiles)", "peak memory ratio", title=title
-    )
-    for what in ("step", "head"):
-        row = heads[what]
-        low, high = row["time_ratio_quartiles"]
-        memory = f"{row['masked_peak_bytes'] / 2**20:.0f} / {row['full_peak_bytes'] / 2**20:.0f} MiB"
-        ratio = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f} ({memory})"
-        times = f"{row['masked_seconds'] * 1e3:.1f} ms", f"{row['full_seconds'] * 1e3:.1f} ms"
-        table.add_row(what, *times, f"{row['time_ratio']:.2f} ({low:.2f}..{high:.2f})", ratio)
+# ---- what a person sees
+
+
+def ratio(of: dict) -> str:
+    low, high = of["quartiles"]
+    return f"{of['median']:.3f} ({low:.3f}..{high:.3f})"
+
+
+def comparison(title: str, rows: dict[str, dict]) -> Table:
+    table = Table("", "time", "ratio (quartiles)", "peak", "ratio", "first", title=title)
+    for name, row in rows.items():
+        first = f"{row['first_seconds']:.1f} s" if "first_seconds" in row else ""
+        peak = f"{row['peak_bytes'] / 2**20:,.1f} MiB"
+        table.add_row(name, f"{row['seconds'] * 1e3:,.1f} ms", ratio(row["time_ratio"]), peak,
+                      f"{row['memory_ratio']:.3f}", first)  # fmt: skip
+    return table
+
+
+def show_heads(console: Console, heads: dict) -> None:
+    masked = f"{heads['masked_positions']} of {heads['micro_batch_tokens']} positions masked"
+    console.print(comparison(f"step (forward + backward), {masked}", heads["step"]))
+    console.print(comparison(f"head alone, {masked}", heads["head"]))
+
+
+def show_memory(console: Console, compared: dict) -> None:
+    kinds = list(next(iter(compared.values())))
+    table = Table("planned / measured, MiB", *kinds, title="memory of a rank (peaks: all but the states)")
+    for mode, row in compared.items():
+        cells = [f"{p / 2**20:,.2f} / {m / 2**20:,.2f} = {p / m:.3f}" for p, m in row.values()]
+        table.add_row(mode, *cells)
     console.print(table)
-    low, high = machinery["share_quartiles"]
+
+
+def show_loop(console: Console, loop: dict) -> None:
+    table = Table(
+        "part", "ms a step", "share (quartiles of steps)", title=f"{loop['steps']} steps of the training loop"
+    )
+    for part, row in loop["parts"].items():
+        table.add_row(part, f"{row['seconds'] * 1e3:,.2f}", ratio(row["share"]))
+    console.print(table)
+    console.print(
+        f"step {ratio(loop['step_seconds'])} s, {loop['tokens_per_second']:,.0f} tokens/s, MFU {loop['mfu']:.1%} of "
+        f"the {loop['ceiling_flops'] / 1e12:,.3g} TFLOP/s of matrix products here, loop's overhead beyond model and "
+        f"optimizer {loop['overhead']:.2%} (by step {ratio(loop['overhead_by_step'])})",
+        highlight=False,
+    )
+    if loop["communication"]:
+        share, seconds = loop["communication"]["share"], loop["communication"]["seconds"]
+        console.print(f"a collective is under way for {seconds * 1e3:,.1f} ms of a micro-step, {share:.1%} of it")
+
+
+def show_machinery(console: Console, machinery: dict) -> None:
     title = "variance machinery (P-POTS, global strata) against strata none, uniform"
     table = Table("step without", "machinery", "share (quartiles)", "step with / without", "all-reduced", title=title)
-    slower, slowest = machinery["time_ratio_quartiles"]
     table.add_row(
         f"{machinery['plain_step_seconds'] * 1e3:.1f} ms",
         f"{machinery['machinery_seconds'] * 1e3:.2f} ms + fit {machinery['fit_seconds'] * 1e3:.2f} ms at times",
-        f"{machinery['share']:.2%} ({low:.2%}..{high:.2%})",
-        f"{machinery['time_ratio']:.3f} ({slower:.3f}..{slowest:.3f})",
+        ratio({key: np.array(value) * 100 for key, value in machinery["share"].items()}) + " %",
+        ratio(machinery["time_ratio"]),
         f"{machinery['bytes_per_step']:,} bytes a step",
     )
     console.print(table)
+
+
+def show_balance(console: Console, balance: dict) -> None:
     title = (
         f"masked positions, max over mean: {SIMULATED_RANKS} ranks, batch {SIMULATED_BATCH}, {SIMULATED_STEPS} steps"
     )
-    table = Table("strata", "per rank", f"per micro-step of {micro_rows} rows", title=title)
+    table = Table("strata", "per rank", f"per micro-step of {SIMULATED_ROWS} rows", title=title)
     for strata, row in balance.items():
         table.add_row(strata, f"{row['rank_max_over_mean']:.3f}", f"{row['micro_max_over_mean']:.3f}")
     console.print(table)
 
 
+PARTS = {
+    "heads": (compare_heads, show_heads),
+    "recompute": (
+        compare_recompute,
+        lambda console, rows: console.print(comparison("activation checkpointing against none", rows)),
+    ),
+    "compile": (compare_compile, lambda console, rows: console.print(comparison("compiled against eager", rows))),
+    "memory": (compare_memory, show_memory),
+    "loop": (watch_loop, show_loop),
+    "machinery": (measure_machinery, show_machinery),
+    "balance": (
+        lambda config, *_: simulate_balance(config.data.sequence_length, config.diffusion.eps),
+        show_balance,
+    ),
+}
+
+
+def part_names(argument: str) -> list[str]:
+    names = argument.split(",")
+    if not set(names) <= set(PARTS):
+        raise ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {argument}")
+    return names
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value")
+    parser.add_argument("--only", type=part_names, default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
     parser.add_argument("--repeat", type=int, default=15, help="measurements of each (default: 15)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_intermixed_args(arguments)
+    if args.repeat < 1:
+        raise ValueError(f"--repeat {args.repeat}: at least one measurement")
     config = configuration.load(args.config)
-    tokenizer_size = config.model.vocab_size or Tokenizer.load(config.data.sources[0].path).vocab_size
-    shape = model_shape(config.model, tokenizer_size)
-    world = init_world()
-    heads = compare_heads(config, shape, world, args.repeat)
-    machinery = measure_machinery(config, shape, world, args.repeat)
-    micro_rows = 4
-    balance = simulate_balance(config.data.sequence_length, config.diffusion.eps, micro_rows)
+    shape, world, console = shape_of(config), init_world(), Console(width=130)
+    result = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
+              "clock": clock_of(world).__name__}  # fmt: skip
     if world.is_main:
-        show(shape, heads, machinery, balance, micro_rows)
-        if args.json:
-            parts = {"heads": heads, "machinery": machinery, "balance": balance}
-            result = {"torch": torch.__version__, "device": str(world.device), **parts}
-            write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+        console.print(describe(shape), highlight=False)
+    for name in args.only:
+        measure, show = PARTS[name]
+        result[name] = measure(config, shape, world, args.repeat)
+        if world.is_main:
+            show(console, result[name])
+    if world.is_main and args.json:
+        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

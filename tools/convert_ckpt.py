@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import formats
 from mdmtrain.checkpoint.export import cast, export, import_checkpoint
+from mdmtrain.checkpoint.places import place
 from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="tools/convert_ckpt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="run, checkpoint or model folder")
+    parser.add_argument("source", type=place, metavar="SRC", help="run, checkpoint or model folder")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--to", choices=list(formats.MODEL_TYPES), help="write a folder of this format")
     way.add_argument("--from", dest="origin", choices=list(formats.MODEL_TYPES), help="SRC has it: write a checkpoint")

@@ -7,7 +7,6 @@ Example:
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -59,7 +58,7 @@ def show(results: dict[str, dict[str, float]], title: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder")
+    add("checkpoint", help="run folder (its newest complete checkpoint) or checkpoint folder")
     add("--rows", type=int, default=32, help="rows, evenly spaced over the validation split (default: 32)")
     add("--mc-num", type=int, default=16, help="draws per row, even (default: 16)")
     add("--orders", type=int, default=2, help="orders per row (default: 2)")

@@ -10,7 +10,6 @@ cfg_scale, remasking. One process.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -61,7 +60,7 @@ class Adapter:
             gen_length, steps or gen_length, block_length or gen_length, 0.0, cfg_scale, remasking, seed
         )
         self._world = init_world()
-        self._loaded = store.load_model(Path(path), weights, self._world)
+        self._loaded = store.load_model(path, weights, self._world)
         if self._loaded.model.shape.causal:
             raise ValueError(f"{path} is a causal model: this adapter is for masked ones")
         self._estimator = Estimator(estimator, mc_num, seed, self._loaded.config.diffusion.eps)

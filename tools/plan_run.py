@@ -20,7 +20,8 @@ from mdmtrain.config import Config
 from mdmtrain.data.shards import read_manifest
 from mdmtrain.model.presets import ModelShape, describe, model_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
-from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, propose, traced_traffic, traffic
+from mdmtrain.observed import traced_traffic
+from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, propose, traffic
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -41,7 +42,9 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
 
     for kind in costs[0].memory:
         row(f"{kind}, GiB a GPU", [f"{c.memory[kind] / GIB:.2f}" for c in costs])
-    row("together", [f"{c.memory_total / GIB:.1f} of {capacity / GIB:.1f}" for c in costs])
+    row("together (one at work at a time)", [f"{c.memory_total / GIB:.1f} of {capacity / GIB:.1f}" for c in costs])
+    if any(c.host_bytes for c in costs):
+        row("offloaded, GiB of host memory a GPU", [f"{c.host_bytes / GIB:.2f}" for c in costs])
     row("fits", ["yes" if c.fits else "NO" for c in costs])
     for kind in costs[0].traffic:
         row(f"{kind}, GB sent a step", [f"{c.traffic[kind] / 1e9:.3g}" for c in costs])
@@ -49,13 +52,14 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     row("model FLOPs a step", [f"{c.model_flops:.3g}" for c in costs])
     row("compute, s", [f"{c.compute_seconds:.3g}" for c in costs])
     row("communication, s", [f"{c.communication_seconds:.3g}" for c in costs])
-    row("step (the larger), s", [f"{c.step_seconds:.3g}" for c in costs])
+    row("step (the larger, and AdamW if on the host), s", [f"{c.step_seconds:.3g}" for c in costs])
     row("MFU", [f"{c.mfu:.1%}" for c in costs])
     row("tokens/s", [f"{c.tokens_per_second:,.0f}" for c in costs])
     row("days", [f"{c.days:,.2f}" for c in costs])
     row("GPU-hours", [f"{c.gpu_hours:,.0f}" for c in costs])
     row("checkpoint, GB in all", [f"{c.checkpoint_bytes / 1e9:.1f}" for c in costs])
-    row("stall a save, s", [f"{c.save_seconds:.2g}" for c in costs])
+    row("stall a save (copy to the host), s", [f"{c.stall_seconds:.2g}" for c in costs])
+    row("written behind it in, s", [f"{c.write_seconds:.2g}" for c in costs])
     return table
 
 

@@ -140,9 +140,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "checkpoint", type=Path, help="run folder (its newest complete checkpoint) or checkpoint folder"
-    )
+    parser.add_argument("checkpoint", help="run folder (its newest complete checkpoint) or checkpoint folder")
     parser.add_argument(
         "--arms", default=DEFAULT_ARMS, help="names of configs/arms, comma-separated; standard is added"
     )

@@ -21,10 +21,9 @@ from typing import IO
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint import formats, places, store
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
@@ -169,17 +168,6 @@ reserved token (`<mask>`) stays text unless the tokenizer is loaded with `split_
 # ---- the way back
 
 
-class _Streaming(DefaultSavePlanner):
-    """Gives DCP each tensor when it writes it."""
-
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index) -> Tensor:
-        return self._read(index.fqn)
-
-
 def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None] = lambda values: None) -> None:
     """Write a checkpoint of parameters alone, in float32, for `checkpoint.init_from`. Raises as `export` does.
 
@@ -198,14 +186,15 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         # A file for each tensor: DCP's writer keeps all tensors of a file until the file is done.
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
         try:
-            dcp.save(promised, storage_writer=writer, planner=_Streaming(read), no_dist=True)
+            dcp.save(promised, storage_writer=writer, planner=store.Streaming(read), no_dist=True)
         except dcp.CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
         (folder / store.TOKENIZER_FILE).write_bytes(weights.tokenizer)
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}})
+        sums = {file.name: places.checksum(file) for file in folder.iterdir()}
+        store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
 
 
 # ---- beside a run
@@ -220,22 +209,23 @@ class SideExports:
     def __init__(self, config: Config, resumed: Path | None, is_main: bool):
         """resumed: the checkpoint that the run goes on from; exports up to it may have gone with the process."""
         self._every, self._last = config.checkpoint.export_every if is_main else None, config.run.steps
+        self._out = Path(config.run.dir) / "exports"
         self._running: list[tuple[Path, Future, IO]] = []
-        for folder in store.complete_checkpoints(resumed.parent.parent) if resumed is not None else []:
-            if folder <= resumed and not _beside(folder).exists():
+        for folder in store.complete_checkpoints(resumed.parent) if resumed is not None else []:
+            if store.step_of(folder) <= store.step_of(resumed) and not (self._out / folder.name).exists():
                 self.start(folder)
 
     def start(self, checkpoint: Path) -> None:
         """Export a checkpoint just committed, if it is due. Does not wait."""
-        step = int(checkpoint.name.removeprefix("step-"))
+        step, out = store.step_of(checkpoint), self._out / checkpoint.name
         if self._every is None or (step % self._every and step != self._last):
             return
         self._report([entry for entry in self._running if entry[1].done()])
-        shutil.rmtree(_beside(checkpoint), ignore_errors=True)  # of a future that was given up
+        shutil.rmtree(out, ignore_errors=True)  # of a future that was given up
         try:
-            held = store.hold(checkpoint)  # from now on, not only when the process is up
+            held = places.hold(checkpoint)  # from now on, not only when the process is up
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
-            self._running.append((checkpoint, pool.submit(_export_beside, checkpoint), held))
+            self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)
         except OSError as error:
             log.warning("export of %s could not start, the run goes on: %s", checkpoint, describe(error))
@@ -249,17 +239,13 @@ class SideExports:
             if error := future.exception():
                 log.warning("export of %s failed, the run goes on: %s", checkpoint, describe(error))
             else:
-                log.info("exported %s", _beside(checkpoint))
+                log.info("exported %s", self._out / checkpoint.name)
             held.close()
             self._running.remove((checkpoint, future, held))
 
 
-def _beside(checkpoint: Path) -> Path:
-    return checkpoint.parent.parent / "exports" / checkpoint.name
-
-
-def _export_beside(checkpoint: Path) -> None:
+def _export_beside(checkpoint: Path, out: Path) -> None:
     os.nice(10)
     torch.set_num_threads(1)
     weights = open_checkpoint(checkpoint)
-    export(weights, "native" if weights.shape.qk_norm else "llama", _beside(checkpoint))
+    export(weights, "native" if weights.shape.qk_norm else "llama", out)

@@ -3,36 +3,54 @@
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with torch.distributed.checkpoint files and `meta.json`, which is
 written last: a folder without it does not count. It holds its tokenizer too, so it can be used by itself. Nothing in it
 is keyed by rank, so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`.
+`exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says the rest.
 """
 
-import fcntl
+import errno
 import json
 import logging
-import os
-import shutil
 import textwrap
+import time
 import warnings
+import zlib
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from mdmtrain.config import Config, validate
+from mdmtrain import yaml12
+from mdmtrain.checkpoint.places import (
+    checksum,
+    held,
+    place,
+    remove,
+    storage_errors,
+    storage_reader,
+    storage_writer,
+    write_atomically,
+)
+from mdmtrain.config import CheckpointConfig, Config, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import WeightAverage
-from mdmtrain.parallel.world import AgreedError, World, writing
+from mdmtrain.parallel.world import AgreedError, World, describe, writing
 from mdmtrain.parallel.wrap import build_model
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
+FOLDERS = "step-" + 8 * "[0-9]"
+RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # waiting heals none
 log = logging.getLogger("mdmtrain")
+# DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
@@ -61,100 +79,171 @@ def spread_adam_step(optimizer: torch.optim.Optimizer) -> None:
 # ---- writing
 
 
-def save(
-    run_dir: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, keep_last: int, world: World
-) -> Path:
-    """Write the checkpoint of `step` and remove the oldest beyond `keep_last`. A collective.
+class Streaming(DefaultSavePlanner):
+    """Gives DCP each tensor when it writes it: read(name) is the whole tensor, or this rank's part of it."""
 
-    Raises AgreedError on every rank when any rank cannot write; what was complete before stays complete.
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index) -> Tensor:
+        return self._read(index.fqn)
+
+
+def save(
+    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
+    world: World, copies: dict[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write the checkpoint of `step` into `home`, then remove those that are not to be kept. A collective.
+
+    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. An attempt that failed is
+    made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last one
+    failed on any; what was complete before stays complete.
     """
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    world.agree(lambda: _remove(folder), main_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP's notes on its own internals
-            dcp.save(tensors, checkpoint_id=folder, process_group=world.control)
-    except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        world.agree(lambda: _remove(folder), main_only=True)
-        cause = _root_cause(error)
-        raise AgreedError(f"cannot write checkpoint {folder}: {cause}: free the disk and start again") from None
-    world.agree(lambda: _commit(folder, step, meta, tokenizer, keep_last), main_only=True)
+    folder = home / f"step-{step:08d}"
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            _write(folder, tensors, {"step": step, **meta}, tokenizer, world, copies)
+            break
+        except AgreedError as error:
+            with suppress(AgreedError):  # what then stays of it has no marker, and goes with the next checkpoint
+                world.agree(lambda: remove(folder), main_only=True)
+            if pause is None or isinstance(error, _Hopeless):
+                raise
+            if world.is_main:
+                log.warning("%s (trying once more in %g s)", error, pause)
+            time.sleep(pause)
+    if world.is_main:
+        retain(folder, config)
     return folder
 
 
-def _remove(folder: Path) -> None:
-    (folder / "meta.json").unlink(missing_ok=True)  # first, so that what is half removed does not count
-    if folder.exists():
-        shutil.rmtree(folder)
+class _Hopeless(AgreedError):
+    """A failure that no waiting heals."""
 
 
-def _commit(folder: Path, step: int, meta: dict, tokenizer: Path, keep_last: int) -> None:
-    with writing(folder):
-        shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
-    write_marker(folder, {"step": step, **meta})
-    # Later steps are of a future that was given up (damaged, passed over on resuming): they must not push this one out.
-    kept = [f for f in complete_checkpoints(folder.parent.parent) if f <= folder][-keep_last:]
-    for old in folder.parent.glob("step-*"):
-        if old < folder and old not in kept and not _held(old):  # what a kill left half-written goes too
-            _remove(old)
+def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: World, copies: dict | None) -> None:
+    world.agree(lambda: remove(folder), main_only=True)
+    planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
+    try:
+        dcp.save(tensors, storage_writer=storage_writer(folder), planner=planner, process_group=world.control)
+    except (dcp.CheckpointException, RuntimeError, OSError) as error:
+        cause = _root_cause(error)  # of the first rank that failed: the same on all of them
+        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: "
+        if isinstance(cause, OSError) and cause.errno in HOPELESS:
+            raise _Hopeless(problem + "free the disk and start again") from None
+        raise AgreedError(problem + "see to the storage and start again") from None
+
+    def add_tokenizer() -> list[str]:
+        with writing(folder), storage_errors(folder):
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+            return [file.name for file in folder.iterdir()]
+
+    def commit() -> None:
+        with writing(folder), storage_errors(folder):
+            write_marker(folder, meta, sums)
+
+    sums = _checksums(folder, world.agree(add_tokenizer, main_only=True), world)
+    world.agree(commit, main_only=True)
 
 
-def write_marker(folder: Path, meta: dict) -> None:
-    """Write meta.json, which makes a complete checkpoint of what else is in the folder."""
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
-    whole = {"format_version": FORMAT_VERSION, **meta, "files": files}
+def write_marker(folder: Path, meta: dict, sums: dict[str, str]) -> None:
+    """Write meta.json, which makes a complete checkpoint of what else is in the folder. sums: checksums by file."""
+    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir(), key=str)}
+    whole = {"format_version": FORMAT_VERSION, **meta, "files": files, "crc32": sums}
+    whole["own_crc32"] = _own_checksum(whole)
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
 
 
-def hold(folder: Path) -> IO:
-    """Keep a checkpoint from being removed as too old until the returned file is closed, or the process ends."""
-    file = open(folder / "meta.json", "rb")  # noqa: SIM115 (open, and locked, for as long as it is needed)
-    fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+def _own_checksum(meta: dict) -> str:
+    return f"{zlib.crc32(json.dumps(meta).encode()):08x}"
 
 
-def _held(folder: Path) -> bool:
-    try:
-        with open(folder / "meta.json", "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:  # never completed
-        return False
-    return False
+def retain(newest: Path, config: CheckpointConfig) -> None:
+    """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written."""
+    # Later steps are of a future that was given up (damaged, passed over on resuming): they must not push this one out.
+    kept = [f for f in complete_checkpoints(newest.parent) if step_of(f) <= step_of(newest)][-config.keep_last :]
+    for old in newest.parent.glob(FOLDERS):
+        for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
+        whole = (old / "meta.json").exists()
+        if step_of(old) < step_of(newest) and old not in kept and not (for_good and whole) and not held(old):
+            try:
+                remove(old)
+            except OSError as error:
+                log.warning("cannot remove the old checkpoint %s, the run goes on: %s", old, describe(error))
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return textwrap.shorten(str(error), 120)
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old text or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+# ---- checksums
+
+
+def _checksums(folder: Path, names: list[str], world: World) -> dict[str, str]:
+    """The checksums of a checkpoint's files. A collective: each rank reads what it wrote, which is in its cache."""
+
+    def reader(name: str) -> int:
+        rank = name.removeprefix("__").split("_")[0]  # DCP names files __RANK_NUMBER.distcp
+        return int(rank) % world.size if rank.isdigit() else 0
+
+    def mine() -> dict[str, str]:
+        with storage_errors(folder):
+            return {name: checksum(folder / name) for name in names if reader(name) == world.rank}
+
+    return {name: value for part in world.gather(world.agree(mine)) for name, value in part.items()}
+
+
+def damage(folder: Path, world: World) -> str | None:
+    """What is wrong with the content of a checkpoint's files, None where nothing is known to be. A collective.
+
+    Reads all of them once, each rank its share. Checkpoints from before there were checksums count as sound.
+    """
+    stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
+    found = _checksums(folder, list(stated), world)
+    changed = [name for name in stated if found[name] != stated[name]]
+    return f"{folder / changed[0]}: its content has changed (checksum)" if changed else None
 
 
 # ---- reading
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run that carry their commit marker, oldest first."""
-    return sorted(p.parent for p in (run_dir / "checkpoints").glob("step-*/meta.json"))
+def home(config: Config) -> Path:
+    """Where a run keeps its checkpoints. Raises ValueError."""
+    return place(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run.dir) / "checkpoints"
 
 
-def newest(run_dir: Path) -> Path | None:
+def home_of(run: Path) -> Path:
+    """Where the checkpoints of a run folder are. A folder that is none is taken for the place itself."""
+    if (run / "config.yaml").is_file():
+        tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+        if named := (tree.get("checkpoint") or {}).get("dir"):
+            return place(named)
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, or of the place where it keeps them, that carry their marker, oldest first."""
+    with storage_errors(run):
+        return sorted((p.parent for p in home_of(run).glob(FOLDERS + "/meta.json")), key=step_of)
+
+
+def newest(run: Path, damaged: Container[Path] = ()) -> Path | None:
     """The newest complete checkpoint whose files are all there in full; broken ones are passed over with a warning.
 
-    None where there is none at all. Raises ValueError where all are broken: starting anew would cut the metrics away.
+    damaged: to be passed over without a word. None where there is no checkpoint at all. Raises ValueError where all are
+    broken: starting anew would cut the metrics away.
     """
-    folders = complete_checkpoints(run_dir)
+    folders = complete_checkpoints(run)
     for folder in reversed(folders):
+        if folder in damaged:
+            continue
         try:
             read_meta(folder)
         except ValueError as error:
@@ -162,15 +251,18 @@ def newest(run_dir: Path) -> Path | None:
         else:
             return folder
     if folders:
-        raise ValueError(f"{run_dir}: all its checkpoints are damaged: bring one back, or choose another run.dir")
+        raise ValueError(f"{run}: all its checkpoints are damaged: bring one back, or choose another run.dir")
     return None
 
 
-def find(path: Path) -> Path:
+def find(path: str | Path) -> Path:
     """The checkpoint that a user means: itself, or the newest of a run folder. Raises ValueError."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such run or checkpoint folder: check the path")
-    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+    path = place(str(path))
+    with storage_errors(path):
+        if not path.exists():
+            raise ValueError(f"{path}: no such run or checkpoint folder: check the path")
+        run = (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
+    if run or complete_checkpoints(path):
         folder = newest(path)
         if folder is None:
             raise ValueError(f"{path}: no complete checkpoint in this run; train it first")
@@ -186,11 +278,13 @@ def read_meta(folder: Path) -> dict:
         raise ValueError(f"{folder}: not a complete checkpoint (no meta.json); name a run folder or another checkpoint")
     try:
         meta = json.loads(marker.read_text(encoding="utf-8"))
-        version, files = meta["format_version"], dict(meta["files"])
+        version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{marker}: format version {version}, this mdmtrain reads {FORMAT_VERSION}")
+    if stated is not None and stated != _own_checksum(meta):
+        raise ValueError(f"{marker}: its content has changed (checksum); use another checkpoint")
     if not {"step", "identity", "has_average", "config"} <= meta.keys():
         raise ValueError(f"{marker}: incomplete; use another checkpoint")
     for name, size in files.items():
@@ -204,12 +298,10 @@ def read_meta(folder: Path) -> dict:
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Read the named tensors from a checkpoint into the given ones, whatever the number of ranks. A collective."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(tensors, checkpoint_id=folder, process_group=world.control)
+        dcp.load(tensors, storage_reader=storage_reader(folder), process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
         raise AgreedError(
-            f"cannot read checkpoint {folder}: {_root_cause(error)}: "
+            f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: "
             "use another one; without this one, its run goes on from the one before"
         ) from None
 
@@ -232,7 +324,7 @@ class LoadedModel:
     meta: dict
 
 
-def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
+def load_model(path: str | Path, weights: str | None, world: World) -> LoadedModel:
     """Build and load the model of a run or checkpoint, sharded over the present ranks. A collective.
 
     weights: "raw", "average", or None for the average where there is one. Raises AgreedError.
@@ -241,10 +333,12 @@ def load_model(path: Path, weights: str | None, world: World) -> LoadedModel:
     meta = world.agree(lambda: read_meta(folder))
     source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
-    tokenizer = world.agree(lambda: Tokenizer.load(folder / TOKENIZER_FILE))
+    file = folder / TOKENIZER_FILE
+    tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{folder / TOKENIZER_FILE}: not the tokenizer it was trained with; use another checkpoint")
-    here = config.parallel.model_copy(update={"replicate": 1, "shard": None, "compile": False})  # any number of ranks
+        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
+    elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
+    here = config.parallel.model_copy(update=elsewhere)  # any number of ranks, any torch
     model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
     load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint import formats, places, store
 from mdmtrain.config import Config, validate
 from mdmtrain.data.hub import bundle
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
@@ -47,15 +46,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     """The model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
 
-    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (store.hold) for as
+    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (places.hold) for as
     long as the result lives.
     """
     folder = store.find(path)
-    held, meta = store.hold(folder), store.read_meta(folder)
+    held, meta = places.hold(folder), store.read_meta(folder)
     source = store.chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = dcp.FileSystemReader(folder)
+    reader = places.storage_reader(folder)
     with _unreadable(folder):
         index = reader.read_metadata()
         reader.set_up_storage_reader(index, True)

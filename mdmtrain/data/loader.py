@@ -14,7 +14,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mdmtrain.config import Config, DataConfig, RunPlan
-from mdmtrain.data.order import Mixture
+from mdmtrain.data.order import START, Cursor, Mixture
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
@@ -111,8 +111,9 @@ def describe_rows(source: PreparedSplit, length: int) -> str:
 class Dataset(torch.utils.data.Dataset):
     """Map-style over (step, slot); fetches a micro-batch at a time."""
 
-    def __init__(self, config: Config, sources: list[PreparedSplit]):
-        self._sources, self._data = sources, config.data
+    def __init__(self, config: Config, sources: list[PreparedSplit], cursor: Cursor = START):
+        """cursor: from where on every step has had this configuration's batch."""
+        self._sources, self._data, self._cursor = sources, config.data, cursor
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
         sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._syrm = None
@@ -131,10 +132,10 @@ class Dataset(torch.utils.data.Dataset):
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         L = self._data.sequence_length
-        source, window = self._mixture(step * self._slots_per_step + slots)
+        source, window = self._mixture(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
         rows = [
-            read_row(self._sources[one], int(number), L, self._row_length(step, slot), self._data.document_mask)
-            for one, number, slot in zip(source, window, slots, strict=True)
+            read_row(self._sources[one], int(number), L, most, self._data.document_mask)
+            for one, number, most in zip(source, window, self._row_lengths(step, slots), strict=True)
         ]
         ids, eligible, segments = stack_rows(rows, self._data.document_mask)
         if self._syrm is not None:
@@ -150,21 +151,23 @@ class Dataset(torch.utils.data.Dataset):
 
     def samples(self, step: int) -> dict[str, list[int]]:
         """What iteration `step` (from 0) reads, on all ranks: the windows of each source, in the order of the slots."""
-        source, window = self._mixture(step * self._slots_per_step + np.arange(self._slots_per_step))
+        first = self._cursor.at(step, self._slots_per_step, 0).sample
+        source, window = self._mixture(first + np.arange(self._slots_per_step))
         return {str(s.folder): window[source == number].tolist() for number, s in enumerate(self._sources)}
 
-    def _row_length(self, step: int, slot: int) -> int:
-        """Tokens of a window: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+    def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
+        """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
-            return L
-        cut, which = noise.uniforms(noise.philox(self._seed, noise.Stream.LENGTH, step, int(slot)), 2)
-        return max(1, L * (1 + int(which * LENGTHS)) // LENGTHS) if cut < fraction else L
+            return [L] * len(slots)
+        cut, which = noise.position_uniforms(self._seed, step, slots, 2, noise.Stream.LENGTH).T
+        return np.where(cut < fraction, np.maximum(1, L * (1 + (which * LENGTHS).astype(int)) // LENGTHS), L).tolist()
 
 
 def train_loader(
-    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool
-) -> Iterable[Batch]:
+    config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool,
+    cursor: Cursor = START,
+) -> Iterable[Batch]:  # fmt: skip
     """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
     workers = config.data.workers
     places = (
@@ -175,7 +178,7 @@ def train_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         return StatefulDataLoader(
-            Dataset(config, sources),
+            Dataset(config, sources, cursor),
             batch_sampler=places,
             collate_fn=_as_it_is,
             num_workers=workers,

@@ -3,6 +3,7 @@
 Nothing is stored and nothing is drawn in sequence, so any rank finds any sample at once, however large the corpus.
 """
 
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
@@ -13,6 +14,24 @@ from mdmtrain.diffusion import noise
 
 _ROUNDS = 6
 _LONGEST_PERIOD = 100_000
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stood in its data after some step. From there on each step takes as much as the step before."""
+
+    step: int = 0
+    sample: int = 0  # number in the order of the sample that comes next
+    tokens: int = 0  # positions trained on, padding included
+
+    def at(self, step: int, samples_per_step: int, tokens_per_step: int) -> "Cursor":
+        """Where it stands after a later step."""
+        steps = step - self.step
+        assert steps >= 0, (step, self)
+        return Cursor(step, self.sample + steps * samples_per_step, self.tokens + steps * tokens_per_step)
+
+
+START = Cursor()
 
 
 def permute(index: int | np.ndarray, size: int, seed: int, epoch: int, source: int = 0) -> int | np.ndarray:

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 class Head(nn.Module):
     """Linear map to the vocabulary. With tied embeddings it owns no parameter and is handed the embedding's."""
 
-    def __init__(self, d_model: int, vocab_size: int, tied: bool, chunk: int):
+    def __init__(self, d_model: int, vocab_size: int, tied: bool, chunk: int, fused: bool = False):
         super().__init__()
-        self.chunk = chunk
+        self.chunk, self.fused = chunk, fused
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, rows: Tensor, targets: Tensor | None, tied_weight: Tensor | None) -> Tensor:
@@ -27,6 +27,9 @@ class Head(nn.Module):
         weight = self.weight if tied_weight is None else tied_weight
         if targets is None:
             return F.linear(rows, weight).float()
+        if self.fused:
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk)
+            return F.linear_cross_entropy(rows, weight, targets, reduction="none", options=options)
         if len(rows) <= self.chunk:  # one chunk: nothing to save by recomputing it
             return _cross_entropy(rows, targets, weight)
         losses = [

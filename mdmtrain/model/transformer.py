@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdmtrain.diffusion.objective import Corruption
-from mdmtrain.model.attention import Attention, rotary_angles
+from mdmtrain.model.attention import Attention, Mask, attention_mask, rotary_angles
 from mdmtrain.model.head import Head
 from mdmtrain.model.presets import ModelShape
 
@@ -39,12 +39,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
         self.mlp = FeedForward(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
         if self.recompute is None or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, mask)
         return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False, **self.recompute)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -52,13 +52,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The denoiser. Parameter names are part of the checkpoint format."""
 
-    def __init__(self, shape: ModelShape, head_chunk: int):
+    def __init__(self, shape: ModelShape, head_chunk: int, fused_head: bool = False):
         super().__init__()
         self.shape = shape
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.norm = nn.RMSNorm(shape.d_model, eps=shape.norm_eps)
-        self.head = Head(shape.d_model, shape.vocab_size, shape.tied_embeddings, head_chunk)
+        self.head = Head(shape.d_model, shape.vocab_size, shape.tied_embeddings, head_chunk, fused_head)
 
     def forward(
         self, ids: Tensor, positions: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
@@ -70,9 +70,7 @@ class Transformer(nn.Module):
         float32 [K, vocab_size].
         """
         cos, sin = rotary_angles(ids.shape[1], self.shape.head_dim, self.shape.rope_theta, ids.device)
-        mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
-        if mask is not None and self.shape.causal:
-            mask = mask & torch.ones_like(mask[:1]).tril()
+        mask = attention_mask(segments, self.shape)
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)

@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mdmtrain.parallel.world import EARLY, AgreedError, Interrupted, describe
+from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe
 
 log = logging.getLogger("mdmtrain")
+WRITER_PATIENCE = 120.0  # seconds
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -59,6 +60,7 @@ def user_errors() -> Iterator[None]:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
+            _let_checkpoint_finish()
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
             _exit_at_once(2)
         sys.exit(2)
@@ -68,6 +70,13 @@ def user_errors() -> Iterator[None]:
         # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
         _exit_at_once(0)
+
+
+def _let_checkpoint_finish() -> None:
+    """A checkpoint that is being written beside the training may yet be committed, unless ranks are gone."""
+    for thread in threading.enumerate():
+        if thread.name == WRITER_THREAD:
+            thread.join(WRITER_PATIENCE)
 
 
 def _exit_at_once(status: int) -> NoReturn:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdmtrain.config import Config, RunPlan
+from mdmtrain.data.order import START, Cursor
 from mdmtrain.diffusion.objective import Draws, Law
 from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATISTIC_BY_OCTILE, finite
 
@@ -47,6 +48,7 @@ class StepRecorder:
 
     def __init__(self, config: Config, plan: RunPlan, device: torch.device, rank: int):
         self.skips_in_a_row = 0
+        self.cursor = START  # from where on every step has had this many tokens
         self._bins = config.diffusion.bins
         self._complement = config.diffusion.views == "complement"
         self._clip_norm = config.optim.clip_norm
@@ -67,8 +69,11 @@ class StepRecorder:
         baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
         return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
-    def restore(self, state: dict) -> None:
-        self.skips_in_a_row, self._means, self._last = state["skips_in_a_row"], state["means"], state["last"]
+    def restore(self, state: dict, cursor: Cursor, same_batch: bool) -> None:
+        """same_batch: with another one, how much steps differ is another matter: that is measured anew."""
+        self.cursor, self.skips_in_a_row = cursor, state["skips_in_a_row"]
+        if same_batch:
+            self._means, self._last = state["means"], state["last"]
         self._baseline, self._seen = np.array(state["baseline"]), np.array(state["seen"])
 
     def new_sums(self) -> Tensor:
@@ -166,7 +171,7 @@ class StepRecorder:
 
         record = {
             "step": pending.step,
-            "tokens": pending.step * self._positions,
+            "tokens": self.cursor.at(pending.step, 0, self._positions).tokens,
             "loss": finite(total / self._positions),
             "nelbo": finite(total / max(eligible, 1.0)),
             "loss_smooth": finite(smooth),

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
+WRITER_THREAD = "checkpoint writer"  # a process that ends in good order lets it finish
 
 
 EARLY = 75  # exit status of a run that was told to stop with something left that no checkpoint tells (EX_TEMPFAIL)

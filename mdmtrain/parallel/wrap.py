@@ -6,11 +6,12 @@ averaging over ranks would divide twice. The order matters: recomputation inside
 around that, the root last.
 """
 
+import logging
 from functools import cache, partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -18,7 +19,7 @@ from mdmtrain.config import ParallelConfig
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
-from mdmtrain.parallel.world import World
+from mdmtrain.parallel.world import AgreedError, World
 
 # What recompute=ops keeps: the products and the attention, which take most of the time and little of the memory.
 _aten = torch.ops.aten
@@ -28,18 +29,30 @@ KEPT = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch._higher_order_ops.flex_attention,  # as part of a compiled block; by itself it runs again
 ]
 INIT_CHUNK = 1 << 22  # initial values drawn at once: bounds the host memory of a start
+MOST_GRAPHS = 64  # of a block: evaluations of several sources have their own shapes, and so has each one's last batch
+log = logging.getLogger("mdmtrain")
 
 
 def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Transformer:
-    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it."""
+    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it.
+
+    Raises AgreedError where this torch lacks what the configuration asks for.
+    """
+    if config.fused_head and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise AgreedError(f"parallel.fused_head=true needs torch 2.13, this is {torch.__version__}: leave it out")
     with torch.device("meta"):
-        model = Transformer(shape, config.head_chunk)
+        model = Transformer(shape, config.head_chunk, config.fused_head)
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options = {"mesh": data_mesh(config, world), "mp_policy": policy}
+    if config.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    if config.compile:
+        set_up_compiler(config)
     for index, layer in enumerate(model.layers):
         layer.recompute = recompute_options(config, index)
         if config.compile:
@@ -54,7 +67,17 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return model.to_empty(device=world.device)
+    return model.to_empty(device="cpu" if config.offload else world.device)
+
+
+def set_up_compiler(config: ParallelConfig) -> None:
+    """For the whole process: torch takes both from its own configuration when it compiles."""
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    budget = config.recompute_budget if config.recompute == "budget" else 1.0
+    torch._functorch.config.activation_memory_budget = budget
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # at 8, its default, a block compiled as one graph raises
 
 
 @cache
@@ -73,7 +96,7 @@ def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
     """Options of torch.utils.checkpoint for a block, or None where it keeps its activations."""
     plain = {"preserve_rng_state": False}  # nothing in a block is random
     match config.recompute:
-        case "none":
+        case "none" | "budget":  # the compiler's partition of a block's graph follows the budget
             return None
         case "full":
             return plain
@@ -82,6 +105,38 @@ def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
         case "ops":
             return {**plain, "context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
     raise AssertionError(config.recompute)
+
+
+class GraphCount:
+    """Reports the graphs that torch.compile makes. In steady training there are no new ones.
+
+    Rows with masks and without, training, evaluation and the probe have graphs of their own. The number of masked
+    positions is not a shape of any: the head, the only part that sees it, is not compiled.
+    """
+
+    def __init__(self, compiling: bool):
+        self._compiling, self._seen, self._steady = compiling, 0, False
+
+    def report(self, step: int) -> None:
+        """Call when steps of training have been read: how many graphs, then a warning for each time they grew."""
+        if self._compiling and not self._steady:
+            log.info("torch.compile made %d graphs by step %d", self._made(), step)
+        elif self._compiling and self._made() > self._seen:
+            log.warning(
+                "torch.compile made %d more graphs by step %d, %d in all: once, for the first rows with or without a "
+                "mask, is no harm; if it goes on, shapes change from step to step and each costs minutes",
+                self._made() - self._seen, step, self._made(),
+            )  # fmt: skip
+        self._seen, self._steady = self._made(), True
+
+    def resume(self) -> None:
+        """Call before training goes on after something else: what that compiled is its own."""
+        self._seen = self._made()
+
+    def _made(self) -> int:
+        from torch._dynamo.utils import counters
+
+        return counters["stats"]["unique_graphs"]
 
 
 def reshard(model: Transformer) -> None:

@@ -10,7 +10,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import import_checkpoint
 from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.weights import Weights
-from mdmtrain.config import ParallelConfig
+from mdmtrain.config import CheckpointConfig, ParallelConfig
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
@@ -86,4 +86,5 @@ def save_on_ranks(world: World, folder: Path, corpus: Path) -> None:
             "tokens": 640,
             "config": in_memory(shape, corpus).facts["config"],
         }
-        store.save(folder / name, 10, tensors, meta, corpus / "tokenizer.model", 2, world)
+        home, tokenizer = folder / name / "checkpoints", corpus / "tokenizer.model"
+        store.save(home, 10, tensors, meta, tokenizer, CheckpointConfig(), world)

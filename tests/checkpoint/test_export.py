@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from mdmtrain.checkpoint import formats, store
 from mdmtrain.checkpoint.export import SideExports, export, import_checkpoint
 from mdmtrain.checkpoint.weights import open_checkpoint, open_folder
-from mdmtrain.config import validate
+from mdmtrain.config import CheckpointConfig, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import PRESETS, ModelShape
 from tests.checkpoint.models import SHAPES, checkpoint, in_memory, our_logits, our_model, parameters, save_on_ranks
@@ -381,12 +381,15 @@ def test_training_starts_from_a_foreign_model(foreign, tmp_path):
 
 
 @pytest.fixture
-def exports_of(corpus):
+def exports_of(corpus, tmp_path):
     """A function that gives the exports of a run of 7 steps."""
 
     def make(every: int, resumed: Path | None = None) -> SideExports:
         tree = in_memory(SHAPES["tied-mha"], corpus).facts["config"]
-        tree |= {"run": {**tree["run"], "steps": 7}, "checkpoint": {"save_every": 2, "export_every": every}}
+        tree |= {
+            "run": {**tree["run"], "dir": str(tmp_path), "steps": 7},
+            "checkpoint": {"save_every": 2, "export_every": every},
+        }
         return SideExports(validate(tree, "test"), resumed, is_main=True)
 
     return make
@@ -415,13 +418,13 @@ def test_exports_beside_a_run(exports_of, corpus, tmp_path, caplog):
     (tmp_path / "exports").unlink()
     exports = exports_of(4, resumed=last)
     new = finished_step(tmp_path, 8, corpus)
-    store._commit(new, 8, {}, corpus / "tokenizer.model", keep_last=1)
+    store.retain(new, CheckpointConfig(keep_last=1))
     assert sorted(folder.name[-1] for folder in (tmp_path / "checkpoints").iterdir()) == ["7", "8"]
     exports.finish()
     wanted = {formats.name_in("llama", name): tensor for name, tensor in parameters(SHAPES["tied-mha"]).items()}
     assert_same(tensors_in(tmp_path / "exports/step-00000007"), wanted)
     assert [folder.name for folder in (tmp_path / "exports").iterdir()] == ["step-00000007"]
-    store._commit(new, 8, {}, corpus / "tokenizer.model", keep_last=1)
+    store.retain(new, CheckpointConfig(keep_last=1))
     assert [folder.name[-1] for folder in (tmp_path / "checkpoints").iterdir()] == ["8"]
 
 

@@ -1,31 +1,89 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay, and which count."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint import places, store
+from mdmtrain.config import CheckpointConfig
+from tests.spawn import fake_world
 
 
-def folder(run: Path, step: int, complete: bool = True) -> Path:
-    made = run / "checkpoints" / f"step-{step:08d}"
+def folder(home: Path, step: int, complete: bool = True) -> Path:
+    made = home / f"step-{step:08d}"
     made.mkdir(parents=True)
     (made / "weights.distcp").write_bytes(b"0" * step)
     if complete:
-        (made / "meta.json").write_text("{}")
+        meta = {"step": step, "identity": {}, "has_average": False, "config": {}}
+        sums = {"weights.distcp": places.checksum(made / "weights.distcp")}
+        store.write_marker(made, meta, sums)
     return made
 
 
+@pytest.fixture(params=["disk", "memory://", "file://"])
+def home(request, tmp_path) -> Path:
+    """Where checkpoints may lie: on a disk, and behind fsspec."""
+    where = {"disk": str(tmp_path), "memory://": f"memory://{tmp_path}", "file://": f"file://{tmp_path}"}
+    return places.place(where[request.param])
+
+
+def steps(home: Path) -> list[int]:
+    return sorted(store.step_of(found) for found in home.iterdir())
+
+
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_a_new_checkpoint_is_kept_and_leftovers_go(tmp_path, keep_last):
+def test_a_new_checkpoint_is_kept_and_leftovers_go(home, keep_last):
     """Steps 6 and 7 are a damaged future that the run resumed from before: they must not push out what is new."""
     for step in (2, 4, 6, 7):
-        folder(tmp_path, step)
-    folder(tmp_path, 3, complete=False)  # killed while it was written
-    new = folder(tmp_path, 5, complete=False)
-    (tmp_path / "tokenizer.model").write_bytes(b"model")
-    store._commit(new, 5, {"config": {}}, tmp_path / "tokenizer.model", keep_last)
-    left = sorted(int(f.name[5:]) for f in (tmp_path / "checkpoints").iterdir())
-    assert left == [*[4, 5][-keep_last:], 6, 7]
-    assert json.loads((new / "meta.json").read_text())["files"] == {"tokenizer.model": 5, "weights.distcp": 5}
+        folder(home, step)
+    folder(home, 3, complete=False)  # killed while it was written
+    store.retain(folder(home, 5), CheckpointConfig(keep_last=keep_last, save_every=1))
+    assert steps(home) == [*[4, 5][-keep_last:], 6, 7]
+
+
+def test_some_stay_for_good(home):
+    """Every fourth, beside the last one; what a kill left of a fourth does not."""
+    for step in range(1, 14):
+        folder(home, step, complete=step != 12)
+    (home / "step-00000002-my-copy").mkdir()  # a user's: none of ours
+    store.retain(home / "step-00000013", CheckpointConfig(keep_last=1, keep_every=4, save_every=1))
+    assert sorted(found.name for found in home.iterdir()) == [
+        "step-00000002-my-copy", *(f"step-{step:08d}" for step in (4, 8, 13))
+    ]  # fmt: skip
+
+
+def test_a_removal_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    """The new checkpoint is there: the run must not stop for an old one that stays."""
+    folder(tmp_path, 1)
+
+    def refuse(old):
+        raise OSError(30, "Read-only file system", str(old))
+
+    monkeypatch.setattr(store, "remove", refuse)
+    store.retain(folder(tmp_path, 2), CheckpointConfig(keep_last=1, save_every=1))
+    assert "cannot remove the old checkpoint" in caplog.text and steps(tmp_path) == [1, 2]
+
+
+def test_a_flipped_byte_is_found(home, caplog):
+    """In a file by its checksum, in the marker by its own; one from before there were any counts as sound."""
+    for step in (2, 4, 6):
+        folder(home, step)
+    world = fake_world()
+    assert store.damage(home / "step-00000006", world) is None
+    (home / "step-00000006/weights.distcp").write_bytes(b"000100")
+    assert "weights.distcp: its content has changed" in store.damage(home / "step-00000006", world)
+    marker = home / "step-00000004/meta.json"
+    marker.write_text(marker.read_text().replace('"step": 4', '"step": 5'))
+    assert store.newest(home, [home / "step-00000006"]) == home / "step-00000002"
+    assert "passing over a broken checkpoint" in caplog.text and "meta.json: its content has changed" in caplog.text
+    meta = json.loads((home / "step-00000006/meta.json").read_text())
+    old = {name: value for name, value in meta.items() if "crc32" not in name}
+    (home / "step-00000006/meta.json").write_text(json.dumps(old))
+    assert store.newest(home) == home / "step-00000006" and store.damage(home / "step-00000006", world) is None
+
+
+def test_places_that_nothing_reaches():
+    for place in ("nosuchstore://bucket/run", "abfs://container/run"):
+        with pytest.raises(ValueError, match=f"^{place}: .*install what reaches it"):
+            places.place(place)

@@ -317,6 +317,14 @@ WRONG_HEADS = {
 }
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
+@pytest.mark.parametrize("K", [0, 1, 23, 24])
+def test_the_fused_head_is_the_dense_cross_entropy_with_its_gradients(K):
+    head = Head(16, 50, True, 8, fused=True)
+    difference = disagreement(lambda rows, targets, weight: head(rows, targets, weight), K)
+    assert difference is not None and difference < 1e-5
+
+
 @pytest.mark.parametrize("name", WRONG_HEADS)
 def test_wrong_heads_are_told_from_the_dense_one(name):
     difference = disagreement(WRONG_HEADS[name], 23)

@@ -1,6 +1,6 @@
-"""A real Slurm cluster of two nodes on this machine, in a temporary folder, for as long as a `with` block lasts.
+"""A real Slurm cluster on this machine, in a temporary folder, for as long as a `with` block lasts.
 
-Debian's slurm-wlm and munge, as root: one munged, one slurmctld and a slurmd for each of the nodes n1 and n2, with
+Debian's slurm-wlm and munge, as root: one munged, one slurmctld and a slurmd for each of the nodes n1, n2, ..., with
 ports, key, socket and configuration of their own, so that it touches no other Slurm. Partitions: `main`, the default,
 whose jobs `urgent` preempts after a grace time, and `short`, with a limit of two minutes.
 """
@@ -57,12 +57,12 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2,batch_sched_delay=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 Gres=gpu:4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:4
+{nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=1-0 DefMemPerCPU=500
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=1-0 DefMemPerCPU=500
 PartitionName=short Nodes=ALL PriorityTier=1 GraceTime=60 MaxTime=2 DefMemPerCPU=500
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4000 Gres=gpu:4"
 
 
 def missing() -> str | None:
@@ -81,7 +81,8 @@ def die_with_parent() -> None:
 class Cluster:
     """The running daemons. `environment` is what a client needs to find them."""
 
-    def __init__(self):
+    def __init__(self, nodes: int = 2):
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.root.chmod(0o755)  # munged wants its socket in a folder that all may enter; sockets want a short path
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
@@ -95,9 +96,10 @@ class Cluster:
                         f"--log-file={self.root}/munged.log", f"--seed-file={self.root}/munged.seed")  # fmt: skip
             self.wait_for(lambda: (self.root / "munge.socket").exists(), "munged")
             self._start("slurmctld", "-D")
-            for node in ("n1", "n2"):
+            for node in self.nodes:
                 self.start_node(node)
-            self.wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "idle nodes")
+            idle = f"idle {len(self.nodes)}"
+            self.wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%T %D").strip() == idle, "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -128,9 +130,9 @@ class Cluster:
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        conf = CONF.format(
-            root=self.root, ports=[free_port() for _ in range(3)], host=socket.gethostname().split(".")[0]
-        )
+        host = socket.gethostname().split(".")[0]
+        nodes = "\n".join(NODE.format(name=name, host=host, port=free_port()) for name in self.nodes)
+        conf = CONF.format(root=self.root, ports=[free_port()], host=host, nodes=nodes)
         (self.root / "slurm.conf").write_text(conf)
         for number in range(4):  # something to schedule by, no devices
             (self.root / f"gpu{number}").touch()

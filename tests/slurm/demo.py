@@ -1,6 +1,7 @@
 """make slurm-demo: a cluster of two nodes on this machine, the quickstart on both, and a job that takes them away.
 
 The run saves, goes back into the queue, comes again and finishes. Everything of the cluster is gone afterwards.
+`python -m tests.slurm.demo --nodes 16`: as many nodes as memory holds, about 0.4 GB each.
 """
 
 import os
@@ -10,11 +11,11 @@ from pathlib import Path
 
 from launchers import slurm, status
 from launchers.lifecycle import newest_step, read_state
-from mdmtrain.monitor.logs import user_errors
+from mdmtrain.monitor.logs import CommandParser, user_errors
 from tests.slurm.cluster import Cluster, missing
 
 RUN = Path("runs/slurm-demo")
-LAUNCH = ["configs/quickstart.yaml", "--nodes", "2", "--time", "30", f"run.dir={RUN}", "run.steps=300",
+LAUNCH = ["configs/quickstart.yaml", "--time", "30", f"run.dir={RUN}", "run.steps=300",
           "checkpoint.save_every=100", "eval.every=300", "monitor.log_every=20"]  # fmt: skip
 TELLING = ("start ", "step 100  ", "stopped by", "requeued", "resumed", "finished")
 
@@ -26,16 +27,20 @@ def watch(until) -> None:
 
 
 def main() -> None:
+    parser = CommandParser(prog="python -m tests.slurm.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--nodes", type=int, default=2, help="default: 2")
+    nodes = parser.parse_args().nodes
     if reason := missing():
         raise ValueError(reason)
     shutil.rmtree(RUN, ignore_errors=True)
-    with Cluster() as cluster:
+    with Cluster(nodes) as cluster:
         os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
         print(cluster.run("sinfo"))
-        print(f"$ python -m launchers.slurm {' '.join(LAUNCH)}")
-        slurm.launch(LAUNCH)
+        launch = [*LAUNCH, "--nodes", str(nodes)]
+        print(f"$ python -m launchers.slurm {' '.join(launch)}")
+        slurm.launch(launch)
         watch(lambda: newest_step(RUN) >= 100)
-        urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
+        urgent = ["sbatch", "-p", "urgent", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"]
         print(f"$ {' '.join(urgent)}\n{cluster.run(*urgent)}")
         watch(lambda: read_state(RUN).phase in ("finished", "failed"))
         status.main([str(RUN)])

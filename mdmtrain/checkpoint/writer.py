@@ -1,0 +1,77 @@
+"""Checkpoints written beside the training: the loop waits for a copy of its tensors, then it goes on."""
+
+import threading
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mdmtrain.checkpoint import store
+from mdmtrain.config import CheckpointConfig
+from mdmtrain.parallel.world import WRITER_THREAD, World
+
+SLOWEST_WRITE = timedelta(hours=1)  # how long ranks wait for the last one of them to have written its file
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints, one at a time, each in a thread of every rank (checkpoint.asynchronous).
+
+    The threads talk over a process group of their own, so that they never meet the loop's collectives. How a save ended
+    becomes known where all ranks ask together: `poll` and `finish`. An AgreedError comes up there, on every rank.
+    """
+
+    def __init__(self, home: Path, tokenizer: Path, config: CheckpointConfig, world: World):
+        """A collective. home: the folder of checkpoints; tokenizer: the file that each of them gets a copy of."""
+        self._home, self._tokenizer, self._config, self._world = home, tokenizer, config, world
+        self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=SLOWEST_WRITE))
+        self._copies: dict[str, Tensor] = {}  # used again by each save: pinning memory takes long
+        self._saving: Future[Path] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
+        """Write the checkpoint of `step`; the one before must be finished. Raises AgreedError, if not asynchronous."""
+        assert self._saving is None, "finish() comes first"
+        self._saving = saving = Future()
+        # What the loop goes on changing is copied, `meta` too.
+        arguments = (self._home, step, tensors, deepcopy(meta), self._tokenizer, self._config)
+        if not self._config.asynchronous:
+            saving.set_result(store.save(*arguments, self._world))
+            return
+        self._copy(tensors)
+
+        def write() -> None:
+            try:
+                saving.set_result(store.save(*arguments, self._beside, self._copies))
+            except BaseException as error:  # for the thread that asks
+                saving.set_exception(error)
+
+        # A daemon: a process that fails for another reason must not wait for ranks that may be gone.
+        threading.Thread(target=write, name=WRITER_THREAD, daemon=True).start()
+
+    def poll(self) -> Path | None:
+        """The checkpoint committed since the last question, if there is one. A collective while one is written."""
+        if self._saving is None:
+            return None
+        done = torch.tensor([int(self._saving.done())], dtype=torch.int32)
+        dist.all_reduce(done, dist.ReduceOp.MIN, self._world.control)
+        return self.finish() if done.item() else None
+
+    def finish(self) -> Path | None:
+        """The same, once what is being written is committed: waits for it."""
+        saving, self._saving = self._saving, None
+        return saving.result() if saving is not None else None
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        """This rank's part of each tensor, in memory that the loop does not write to."""
+        for name, tensor in tensors.items():
+            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self._copies:
+                self._copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            self._copies[name].copy_(part, non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()

@@ -1,0 +1,77 @@
+"""Where the data goes on when a run starts again."""
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint import resume
+from mdmtrain.data.order import START, Cursor
+from mdmtrain.monitor import logs
+from mdmtrain.parallel.world import WRITER_THREAD
+
+IDENTITY = {"data": [["a", 1.0]], "sequence_length": 64, "global_batch": 16}
+
+
+def meta(small_run, **changes) -> dict:
+    config = configuration.validate(small_run({"diffusion": changes.pop("diffusion", {})}), "test")
+    return {"step": 6, "identity": IDENTITY, "config": config.model_dump(mode="json"), **changes}
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), max_size=6))
+def test_no_sample_is_skipped_or_repeated_when_the_batch_changes(phases):
+    """Each phase of some steps with a batch of its own begins with the sample after the last one."""
+    cursor, step, read = START, 0, []
+    for steps, batch in phases:
+        for at in range(step, step + steps):
+            first = cursor.at(at, batch, 0).sample
+            read += range(first, first + batch)
+        step += steps
+        cursor = cursor.at(step, batch, 0)
+    assert read == list(range(sum(steps * batch for steps, batch in phases)))
+
+
+def test_the_cursor_follows_what_changed(small_run):
+    saved = {"step": 2, "sample": 100, "tokens": 7}
+    assert resume.continued(meta(small_run), IDENTITY) == START  # written before there was a cursor
+    assert resume.continued(meta(small_run, cursor=saved), IDENTITY) == Cursor(**saved)
+    larger = IDENTITY | {"global_batch": 32}
+    assert resume.continued(meta(small_run), larger) == Cursor(6, 6 * 16, 6 * 16 * 64)
+    assert resume.continued(meta(small_run, cursor=saved), larger) == Cursor(6, 100 + 4 * 16, 7 + 4 * 16 * 64)
+    paired = meta(small_run, diffusion={"views": "mirror"})  # two rows of each sample
+    assert resume.continued(paired, larger) == Cursor(6, 6 * 8, 6 * 16 * 64)
+    for name, value in (("data", [["b", 1.0]]), ("sequence_length", 32)):  # sample numbers stand for others
+        assert resume.continued(meta(small_run, cursor=saved), larger | {name: value}) == Cursor(6, 0, 7 + 4 * 16 * 64)
+
+
+def test_what_may_change_is_named(small_run, tmp_path, monkeypatch):
+    config = configuration.validate(small_run({"checkpoint": {"allow": ["data"]}}), "test")
+    saved = meta(small_run, has_average=True)
+    monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
+    monkeypatch.setattr(resume.store, "read_meta", lambda folder: saved)
+    assert resume.find_resume(config, tmp_path, IDENTITY | {"data": []}) == tmp_path
+    with pytest.raises(ValueError, match=r"its global_batch is 16, not 32: .* or checkpoint.allow='\[global_batch\]'"):
+        resume.find_resume(config, tmp_path, IDENTITY | {"global_batch": 32})
+    with pytest.raises(ValueError, match=r"its seed is None, not 5: use the settings it was trained with, or [^,]*$"):
+        resume.find_resume(config, tmp_path, IDENTITY | {"seed": 5})
+
+
+def test_a_run_that_fails_lets_its_checkpoint_finish():
+    written, may_write = [], threading.Event()
+    writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)
+    writer.start()
+    threading.Timer(0.1, may_write.set).start()
+    logs._let_checkpoint_finish()
+    assert written
+
+
+def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_run, tmp_path):
+    (tmp_path / "run/checkpoints/step-00000003").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
+    config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
+    with pytest.raises(
+        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+    ):
+        resume.find_resume(config, resume.store.home(config), IDENTITY)

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""How long a checkpoint holds up training: written beside it, and waited for, in turn, in one process per rank.
+
+    python tools/bench_save.py --out DIR [--layers N] [--saves N] [--json FILE]
+    torchrun --standalone --nproc-per-node 2 tools/bench_save.py --out DIR
+
+A model of random weights takes steps of random tokens. The stall of a save is the time until the loop may go on (of the
+slowest rank). A step beside a save that is being written is slower where they share processors: that is told apart, and
+added to the stall as the whole cost of a save.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.checkpoint.writer import CheckpointWriter
+from mdmtrain.config import CheckpointConfig, DiffusionConfig, OptimConfig, ParallelConfig
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.diffusion.sampler import RateSampler
+from mdmtrain.model.presets import ModelShape, describe
+from mdmtrain.monitor.logs import CommandParser, user_errors
+from mdmtrain.optim import build_optimizer, optimizer_step
+from mdmtrain.parallel.world import World, init_world
+from mdmtrain.parallel.wrap import build_model, init_weights
+
+META = {"identity": {}, "has_average": False, "config": {}}
+
+
+def measure_saves(
+    tensors: dict, step: Callable[[], None], out: Path, tokenizer: Path, saves: int, world: World
+) -> dict:
+    """Seconds of `saves` saves of each kind, in turn, with training steps between them. A collective.
+
+    step: takes a training step. The medians are over saves but the first of each kind, which has memory to allocate.
+    """
+
+    def slowest(act: Callable[[], object]) -> float:
+        start = time.monotonic()
+        act()
+        return max(world.gather(time.monotonic() - start))
+
+    kinds = {"waited_for": False, "beside": True}
+    writers = {
+        kind: CheckpointWriter(out / kind, tokenizer, CheckpointConfig(keep_last=1, asynchronous=beside), world)
+        for kind, beside in kinds.items()
+    }
+    stalls: dict = {kind: [] for kind in kinds}
+    alone, shared, extra, commits = [], [], [], []
+    step()
+    for number in range(saves + 1):
+        for kind, writer in writers.items():
+            alone += [slowest(step) for _ in range(3)]
+            writer.finish()
+            start = time.monotonic()
+            stalls[kind].append(slowest(lambda w=writer, n=number: w.save(n, tensors, META)))
+            if kind == "beside":
+                times = []
+                while writer.poll() is None:
+                    times.append(slowest(step))
+                commits.append(time.monotonic() - start)
+                shared += times
+                extra.append(sum(times) - len(times) * statistics.median(alone))
+    first = {kind: values[0] for kind, values in stalls.items()}
+    waited, beside = (statistics.median(values[1:]) for values in stalls.values())
+    cost = statistics.median(stall + more for stall, more in zip(stalls["beside"][1:], extra[1:], strict=True))
+    newest = store.newest(out / "beside")
+    return {
+        "bytes": sum(file.stat().st_size for file in newest.iterdir()),
+        "stall_waited_for": waited,
+        "stall_beside": beside,
+        "stall_ratio": beside / waited,
+        "first_stalls": first,
+        "step_alone": statistics.median(alone),
+        "step_beside_a_save": statistics.median(shared) if shared else None,
+        "cost_beside": cost,
+        "cost_ratio": cost / waited,
+        "committed_after": statistics.median(commits[1:]),
+        "verifying": slowest(lambda: store.damage(newest, world)),
+    }
+
+
+def build(shape: ModelShape, world: World) -> tuple[dict, Callable[[], None]]:
+    """A run's tensors, and what takes a step."""
+    model = build_model(shape, ParallelConfig(), world)
+    init_weights(model, 0)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
+    tensors = store.training_tensors(model, optimizer, None, RateSampler(DiffusionConfig(), world.device))
+    ids = torch.randint(5, shape.vocab_size, (2, 64), device=world.device)
+
+    def step() -> None:
+        model(ids, torch.arange(0, 128, 2, device=world.device), ids.flatten()[::2]).mean().backward()
+        optimizer_step(optimizer, torch.ones((), dtype=torch.bool, device=world.device), 1e-4, 1.0)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return tensors, step
+
+
+def main(arguments: list[str]) -> None:
+    parser = CommandParser(
+        prog="tools/bench_save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
+    parser.add_argument("--layers", type=int, default=8, help="8 are 34M parameters (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=5, help="saves of each kind (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(arguments)
+    world = init_world()
+    shape = ModelShape(8192, 512, args.layers, 8, 8, 1408)
+    tensors, step = build(shape, world)
+    tokenizer = args.out / "tokenizer.model"
+
+    def prepare() -> None:
+        args.out.mkdir(parents=True)
+        Tokenizer.train([Path(__file__).read_text()], 300, tokenizer)
+
+    world.agree(prepare, main_only=True)
+    try:
+        found = measure_saves(tensors, step, args.out, tokenizer, args.saves, world)
+    finally:
+        world.agree(lambda: shutil.rmtree(args.out), main_only=True)
+    if not world.is_main:
+        return
+    table = Table("", "seconds", "of a save that is waited for", title=f"{describe(shape)}; {world.size} ranks")
+    for name, ratio in {
+        "stall_waited_for": None, "stall_beside": "stall_ratio", "cost_beside": "cost_ratio", "committed_after": None,
+        "step_alone": None, "step_beside_a_save": None, "verifying": None,
+    }.items():  # fmt: skip
+        seconds = "-" if found[name] is None else f"{found[name]:.3f}"
+        table.add_row(name.replace("_", " "), seconds, f"{found[ratio]:.3f}" if ratio else "")
+    Console().print(table, f"{found['bytes'] / 1e6:,.0f} MB a checkpoint")
+    if args.json:
+        whole = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size, **found}
+        write_atomically(args.json, json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(sys.argv[1:])

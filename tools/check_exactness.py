@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""One run in many arrangements: how far apart are their losses and weights? Bitwise equal, where they should be?
+
+    python tools/check_exactness.py [--steps N] [--worlds 1,2,4,2x2] [--only NAME,...] [--data DIR] [--json FILE]
+
+Trains a small model on gloo ranks of this machine's CPU, once for each arrangement and world, with one seed. A world
+AxB is HSDP: A copies of B shards. Exit status 1 where a row that should be bitwise equal to the plain run of its
+world is not, or where losses leave the tolerance of law 1 (docs/DESIGN.md) against one rank. docs/engine.md has the
+table of the default arguments.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mdmtrain import config as configuration
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.checkpoint.weights import open_checkpoint
+from mdmtrain.data.prepare import Options, prepare
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+
+ROWS, ACCUMULATED = 16, 4  # rows of a global batch; micro-steps of the arrangement that accumulates
+FEW, AT_FIRST, AFTER_MANY = 20, 1e-5, 1e-4  # law 1: relative tolerance of losses up to so many steps, and beyond
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A way to do the same run. `exact`: bitwise equal to the plain run of the same world."""
+
+    parallel: dict
+    exact: bool
+    accumulate: int = 1
+    ema: bool = False
+
+
+ARRANGEMENTS = {
+    "plain": Arrangement({}, True),
+    "plain, again": Arrangement({}, True),
+    "recompute full": Arrangement({"recompute": "full"}, True),
+    "recompute selective": Arrangement({"recompute": "selective"}, True),
+    "recompute ops": Arrangement({"recompute": "ops"}, True),
+    "keep gathered": Arrangement({"reshard_after_forward": False}, True),
+    "offload": Arrangement({"offload": True}, True),
+    "average": Arrangement({}, True, ema=True),
+    # Micro-batches add up in another order; compiled blocks and the fused head round elsewhere.
+    "fused head": Arrangement({"fused_head": True}, False),
+    "accumulate": Arrangement({}, False, accumulate=ACCUMULATED),
+    "compile": Arrangement({"compile": True}, False),
+    "compile ops": Arrangement({"compile": True, "recompute": "ops"}, False),
+    "compile budget": Arrangement({"compile": True, "recompute": "budget"}, False),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Largest relative differences of one run: to one rank, plain, and to its own world, plain."""
+
+    world: str
+    arrangement: str
+    exact: bool
+    loss_to_one: float  # of any step's loss
+    weights_to_one: float  # |a - b| / |b| over all weights (L2), with the weight average where there is one
+    loss_to_plain: float
+    weights_to_plain: float
+
+    def verdict(self, steps: int) -> str:
+        most = AT_FIRST if steps <= FEW else AFTER_MANY
+        if self.exact and (self.loss_to_plain or self.weights_to_plain):
+            return "NOT BITWISE EQUAL"
+        return f"LOSS BEYOND {most:g}" if not self.loss_to_one <= most else "ok"
+
+
+def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_dir: Path) -> tuple[int, dict]:
+    """(ranks, configuration) of one run."""
+    copies, _, shard = world.rpartition("x")
+    copies, shard = int(copies or 1), int(shard)
+    ranks = copies * shard
+    micro = ROWS // ranks // arrangement.accumulate
+    return ranks, {
+        "run": {"dir": str(run_dir), "seed": 7, "steps": steps, "global_batch": ROWS, "micro_batch": micro},
+        "model": {"d_model": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 128},
+        "data": {
+            "sources": [{"path": str(data)}],
+            "sequence_length": 64,
+            "document_mask": True,
+            "random_length_fraction": 0.1,
+            "workers": 0,
+        },
+        "optim": {"lr": 3e-3, "warmup_steps": min(5, steps), "ema_decay": 0.9 if arrangement.ema else None},
+        "parallel": {"replicate": copies, **arrangement.parallel},
+        "checkpoint": {"save_every": steps},
+        "monitor": {"log_every": steps, "tensorboard": False, "probe_every": 0},
+        "eval": {"every": steps, "rows": 8, "samples": 1, "batch": 8},
+    }
+
+
+def train_all(ranks: int, trees: list[dict]) -> None:
+    """Train each configuration in turn, in one world of new processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_rank, (ranks, port, trees), ranks, start_method="spawn")
+
+
+def _rank(rank: int, ranks: int, port: int, trees: list[dict]) -> None:
+    from mdmtrain.parallel.world import init_world
+    from mdmtrain.train import train
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        world = init_world()
+        for tree in trees:
+            train(configuration.validate(tree, "check_exactness"), world)
+            if tree["parallel"].get("compile"):
+                torch.compiler.reset()  # graphs do not remember the budget that they were made under
+    torch.distributed.destroy_process_group()
+
+
+def outcome(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses by step, and the weights at the end."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    raw, tensors = open_checkpoint(run_dir, "raw"), {}
+    with torch.device("meta"):
+        names = [name for name, _ in Transformer(raw.shape, 1).named_parameters()]
+    for kind in ("raw", "average") if raw.facts["config"]["optim"]["ema_decay"] else ("raw",):
+        read = open_checkpoint(run_dir, kind).read
+        tensors |= {f"{kind}.{name}": read(name) for name in names}
+    return losses, tensors
+
+
+def difference(run: tuple, reference: tuple) -> tuple[float, float]:
+    """(largest relative difference of a loss, relative difference of the weights that both have)."""
+    (losses, weights), (others, those) = run, reference
+    assert len(losses) == len(others) and losses
+    loss = max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
+    common = weights.keys() & those.keys()
+    apart = sum(float((weights[n] - those[n]).double().square().sum()) for n in common)
+    return loss, (apart / sum(float(those[n].double().square().sum()) for n in common)) ** 0.5
+
+
+def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder: Path) -> Iterator[Row]:
+    """Every arrangement in every world. The first world is the reference: one rank; the first arrangement is plain."""
+    assert worlds[0] == "1" and names[0] == "plain"
+    reference = {}
+    for world in worlds:
+        ranks, trees = 0, []
+        for name in names:
+            ranks, tree = tree_of(world, ARRANGEMENTS[name], steps, data, folder / f"{world} {name}")
+            trees.append(tree)
+        train_all(ranks, trees)
+        outcomes = {name: outcome(folder / f"{world} {name}") for name in names}
+        plain = outcomes["plain"]
+        if world == "1":  # the average of the run that has one belongs to the plain run's weights
+            reference = plain[0], {n: t for _, tensors in outcomes.values() for n, t in tensors.items()} | plain[1]
+        for name, run in outcomes.items():
+            yield Row(world, name, ARRANGEMENTS[name].exact, *difference(run, reference), *difference(run, plain))
+
+
+def corpus(folder: Path) -> Path:
+    """A few packages of the Python that runs this, prepared."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    inputs = sorted(file for name in ("json", "email", "logging", "asyncio") for file in (stdlib / name).glob("*.py"))
+    return prepare(inputs, folder, Options(vocab_size=512, validation_fraction=0.1), workers=1).out
+
+
+def table_of(rows: list[Row], steps: int) -> Table:
+    title = f"largest relative differences after {steps} steps (weights: L2)"
+    columns = ("loss / 1 rank", "weights / 1 rank", "loss / plain", "weights / plain", "should be", "is")
+    table = Table("world", "arrangement", *columns, title=title)
+    before = None
+    for row in rows:
+        numbers = (row.loss_to_one, row.weights_to_one, row.loss_to_plain, row.weights_to_plain)
+        first = row.world if row.world != before else ""
+        should = "bitwise" if row.exact else "close"
+        shown = [f"{number:.1e}" if number else "0" for number in numbers]
+        table.add_row(first, row.arrangement, *shown, should, row.verdict(steps))
+        before = row.world
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=FEW, help="of each run (default: %(default)s)")
+    parser.add_argument("--worlds", default="1,2,4,2x2", help="the first is 1, the reference (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(ARRANGEMENTS), help="plain, then others (default: %(default)s)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: one made on the spot)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(arguments)
+    worlds, names = args.worlds.split(","), args.only.split(",")
+    sizes = [world.split("x") for world in worlds]
+    if worlds[0] != "1" or not all(len(size) < 3 and all(n in {"1", "2", "4"} for n in size) for size in sizes):
+        raise ValueError(f"--worlds {args.worlds}: 1 first, then numbers of ranks (2, 4) or COPIESxSHARDS (2x2)")
+    if names[0] != "plain" or set(names) - ARRANGEMENTS.keys():
+        raise ValueError(f"--only {args.only}: plain first, then some of {', '.join(ARRANGEMENTS)}")
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} is not positive")
+    console, begin = Console(width=120), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data or corpus(Path(folder) / "corpus")
+        rows = []
+        for row in measure(args.steps, worlds, names, data, Path(folder)):
+            rows.append(row)
+            print(f"{row.world} {row.arrangement}: {row.verdict(args.steps)}", file=sys.stderr, flush=True)
+    console.print(table_of(rows, args.steps))
+    bad = sum(row.verdict(args.steps) != "ok" for row in rows)
+    console.print(f"{len(rows)} runs, {bad} bad; torch {torch.__version__}, {time.monotonic() - begin:.0f} s")
+    if args.json:
+        report = [{**asdict(row), "verdict": row.verdict(args.steps)} for row in rows]
+        result = {"torch": torch.__version__, "steps": args.steps, "rows": report}
+        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())

@@ -1,0 +1,130 @@
+"""The benchmarks of gpu_check.py: parts like those of gpu_parts.py."""
+
+import gc
+
+import numpy as np
+import torch
+from gpu_parts import Place, Report, example, the_world
+from meter import (
+    COMPILE,
+    RECOMPUTE,
+    against,
+    all_positions,
+    changed,
+    compare_settings,
+    in_turns,
+    new_model,
+    passes,
+    peak_bytes,
+    product_ceiling,
+    random_batch,
+    summary,
+)
+
+from mdmtrain.config import Config
+from mdmtrain.diffusion.objective import row_losses
+from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.observed import measured_memory
+from mdmtrain.optim import build_optimizer, optimizer_step
+from mdmtrain.parallel.world import World
+from mdmtrain.plan import WORK, Assumptions, memory, peak, step_flops
+
+
+def bench_170m(report: Report, place: Place) -> None:
+    """Step, memory against the plan, and every switch, at 170M."""
+    config, shape, world = benchmark(report, place, "170m")
+    repeat = place.pick(10, 1)
+    report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, repeat))
+    free()
+    settings = {name: COMPILE[name] for name in ("compiled", "compiled, budget")}
+    report.note(budget=compare_settings(config, shape, world, settings, repeat))
+    free()
+    heads(report, config, shape, world, repeat)
+    documents(report, config, shape, world, repeat)
+
+
+def bench_1b(report: Report, place: Place) -> None:
+    """Step and memory against the plan at 1B."""
+    benchmark(report, place, "1b")
+
+
+def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelShape, World]:
+    """Peak memory against the plan, compiled against eager, and the whole step (with the faster of them)."""
+    world, config = the_world(), example(place, name)
+    shape, repeat = model_shape(config.model, 0), place.pick(10, 1)
+    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), composed_norms=place.rehearsal)
+    states = planned["gradient pair"] + planned["average"]  # not in this measurement
+    measured = measured_memory(config, shape, world, Assumptions().masked)
+    there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
+    most_kept = planned["gathered"] + planned["activations"]
+    most = there + max(measured[kind] for kind in WORK)
+    ratio = most / (peak(planned) - states)
+    both = {kind: [planned[kind] + (kind in WORK) * most_kept, measured[kind]] for kind in measured}
+    report.note(memory_planned_and_measured=both)
+    # Above 1.1 the plan's reserve is used up; below 0.75 it refuses what would fit.
+    report.check("memory", 0.75 < ratio < 1.1, f"{most / 2**30:.2f} GiB, {ratio:.3f} of the plan")
+    free()
+    settings = {name: COMPILE[name] for name in ("eager", "compiled")}
+    compared = compare_settings(config, shape, world, settings, repeat)
+    report.note(compile=compared)
+    free()
+    faster = compared["compiled"]["seconds"] < compared["eager"]["seconds"]
+    whole_step(report, changed(config, "parallel", compile=faster), shape, world, repeat)
+    free()
+    return config, shape, world
+
+
+def whole_step(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
+    model = new_model(config, shape, world)
+    optimizer, batch = build_optimizer(model, config.optim), random_batch(config, shape).to(world.device)
+    tokens = batch.noisy.numel()
+
+    def step() -> None:
+        loss = row_losses(model(batch.noisy, batch.positions, batch.targets), batch).sum() / tokens
+        loss.backward()
+        optimizer_step(optimizer, loss.isfinite(), 1e-4, config.optim.clip_norm)
+
+    seconds = in_turns({"step": step}, repeat, world, "step")["step"]
+    ceiling = product_ceiling(world.device, getattr(torch, config.parallel.compute_dtype), shape, tokens)
+    one = changed(config, "run", global_batch=config.run.micro_batch)
+    counted, _ = step_flops(shape, one, len(batch.positions) / tokens)
+    middle = float(np.median(seconds))
+    report.note(
+        step={"seconds": summary(seconds), "tokens": tokens, "compiled": config.parallel.compile,
+              "tokens_per_second": tokens / middle, "ceiling_flops": ceiling, "mfu": counted / middle / ceiling}
+    )  # fmt: skip
+
+
+def heads(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
+    """Masked rows only against logits for every position, in one chunk."""
+    model, masked = new_model(config, shape, world), random_batch(config, shape)
+    full = new_model(changed(config, "parallel", head_chunk=masked.noisy.numel()), shape, world)
+    works = {
+        "full logits": passes(full, all_positions(masked).to(world.device)),
+        "masked rows": passes(model, masked.to(world.device)),
+    }
+    compared(report, "heads", works, "full logits", world, repeat)
+
+
+def documents(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
+    """Rows of eight documents against whole rows."""
+    model, batch = new_model(config, shape, world), random_batch(config, shape).to(world.device)
+    length = config.data.sequence_length
+    segments = (torch.arange(length, device=world.device) * 8 // length).int().expand(batch.noisy.shape).contiguous()
+    works = {"whole rows": passes(model, batch), "documents": passes(model, batch, segments)}
+    compared(report, "documents", works, "whole rows", world, repeat)
+
+
+def compared(report: Report, name: str, works: dict, base: str, world: World, repeat: int) -> None:
+    for work in works.values():
+        work()
+    peaks = {one: peak_bytes(work, world.device) for one, work in works.items()}
+    report.note(**{name: against(base, in_turns(works, repeat, world, name), peaks)})
+    free()
+
+
+def free() -> None:
+    """Give back the memory of models that are gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU to be checked or measured, in one command of less than nine minutes.
+
+    python tools/gpu_check.py [--only PART,...] [--json FILE] [--data PREPARED] [--cpu-rehearsal]
+
+Attention against a reference, graphs of torch.compile, a loop that never waits for the device, skipping on the device,
+saves behind training, benchmarks at 170M and 1B parameters with memory against the plan. Needs no network: its text is
+Python source from site-packages. Each part runs in a process of its own: one that fails, crashes or hangs hides no
+other. Exit status: 0, or 1 where a check failed. `--cpu-rehearsal` runs the parts without a GPU, at tiny sizes: it
+checks this tool, not a GPU.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partialmethod
+from pathlib import Path
+from unittest.mock import patch
+
+import gpu_bench
+import gpu_parts as parts
+import torch
+from gpu_parts import Place, Report
+from rich.console import Console
+from rich.table import Table
+
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+
+# In order of importance; seconds that each may take on a GPU. What does not fit into the budget any more is left out.
+PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {
+    "device": (parts.device, 40),
+    "corpus": (parts.corpus, 60),
+    "attention": (parts.attention, 60),
+    "sync_free": (parts.sync_free, 60),
+    "nan_skip": (parts.nan_skip, 60),
+    "saves": (parts.saves, 60),
+    "graphs": (parts.graphs, 90),
+    "save_stall": (parts.save_stall, 60),
+    "bench_170m": (gpu_bench.bench_170m, 180),
+    "bench_1b": (gpu_bench.bench_1b, 120),
+}
+BUDGET = 530.0  # seconds
+LEAST = 20  # seconds without which no part begins
+fork = multiprocessing.get_context("fork")  # all imports are there; CUDA is started in the children alone
+
+
+def has_gpu() -> bool:
+    """Asked in a child: a process that has looked at CUDA cannot fork others that use it."""
+    process = fork.Process(target=lambda: os._exit(0 if torch.cuda.is_available() else 1))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def run_part(name: str, place: Place, limit: float) -> dict:
+    """Run a part in a child for at most `limit` seconds; what it found, and how it ended."""
+    file, output = place.folder / f"{name}.json", place.folder / f"{name}.log"
+    process, start = fork.Process(target=child, args=(name, place, file, output)), time.monotonic()
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own: loaders and all
+        process.join()
+        ended = f"did not end within {limit:.0f} s"
+    else:
+        ended = None if process.exitcode == 0 else f"ended with status {process.exitcode}"
+    found = json.loads(file.read_text()) if file.exists() else {"checks": {}, "numbers": {}, "error": None}
+    problem = found.pop("error") or ended
+    good = problem is None and all(check["good"] for check in found["checks"].values())
+    if problem and output.exists():
+        found["output"] = output.read_text(errors="replace")[-4000:]
+    return {"status": "passed" if good else "FAILED", "seconds": time.monotonic() - start, "problem": problem, **found}
+
+
+def child(name: str, place: Place, file: Path, output: Path) -> None:
+    os.setpgid(0, 0)
+    with open(output, "w", encoding="utf-8") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    report = Report(file)
+    report.write()
+    try:
+        with ExitStack() as patches:
+            if place.rehearsal:  # the same graphs, without minutes of a C++ compiler
+                quick = partialmethod(torch.nn.Module.compile, backend="eager")
+                patches.enter_context(patch.object(torch.nn.Module, "compile", quick))
+            PARTS[name][0](report, place)
+    except BaseException as error:
+        traceback.print_exc()
+        report.error = f"{type(error).__name__}: {error}"[:400]
+        report.write()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads and the interpreter's shutdown do not go together (mdmtrain/monitor/logs.py)
+
+
+def part_names(argument: str) -> list[str]:
+    names = argument.split(",")
+    if not set(names) <= set(PARTS):
+        raise ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {argument}")
+    return names
+
+
+def table_of(results: dict[str, dict]) -> Table:
+    table = Table("part", "", "s", "check or number", "found")
+    for name, result in results.items():
+        rows = [(("" if c["good"] else "FAILED: ") + check, c["detail"]) for check, c in result["checks"].items()]
+        rows += [line for key, value in result["numbers"].items() for line in lines_of(key, value)]
+        rows = [("problem", result["problem"]), *rows] if result["problem"] else rows or [("", "")]
+        for number, (what, found) in enumerate(rows):
+            first = (name, result["status"], f"{result['seconds']:.0f}") if number == 0 else ("", "", "")
+            table.add_row(*first, what, found)
+        table.add_section()
+    return table
+
+
+def lines_of(key: str, value) -> list[tuple[str, str]]:
+    """A number, or a tree of numbers, as rows."""
+    if isinstance(value, dict) and "time_ratio" in value:
+        low, high = value["time_ratio"]["quartiles"]
+        times = f"{value['seconds'] * 1e3:,.1f} ms, {value['time_ratio']['median']:.3f} ({low:.3f}..{high:.3f})"
+        peak = f"{value['peak_bytes'] / 2**20:,.1f} MiB, {value['memory_ratio']:.3f}"
+        first = f"; first {value['first_seconds']:.1f} s" if "first_seconds" in value else ""
+        return [(key, f"{times}; {peak}{first}")]
+    if isinstance(value, dict):
+        return [line for inner, one in value.items() for line in lines_of(f"{key}.{inner}", one)]
+    if isinstance(value, list):
+        return [(key, " ".join(f"{one:.4g}" for one in value))]
+    return [(key, f"{value:.4g}" if isinstance(value, float) else str(value))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", type=part_names, default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write everything here")
+    parser.add_argument("--data", type=Path, help="a prepared folder; default: Python source from site-packages")
+    parser.add_argument("--cpu-rehearsal", action="store_true", help="without a GPU, at tiny sizes: checks the tool")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all (default: {BUDGET:.0f})")
+    args = parser.parse_args(arguments)
+    if args.cpu_rehearsal:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not has_gpu():
+        raise ValueError("gpu_check.py needs a CUDA GPU and sees none: run it on one, or rehearse with --cpu-rehearsal")
+    console, start, results = Console(width=150), time.monotonic(), {}
+    with tempfile.TemporaryDirectory(prefix="mdmtrain-gpu-check-") as folder:
+        place = Place(Path(folder), args.data or Path(folder) / "corpus", args.cpu_rehearsal)
+        for name in args.only:
+            left = args.budget - (time.monotonic() - start)
+            if left < LEAST:
+                results[name] = {"status": "left out", "seconds": 0.0, "problem": None, "checks": {}, "numbers": {}}
+            else:
+                results[name] = run_part(name, place, min(left, PARTS[name][1]))
+            console.print(f"{name}: {results[name]['status']}, {results[name]['seconds']:.0f} s", highlight=False)
+            if args.json:
+                write_atomically(args.json, json.dumps(results, indent=1) + "\n")
+    console.print(table_of(results))
+    by_status = {status: [n for n, r in results.items() if r["status"] == status] for status in ("FAILED", "left out")}
+    seconds = time.monotonic() - start
+    words = "; ".join(f"{status}: {', '.join(names)}" for status, names in by_status.items() if names) or "all passed"
+    console.print(f"{words}; {seconds:.0f} s" + ("; a rehearsal on the CPU" if args.cpu_rehearsal else ""))
+    return 1 if by_status["FAILED"] else 0
+
+
+if __name__ == "__main__":
+    with user_errors():
+        sys.exit(main())

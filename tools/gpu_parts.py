@@ -1,0 +1,316 @@
+"""The parts of gpu_check.py: each a function of (report, place) that runs in a process of its own."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from meter import (
+    changed,
+    new_model,
+    product_ceiling,
+    random_batch,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mdmtrain import config as configuration
+from mdmtrain import train as loop
+from mdmtrain.checkpoint import store
+from mdmtrain.config import Config
+from mdmtrain.diffusion.objective import Corruption
+from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.monitor.recorder import StepRecorder
+from mdmtrain.optim import local
+from mdmtrain.parallel.world import World, init_world
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch whose source is the corpus
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts work."""
+
+    folder: Path  # scratch, of this invocation
+    data: Path  # the prepared corpus
+    rehearsal: bool  # on a CPU, at tiny sizes
+
+    def pick(self, there, here):
+        """A size: on a GPU, or in a rehearsal."""
+        return here if self.rehearsal else there
+
+
+@dataclass
+class Report:
+    """What a part found, written down at once: it survives the part's end, whatever that is."""
+
+    file: Path
+    checks: dict[str, dict] = field(default_factory=dict)
+    numbers: dict = field(default_factory=dict)
+    error: str | None = None
+
+    def check(self, name: str, good: bool, detail: str) -> None:
+        self.checks[name] = {"good": bool(good), "detail": detail}
+        self.write()
+
+    def note(self, **numbers) -> None:
+        self.numbers |= numbers
+        self.write()
+
+    def write(self) -> None:
+        found = {"checks": self.checks, "numbers": self.numbers, "error": self.error}
+        store.write_atomically(self.file, json.dumps(found))
+
+
+@cache
+def the_world() -> World:
+    """One process alone: each part starts it once."""
+    return init_world()
+
+
+# ---- the machine, the text
+
+
+def device(report: Report, place: Place) -> None:
+    """What is here, and the ceiling of its matrix products."""
+    here = the_world().device
+    numbers = {"torch": torch.__version__, "device": str(here)}
+    if here.type == "cuda":
+        facts = torch.cuda.get_device_properties(here)
+        numbers |= {"name": facts.name, "memory_bytes": facts.total_memory, "cuda": torch.version.cuda}
+    report.note(**numbers)
+    shape = ModelShape(vocab_size=64, d_model=256, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=1024)
+    for dtype in (torch.bfloat16, torch.float32):
+        report.note(**{f"{str(dtype)[6:]}_flops": product_ceiling(here, dtype, shape, place.pick(8192, 256))})
+
+
+def corpus(report: Report, place: Place) -> None:
+    """Python source that is there with torch, prepared."""
+    if not place.data.exists():
+        source = Path(torch.__file__).parent
+        inputs = [str(source / name) for name in place.pick(TEXT, TEXT[1:2])]
+        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), *inputs, "--include", "*.py"]
+        options = ["--vocab-size", str(place.pick(4096, 512)), "--validation-fraction", "0.05"]
+        subprocess.run([*command, *options, "--out", str(place.data)], check=True)
+    report.check("prepared", (place.data / store.TOKENIZER_FILE).is_file(), str(place.data))
+
+
+# ---- the model's parts against references
+
+
+def attention(report: Report, place: Place) -> None:
+    """What the model's attention does here, with and without documents, against float32 SDPA on the CPU."""
+    world, length = the_world(), place.pick(512, 64)
+    shape = ModelShape(vocab_size=256, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512)
+    generator = torch.Generator().manual_seed(1)
+    reference = Transformer(shape, 1 << 20)
+    for parameter in reference.parameters():
+        with torch.no_grad():
+            parameter.normal_(0, 0.1, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
+    ids = torch.randint(shape.vocab_size, (4, length), generator=generator)
+    segments = (torch.rand(4, length, generator=generator) < 8 / length).cumsum(1).int()
+    segments[-1, -length // 4 :] = -1  # pads
+    positions = (segments.flatten() >= 0).nonzero().squeeze(1)
+
+    def loss_and_gradients(model: Transformer, documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        there = next(model.parameters()).device
+        one, where = ids.to(there), positions.to(there)
+        ce = model(one, where, one.flatten()[where], segments.to(there) if documents else None)
+        ce.sum().backward()
+        gradients = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
+        model.zero_grad()
+        return ce.detach().float().cpu(), gradients
+
+    def distance(one: tuple, other: tuple) -> float:
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = {documents: loss_and_gradients(reference, documents) for documents in (False, True)}
+        rounded = loss_and_gradients(copy.deepcopy(reference).bfloat16(), True)
+    missing = distance(exact[False], exact[True])  # what it would be to leave the documents out
+    # bfloat16: twice what its rounding alone does to the reference.
+    limits = {torch.float32: 1e-3, torch.bfloat16: 2 * distance(rounded, exact[True])}
+    for dtype, limit in limits.items():
+        model = copy.deepcopy(reference).to(world.device, dtype)
+        for documents in (False, True):
+            far = distance(loss_and_gradients(model, documents), exact[documents])
+            name = f"{str(dtype)[6:]}, {'documents' if documents else 'whole rows'}"
+            report.check(name, far < limit, f"off by {far:.1e} of the norm, limit {limit:.1e}; no mask: {missing:.1e}")
+    sdpa_backends(report, world, length)
+
+
+def sdpa_backends(report: Report, world: World, length: int) -> None:
+    """Which kernels SDPA has here, and their distance from the mathematics in float32."""
+    q, k, v = (torch.randn(2, 4, length, 64, device=world.device) for _ in range(3))
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    for backend in backends:
+        try:
+            with sdpa_kernel(backend):
+                out = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        except RuntimeError as error:
+            report.note(**{backend.name: f"not here: {str(error)[:80]}"})
+            continue
+        far = float((out.float() - exact).norm() / exact.norm())
+        report.check(f"SDPA {backend.name}, bfloat16", far < 2e-2, f"off by {far:.1e} of the norm")
+
+
+def graphs(report: Report, place: Place) -> None:
+    """Graphs that torch.compile makes: none after the first micro-batch of a kind, however many positions it masks."""
+    from torch._dynamo.utils import counters
+
+    world = the_world()
+    config = example(place, "170m", "model.n_layers=4", "run.micro_batch=4", "parallel.compile=true")
+    shape = model_shape(config.model, 0)
+    compiled = new_model(config, shape, world)
+    eager = new_model(changed(config, "parallel", compile=False), shape, world)
+    batch = random_batch(config, shape).to(world.device)
+    segments = torch.arange(config.data.sequence_length, device=world.device).div(40, rounding_mode="floor")
+    segments = segments.int().expand(batch.noisy.shape).contiguous()
+    made = []
+    for documents in (None, segments):
+        for some in (1, 2, 3):
+            few = Corruption(batch.noisy, batch.positions[::some], batch.targets[::some], batch.weights[::some],
+                             batch.unit[::some])  # fmt: skip
+            ce = compiled(few.noisy, few.positions, few.targets, documents)
+            ce.sum().backward()
+            made.append(counters["stats"]["unique_graphs"])
+            expected = eager(few.noisy, few.positions, few.targets, documents)
+            expected.sum().backward()
+            far = float((ce - expected).norm() / expected.norm())
+            kind = "whole rows" if documents is None else "documents"
+            report.check(f"{kind}, every {some}. position", far < 2e-2, f"off by {far:.1e} of eager mode's norm")
+    report.note(graphs=made)
+    report.check("steady", made[0] == made[2] and made[3] == made[5], f"graphs after each micro-batch: {made}")
+    report.check("few", made[5] <= 8, f"{made[5]} graphs for 4 blocks")
+
+
+# ---- the loop
+
+
+def example(place: Place, name: str, *more: str) -> Config:
+    """configs/NAME.yaml with a vocabulary of 32,768; tiny in a rehearsal."""
+    tiny = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=128",
+            "data.sequence_length=64", "run.micro_batch=2", "parallel.compute_dtype=float32"]  # fmt: skip
+    changes = ["model.vocab_size=32768", *more, *(["model.vocab_size=256", *tiny] if place.rehearsal else [])]
+    return configuration.load([str(ROOT / f"configs/{name}.yaml"), *changes])
+
+
+def small_run(place: Place, name: str, **run) -> Config:
+    """A run of the real loop on the corpus: two micro-steps, a weight average, documents."""
+    tree = {
+        "run": {"dir": str(place.folder / name), "global_batch": 16, "micro_batch": 8, **run},
+        "model": {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 256},
+        "data": {"sources": [{"path": str(place.data)}], "sequence_length": place.pick(256, 64),
+                 "workers": place.pick(2, 0), "document_mask": True, "verify": "size"},
+        "optim": {"lr": 3e-3, "ema_decay": 0.9},
+        "parallel": {"compute_dtype": place.pick("bfloat16", "float32")},
+        "checkpoint": {"save_every": 4, "keep_last": 9},
+        "monitor": {"log_every": 4, "tensorboard": False, "probe_every": 12, "probe": [4, 2, 2]},
+        "eval": {"every": run["steps"], "rows": 4, "samples": 1},
+    }  # fmt: skip
+    return configuration.validate(tree, "gpu_check")
+
+
+def train(config: Config) -> list[dict]:
+    """Train and return the records."""
+    with redirect_stdout(StringIO()):
+        loop.train(config, the_world())
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "split" not in record]
+
+
+@contextmanager
+def at_each_step(act: Callable[[int], None], at_a_flush: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Call act(step), from 1, when the loop begins a step, and at_a_flush() before it reads the device."""
+    new_sums, flush, step = StepRecorder.new_sums, StepRecorder.flush, 0
+
+    def begin(recorder: StepRecorder) -> torch.Tensor:
+        nonlocal step
+        step += 1
+        act(step)
+        return new_sums(recorder)
+
+    def read(recorder: StepRecorder) -> list[dict]:
+        at_a_flush()
+        return flush(recorder)
+
+    with patch.object(StepRecorder, "new_sums", begin), patch.object(StepRecorder, "flush", read):
+        yield
+
+
+def sync_free(report: Report, place: Place) -> None:
+    """The steady loop does not wait for the device: from step 4 on a wait is an error, but for the flushes."""
+    cuda = not place.rehearsal
+    config = changed(small_run(place, "sync", steps=16), "checkpoint", save_every=16)
+
+    def mode(name: str) -> None:
+        if cuda:
+            torch.cuda.set_sync_debug_mode(name)
+
+    with at_each_step(lambda step: mode("error" if step >= 4 else "default"), lambda: mode("default")):
+        records = train(config)
+    report.check("16 steps", len(records) == 16 and not any(r["skipped"] for r in records), "no wait for the device")
+
+
+def nan_skip(report: Report, place: Place) -> None:
+    """A step whose loss is not a number is skipped on the device: no weight moves, and the next step is sound."""
+    config, models, weights, now = small_run(place, "nan", steps=12), [], {}, [0]
+    build, losses = loop.build_model, loop.row_losses
+
+    def begin(step: int) -> None:
+        now[0] = step
+        if step in (6, 7, 8):
+            weights[step] = torch.cat([local(p).detach().flatten().clone() for p in models[0].parameters()])
+
+    def kept(*arguments):
+        models.append(build(*arguments))
+        return models[0]
+
+    def poisoned(*arguments) -> torch.Tensor:
+        return losses(*arguments) * (float("nan") if now[0] == 6 else 1.0)
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(loop, "build_model", kept))
+        patches.enter_context(patch.object(loop, "row_losses", poisoned))
+        patches.enter_context(at_each_step(begin))
+        records = train(config)
+    skipped = [record["step"] for record in records if record["skipped"]]
+    report.check("counted", skipped == [6], f"skipped: {skipped}, poisoned: [6]")
+    report.check("no weight moved", torch.equal(weights[6], weights[7]), "bits of all weights before and after")
+    report.check("the next step learns", not torch.equal(weights[7], weights[8]), "weights after step 7")
+    report.check("finite after it", all(r["loss"] is not None for r in records[6:]), "losses of steps 7 to 12")
+
+
+def saves(report: Report, place: Place) -> None:
+    """Checkpoints written while training goes on hold their own step: what resumes from one goes on as it went."""
+    whole = small_run(place, "whole", steps=12)
+    records = train(whole)
+    folders = store.complete_checkpoints(Path(whole.run.dir))
+    report.check("complete", [f.name for f in folders] == [f"step-{s:08d}" for s in (4, 8, 12)], str(len(folders)))
+    again = changed(whole, "run", dir=str(place.folder / "again"))
+    shutil.copytree(folders[0], Path(again.run.dir) / "checkpoints" / folders[0].name)
+    resumed = train(again)
+    losses = [[record["loss"] for record in run if record["step"] > 4] for run in (records, resumed)]
+    first, worst = (max(abs(a / b - 1) for a, b in list(zip(*losses, strict=True))[:n]) for n in (1, 8))
+    report.check("its own step", first < 1e-5, f"loss of the step after it, off by {first:.1e}")
+    report.check("goes on as it went", worst < 1e-2, f"losses of 8 steps, off by {worst:.1e} at most")
+
+
+def save_stall(report: Report, place: Place) -> None:
+    """How long a save holds up training, written beside it and waited for."""
+    file, sizes = place.folder / "bench_save.json", place.pick(["--layers", "32", "--saves", "3"], ["--layers", "1"])
+    command = [sys.executable, str(ROOT / "tools/bench_save.py"), "--out", str(place.folder / "saves"), *sizes]
+    subprocess.run([*command, "--json", str(file)], check=True)
+    report.note(**json.loads(file.read_text()))

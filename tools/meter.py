@@ -1,0 +1,178 @@
+"""What bench_step.py and gpu_check.py measure with: turns, ratios, peaks, the ceiling of matrix products.
+
+Works that are compared take turns in one process, so that a machine whose speed changes is fair to all of them; a
+ratio is the median of the ratios of one round, with its quartiles.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from mdmtrain.config import Config, DiffusionConfig
+from mdmtrain.data.shards import read_manifest
+from mdmtrain.diffusion import noise
+from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses
+from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.observed import allocations
+from mdmtrain.parallel.world import World
+from mdmtrain.parallel.wrap import build_model, init_weights
+
+# Settings of `parallel` that are compared, each with the first. A new mode gets its line here.
+RECOMPUTE = {
+    "none": {"recompute": "none", "compile": False},
+    "selective": {"recompute": "selective", "compile": False},
+    "ops": {"recompute": "ops", "compile": False},
+    "full": {"recompute": "full", "compile": False},
+}
+COMPILE = {
+    "eager": {"recompute": "none", "compile": False},
+    "compiled": {"recompute": "none", "compile": True},
+    "compiled, budget": {"recompute": "budget", "compile": True},
+}
+Work = Callable[[], None]
+
+
+def changed(config: Config, section: str, **values) -> Config:
+    """The configuration with other values in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The model's shape; its vocabulary from the prepared data, where the configuration does not give it."""
+    if config.model.vocab_size is not None:
+        return model_shape(config.model, config.model.vocab_size)
+    folder = Path(config.data.sources[0].path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
+    return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
+
+
+# ---- time
+
+
+def clock_of(world: World) -> Callable[[], float]:
+    """Processor time where one process computes on the CPU, so that what other programs take does not count; else the
+    time on the wall: collectives and GPUs are waited for."""
+    return time.process_time if world.device.type == "cpu" and world.size == 1 else time.perf_counter
+
+
+def in_turns(works: dict[str, Work], repeat: int, world: World, title: str) -> dict[str, np.ndarray]:
+    """Seconds of each work, float64 [repeat], after one round that does not count (it compiles, and fills caches)."""
+    clock, seconds = clock_of(world), {name: [] for name in works}
+    for _ in track(range(repeat + 1), title, disable=not world.is_main):
+        for name, work in works.items():
+            start = wait_for(world.device, clock)
+            work()
+            seconds[name].append(wait_for(world.device, clock) - start)
+    return {name: np.array(measured[1:]) for name, measured in seconds.items()}
+
+
+def wait_for(device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock()
+
+
+def summary(values: np.ndarray) -> dict:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": middle, "quartiles": [low, high]}
+
+
+def against(base: str, seconds: dict[str, np.ndarray], peaks: dict[str, int]) -> dict:
+    """Time and peak memory of each work and their ratios to those of `base`."""
+    return {
+        name: {
+            "seconds": float(np.median(seconds[name])),
+            "time_ratio": summary(seconds[name] / seconds[base]),
+            "peak_bytes": peaks[name],
+            "memory_ratio": peaks[name] / peaks[base],
+        }
+        for name in seconds
+    }
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype, shape: ModelShape, tokens: int) -> float:
+    """FLOP/s that matrix products reach here: the best of the model's own feed-forward product and a large square."""
+    square, times = (8192, 20) if device.type == "cuda" else (1024, 3)
+    best = 0.0
+    for n, m, k in ((tokens, shape.d_ff, shape.d_model), (square, square, square)):
+        left, right = (torch.randn(size, device=device, dtype=dtype) for size in ((n, m), (m, k)))
+        for _ in range(5):
+            start = wait_for(device, time.perf_counter)
+            for _ in range(times):
+                left @ right
+            best = max(best, times * 2 * n * m * k / (wait_for(device, time.perf_counter) - start))
+    return best
+
+
+# ---- memory
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The most bytes that a work holds at once beyond those in use before it, by the allocator's books."""
+    with allocations(device) as (mark, spans):
+        mark("work")
+        work()
+        mark("end")
+    return spans["work"][1]
+
+
+# ---- work
+
+
+def random_batch(config: Config, shape: ModelShape) -> Corruption:
+    """One corrupted micro-batch of random tokens: the first rows of step 0. The last token is the mask."""
+    rows, length = config.run.micro_batch, config.data.sequence_length
+    slots = np.arange(rows)
+    ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
+    ids = torch.from_numpy((ids * (shape.vocab_size - 1)).astype(np.int64))
+    law = plain_law(DiffusionConfig(eps=config.diffusion.eps))
+    drawn = law.draw(config.run.seed, 0, rows)
+    uniforms = torch.from_numpy(noise.position_uniforms(config.run.seed, 0, slots, length))
+    return law.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), uniforms, drawn, shape.vocab_size - 1)
+
+
+def all_positions(batch: Corruption) -> Corruption:
+    """The same batch with every position through the head; those that are not masked weigh 0."""
+    count, device = batch.noisy.numel(), batch.noisy.device
+    weights = torch.zeros(count, device=device).index_copy(0, batch.positions, batch.weights)
+    targets = batch.noisy.flatten().index_copy(0, batch.positions, batch.targets)
+    return Corruption(batch.noisy, torch.arange(count, device=device), targets, weights, weights)
+
+
+def new_model(config: Config, shape: ModelShape, world: World) -> Transformer:
+    model = build_model(shape, config.parallel, world)
+    init_weights(model, config.run.seed)
+    return model
+
+
+def passes(model: Transformer, batch: Corruption, segments: Tensor | None = None) -> Work:
+    """Forward and backward pass of a micro-batch; the gradients are dropped."""
+
+    def work() -> None:
+        row_losses(model(batch.noisy, batch.positions, batch.targets, segments), batch).sum().backward()
+        model.zero_grad()
+
+    return work
+
+
+def compare_settings(config: Config, shape: ModelShape, world: World, settings: dict[str, dict], repeat: int) -> dict:
+    """Forward and backward pass under each {name: settings of `parallel`}; the first is what the others are held to.
+
+    All models are there at once, without optimizers. `first_seconds` of a setting has its compilation.
+    """
+    batch, works, first = random_batch(config, shape).to(world.device), {}, {}
+    for name, values in settings.items():
+        works[name] = passes(new_model(changed(config, "parallel", **values), shape, world), batch)
+        start = time.perf_counter()
+        works[name]()
+        first[name] = wait_for(world.device, time.perf_counter) - start
+    peaks = {name: peak_bytes(work, world.device) for name, work in works.items()}
+    compared = against(next(iter(settings)), in_turns(works, repeat, world, "in turns"), peaks)
+    return {name: {**row, "first_seconds": first[name]} for name, row in compared.items()}

@@ -1,0 +1,117 @@
+"""What the variance machinery costs a step, and how evenly it spreads the work: two sections of bench_step.py."""
+
+import numpy as np
+import torch
+from meter import in_turns, new_model, random_batch, summary
+from rich.progress import track
+from torch import Tensor
+
+from mdmtrain.config import Config, DiffusionConfig, resolve
+from mdmtrain.diffusion import masks, noise
+from mdmtrain.diffusion.objective import plain_law, row_losses, row_statistics
+from mdmtrain.diffusion.sampler import RateSampler
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.transformer import masked_cross_entropy
+from mdmtrain.monitor.recorder import StepRecorder
+from mdmtrain.optim import build_optimizer, optimizer_step
+from mdmtrain.parallel.world import World
+
+SIMULATED_RANKS, SIMULATED_BATCH, SIMULATED_STEPS, SIMULATED_ROWS = 64, 1280, 20, 4
+
+
+def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    """What coordinated variance reduction adds to a step: P-POTS under global strata against `strata: none`, uniform.
+
+    Both steps pass the same masked rows through the model. `share` is the machinery by itself (its draws, statistics,
+    sums and records, and its part of a fit) over the plain step; `time_ratio` is one whole step over the other. On a
+    CPU, processor time counts: what other programs take does not.
+    """
+    plain_choice, full_choice = {"strata": "none", "sampler": "uniform"}, {"strata": "global", "sampler": "ppots"}
+    config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update=full_choice)})
+    plan, slots = resolve(config, world.size), config.run.global_batch
+    model = new_model(config, shape, world)
+    optimizer = build_optimizer(model, config.optim)
+    sampler = RateSampler(config.diffusion, world.device)
+    recorder = StepRecorder(config, plan, world.device, world.rank)
+    reference = plain_law(config.diffusion.model_copy(update=plain_choice))
+    batch = random_batch(config, shape).to(world.device)
+    known = torch.rand(len(batch.positions), device=world.device)
+    places = [np.array(plan.slots(world.rank, number)) for number in range(plan.accumulation)]
+    eligible, step = batch.noisy.numel(), 0
+
+    def cross_entropy() -> Tensor:
+        return masked_cross_entropy(model, batch, None, 1)
+
+    def machinery(learn: bool) -> None:
+        """As in train.py; without `learn` the model stands still and its cross-entropies are known."""
+        nonlocal step
+        law = sampler.law(0.0)
+        draws = law.draw(config.run.seed, step, slots, world.size)
+        sums = recorder.new_sums()
+        for place in places:
+            ce = cross_entropy() if learn else known
+            losses = row_losses(ce, batch)
+            if learn:
+                (losses.sum() / plan.tokens_per_step).backward()
+            by_row = row_statistics(ce.detach(), batch, config.diffusion.target)
+            recorder.add_micro_step(sums, losses.detach(), by_row, law.row_cells(draws.at(place)), len(ce), eligible)
+        world.sum(sums)
+        norm = skipped = torch.zeros((), device=world.device)
+        if learn:
+            norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), 1e-4, config.optim.clip_norm)
+        row_counts = np.bincount(law.row_cells(draws), minlength=config.diffusion.bins)
+        step += 1
+        sampler.add(recorder.statistics(sums), row_counts, skipped)
+        recorder.add_step(step, law, draws, row_counts, sums, norm, skipped, 1e-4)
+
+    def plain() -> None:
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        draws = reference.draw(config.run.seed, step, slots, world.size)
+        for place in places:
+            draws.at(place)
+            losses = row_losses(cross_entropy(), batch)
+            (losses.sum() / plan.tokens_per_step).backward()
+            total += losses.detach().sum()
+        world.sum(total)
+        optimizer_step(optimizer, total.isfinite(), 1e-4, config.optim.clip_norm)
+
+    works = {
+        "plain step": plain,
+        "step": lambda: machinery(learn=True),
+        "machinery": lambda: machinery(learn=False),
+        "fit": lambda: sampler.use(world.agree(sampler.fitted, main_only=True)),
+    }
+    while int(sampler.tensors["hits"].min()) < config.diffusion.min_hits:  # else there is nothing to fit
+        machinery(learn=False)
+    seconds = in_turns(works, repeat, world, "variance machinery")
+    share = (seconds["machinery"] + seconds["fit"] / config.diffusion.refit_every) / seconds["plain step"]
+    ratio, numbers = seconds["step"] / seconds["plain step"], recorder.new_sums()
+    return {
+        **{f"{name.replace(' ', '_')}_seconds": float(np.median(of)) for name, of in seconds.items()},
+        "share": summary(share),
+        "time_ratio": summary(ratio),
+        "bytes_per_step": numbers.numel() * numbers.element_size(),
+    }
+
+
+def simulate_balance(length: int, eps: float) -> dict:
+    """Masked positions of the busiest rank and micro-step over the mean: the busiest one sets the pace."""
+    per_rank = SIMULATED_BATCH // SIMULATED_RANKS
+    result = {}
+    for strata in ("global", "none"):
+        law = plain_law(DiffusionConfig(eps=eps, strata=strata))
+        by_rank, by_micro = [], []
+        for step in track(range(SIMULATED_STEPS), f"strata {strata}"):
+            drawn = law.draw(0, step, SIMULATED_BATCH)
+            slots = np.arange(SIMULATED_BATCH)
+            uniforms = noise.position_uniforms(0, step, slots, length)
+            counts = masks.bernoulli(uniforms, drawn.rates, np.ones(uniforms.shape, dtype=bool)).sum(axis=1)
+            ranks = counts.reshape(SIMULATED_RANKS, per_rank)
+            by_rank.append(ranks.sum(axis=1).max() / ranks.sum(axis=1).mean())
+            micro = ranks.reshape(SIMULATED_RANKS, -1, SIMULATED_ROWS).sum(axis=2)
+            by_micro.append(micro.max(axis=0).mean() / micro.mean())
+        result[strata] = {
+            "rank_max_over_mean": float(np.mean(by_rank)),
+            "micro_max_over_mean": float(np.mean(by_micro)),
+        }
+    return result

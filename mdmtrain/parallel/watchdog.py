@@ -35,7 +35,7 @@ log = logging.getLogger("mdmtrain")
 
 
 class Watchdog:
-    """`at` costs a microsecond, and is all there is without the `with` block, which starts the thread."""
+    """`at` costs less than a microsecond, and is all there is without the `with` block, which starts the thread."""
 
     def __init__(self, world: World, config: RunConfig):
         self.stop = AgreedStop(world, config.time_limit)

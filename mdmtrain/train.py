@@ -36,10 +36,11 @@ from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.watchdog import Watchdog
-from mdmtrain.parallel.world import AgreedError, Interrupted, World, init_world, reason
-from mdmtrain.parallel.wrap import GraphCount, build_model, init_weights
+from mdmtrain.parallel.world import AgreedError, Interrupted, World, init_world, reason, set_timeout
+from mdmtrain.parallel.wrap import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.probe import Probe
 
+LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
 GARBAGE_EVERY = 50  # steps: when Python looks for cycles, so that all ranks do it together
 
 
@@ -64,6 +65,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
     shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
     model = build_model(shape, config.parallel, world)
+    set_timeout(data_mesh(config.parallel, world), LATE + run.slow_timeout)
     optimizer = build_optimizer(model, config.optim)
     average = None
     listed = config.diffusion.isad_tokens
@@ -214,7 +216,9 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             announce(writer.finish() if saving else writer.poll(), progress, exports)
         if evaluating and not stopped:
             stopped = evaluation()
-            saving = saving or bool(stopped)
+            if stopped and not saving:
+                saving = True
+                announce(writer.finish(), progress, exports)
         if saving:
             watch.at("checkpoint")
             if metrics is not None:
@@ -301,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )
     config = configuration.load(parser.parse_args(arguments).config)
-    world = init_world(config.run.slow_timeout + 5, Path(config.run.dir) / "logs")
+    world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
         train(config, world, watch)
 

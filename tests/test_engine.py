@@ -22,6 +22,7 @@ from tests.spawn import fake_world, run_world
 from tests.test_plan import saved_numbers
 from tests.test_worlds import close
 from tools.check_exactness import Row, measure
+from tools.check_exactness import main as check_exactness
 
 FUSED = ["fused head"] if hasattr(torch.nn.functional, "linear_cross_entropy") else []
 SHAPE = ModelShape(vocab_size=64, d_model=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=32)
@@ -105,6 +106,21 @@ def test_exactness_is_judged_by_the_law():
     for beyond in (2e-5, float("nan")):
         assert "LOSS BEYOND 1e-05" in dataclasses.replace(close, loss_to_one=beyond).verdict(20)
     assert dataclasses.replace(close, loss_to_one=2e-5).verdict(21) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps 0 is not positive"),  # and the defaults of the others are good
+        (["--worlds", "2,4"], "--worlds 2,4: 1 first"),
+        (["--worlds", "1,3"], "--worlds 1,3: 1 first"),
+        (["--only", "compile"], "--only compile: plain first"),
+        (["--only", "plain,fast"], "--only plain,fast: plain first"),
+    ],
+)
+def test_exactness_refuses_what_it_cannot_compare(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check_exactness(arguments)
 
 
 def test_recomputation_keeps_less():

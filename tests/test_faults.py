@@ -38,14 +38,15 @@ def watched(world, trees: dict[str, dict]) -> dict:
     from mdmtrain.parallel.world import AgreedError, Interrupted
 
     said, read = io.StringIO(), []
-    cross_entropy, wait_for = train.masked_cross_entropy, StepRecorder.wait_for
+    cross_entropy, wait_for, save = train.masked_cross_entropy, StepRecorder.wait_for, store.save
 
     def run(name: str, **faults: Callable) -> str:
         read.clear()
         with contextlib.ExitStack() as at_the_end:
             at_the_end.enter_context(contextlib.redirect_stdout(said))
             for target, fault in faults.items():
-                place = {"masked_cross_entropy": train, "wait_for": StepRecorder, "corrupt": likelihood}[target]
+                places = {"masked_cross_entropy": train, "wait_for": StepRecorder, "corrupt": likelihood, "save": store}
+                place = places[target]
                 at_the_end.enter_context(patch.object(place, target, fault))
             try:
                 train.train(configuration.validate(trees[name], "test"), world)
@@ -76,7 +77,11 @@ def watched(world, trees: dict[str, dict]) -> dict:
             batches.append(count)
             return corrupt(*arguments)
 
-        return {"corrupt": corrupting}
+        def slow_save(*arguments):  # that of step 2 is still being written
+            time.sleep(0.5)
+            return save(*arguments)
+
+        return {"corrupt": corrupting, "save": slow_save}
 
     def spin(recorder, batches):
         end = time.thread_time() + (0.2 if world.rank == 1 else 0.0)
@@ -112,6 +117,7 @@ def tree(run_dir: Path, corpus: Path, **run) -> dict:
 def two_ranks(corpus, tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("faults")
     trees = {name: tree(folder / name, corpus) for name in ("calm", "skip", "stopped")}
+    trees["stopped"]["checkpoint"]["save_every"] = 2
     trees["abort"] = tree(folder / "abort", corpus, max_skips=3)
     trees |= {"late": tree(folder / "late", corpus, time_limit=1e-6), "slow": tree(folder / "slow", corpus)}
     trees["slow"]["monitor"] |= {"log_every": 1, "profile_at": 1, "profile_steps": 2}

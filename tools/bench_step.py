@@ -9,6 +9,7 @@ Random tokens, the configuration's model and micro-batch; works that are compare
     heads      the head on masked rows only against logits for every position: whole step, head alone
     recompute  forward and backward pass under each activation checkpointing mode against none
     compile    compiled blocks against eager ones
+    chunks     the head in chunks, and torch's fused linear cross-entropy, against one chunk, in float32
     memory     the planner's prediction (mdmtrain/plan.py) against the allocator's books, by kind and mode
     loop       steps of the real training loop on the prepared data: where their time goes, tokens/s, MFU against the
                matrix products of this process, and the loop's overhead beyond the model and the optimizer
@@ -28,6 +29,7 @@ import torch
 from loop_watch import MODEL, watch
 from meter import (
     BUDGET,
+    CHUNKS,
     COMPILE,
     RECOMPUTE,
     against,
@@ -112,6 +114,10 @@ def compare_recompute(config: Config, shape: ModelShape, world: World, repeat: i
 def compare_compile(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     plain, budget = (compare_settings(config, shape, world, settings, repeat) for settings in (COMPILE, BUDGET))
     return budget | plain
+
+
+def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    return compare_settings(changed(config, "parallel", compute_dtype="float32"), shape, world, CHUNKS, repeat)
 
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
@@ -263,6 +269,7 @@ PARTS = {
         lambda console, rows: console.print(comparison("activation checkpointing against none", rows)),
     ),
     "compile": (compare_compile, lambda console, rows: console.print(comparison("compiled against eager", rows))),
+    "chunks": (compare_chunks, lambda console, rows: console.print(comparison("the head in one chunk", rows))),
     "memory": (compare_memory, show_memory),
     "loop": (watch_loop, show_loop),
     "machinery": (measure_machinery, show_machinery),

@@ -51,7 +51,7 @@ class Arrangement:
 
 ARRANGEMENTS = {
     "plain": Arrangement({}, True),
-    "plain, again": Arrangement({}, True),
+    "plain again": Arrangement({}, True),
     "recompute full": Arrangement({"recompute": "full"}, True),
     "recompute selective": Arrangement({"recompute": "selective"}, True),
     "recompute ops": Arrangement({"recompute": "ops"}, True),

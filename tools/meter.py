@@ -35,6 +35,12 @@ EAGER = {"eager": RECOMPUTE["none"]}
 COMPILE = {**EAGER, "compiled": {"recompute": "none", "compile": True}}
 # By itself: the compiler's cache does not tell graphs of one budget from those of another.
 BUDGET = {**EAGER, "compiled, budget": {"recompute": "budget", "compile": True}}
+CHUNKS = {
+    "one chunk": {"head_chunk": 1 << 20, "fused_head": False},
+    "chunks of 256": {"head_chunk": 256, "fused_head": False},
+}
+if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    CHUNKS["fused, chunks of 256"] = {"head_chunk": 256, "fused_head": True}
 Work = Callable[[], None]
 
 

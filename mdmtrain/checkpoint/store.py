@@ -6,7 +6,6 @@ is keyed by rank, so any number of ranks can read what any other number wrote. T
 `exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says the rest.
 """
 
-import errno
 import json
 import logging
 import textwrap
@@ -16,6 +15,7 @@ import zlib
 from collections.abc import Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # waiting heals none
+HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # waiting heals none
 log = logging.getLogger("mdmtrain")
 # DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
@@ -130,9 +130,9 @@ def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: Worl
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
         cause = _root_cause(error)  # of the first rank that failed: the same on all of them
         problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: "
-        if isinstance(cause, OSError) and cause.errno in HOPELESS:
-            raise _Hopeless(problem + "free the disk and start again") from None
-        raise AgreedError(problem + "see to the storage and start again") from None
+        number = cause.errno if isinstance(cause, OSError) else None
+        problem += f"{'free the disk' if number in (ENOSPC, EDQUOT) else 'see to the storage'} and start again"
+        raise (_Hopeless if number in HOPELESS else AgreedError)(problem) from None
 
     def add_tokenizer() -> list[str]:
         with writing(folder), storage_errors(folder):
@@ -160,17 +160,25 @@ def _own_checksum(meta: dict) -> str:
 
 
 def retain(newest: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written."""
-    # Later steps are of a future that was given up (damaged, passed over on resuming): they must not push this one out.
-    kept = [f for f in complete_checkpoints(newest.parent) if step_of(f) <= step_of(newest)][-config.keep_last :]
-    for old in newest.parent.glob(FOLDERS):
+    """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written.
+
+    What cannot be removed is a warning: the run must not stop for it.
+    """
+
+    def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        whole = (old / "meta.json").exists()
-        if step_of(old) < step_of(newest) and old not in kept and not (for_good and whole) and not held(old):
-            try:
-                remove(old)
-            except OSError as error:
-                log.warning("cannot remove the old checkpoint %s, the run goes on: %s", old, describe(error))
+        return old in last or (for_good and (old / "meta.json").exists()) or held(old)
+
+    try:
+        with storage_errors(newest.parent):
+            # Later steps are of a future that was given up (damaged, passed over on resuming): they are not counted.
+            until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
+            last = until[-config.keep_last :]
+            for old in newest.parent.glob(FOLDERS):
+                if step_of(old) < step_of(newest) and not stays(old):
+                    remove(old)
+    except OSError as error:
+        log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe(error))
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -219,8 +227,9 @@ def home_of(run: Path) -> Path:
     """Where the checkpoints of a run folder are. A folder that is none is taken for the place itself."""
     if (run / "config.yaml").is_file():
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
-        if named := (tree.get("checkpoint") or {}).get("dir"):
-            return place(named)
+        section = tree.get("checkpoint") if isinstance(tree, dict) else None
+        if isinstance(section, dict) and section.get("dir"):
+            return place(section["dir"])
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 

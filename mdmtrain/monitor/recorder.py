@@ -71,7 +71,7 @@ class StepRecorder:
         baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
         return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
-    def restore(self, state: dict, cursor: Cursor, same_batch: bool) -> None:
+    def restore(self, state: dict, cursor: Cursor = START, same_batch: bool = True) -> None:
         """same_batch: with another one, how much steps differ is another matter: that is measured anew."""
         self.cursor, self.skips_in_a_row = cursor, state["skips_in_a_row"]
         if same_batch:

@@ -35,7 +35,7 @@ log = logging.getLogger("mdmtrain")
 
 
 class Watchdog:
-    """`at` costs a microsecond, and is all there is without the `with` block, which starts the thread."""
+    """`at` costs less than a microsecond, and is all there is without the `with` block, which starts the thread."""
 
     def __init__(self, world: World, config: RunConfig):
         self.stop = AgreedStop(world, config.time_limit)
@@ -141,7 +141,7 @@ class Watchdog:
                   file=sys.stderr)  # fmt: skip
         if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
             (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())
-        time.sleep(0.0 if rank in named else POLL)  # whose process ends first is taken for the culprit
+        time.sleep(POLL / 4 if rank in named else POLL)  # whose process ends first is taken for the culprit
 
     def _answers(self) -> dict[int, dict]:
         """Where each rank stands, of those that answer."""

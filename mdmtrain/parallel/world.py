@@ -141,6 +141,12 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
 
 
+def set_timeout(mesh: DeviceMesh, minutes: float) -> None:
+    """When a collective of a mesh fails: groups that are made later do not have init_world's timeout."""
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
 def meeting_point(name: str) -> dist.Store:
     """A key value store of all ranks, over a connection of its own; keys of the same name are the same.
 

@@ -46,6 +46,9 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
     write, read, step = places._DiskWriter.write_data, Dataset.__getitems__, module.optimizer_step
     seen = []
     for tree, fault in runs:
+        if fault == "disturb":
+            world.agree(lambda tree=tree: disturb(Path(tree)), main_only=True)
+            continue
         failures = {"once": 1, "for good": 1 << 30}.get(fault, 0)
         saw = {"steps": 0, "order": {}, "error": ""}
 
@@ -110,6 +113,17 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def disturb(folder: Path) -> None:
+    """Runs in the middle of the calm one; a flipped bit in two checkpoints."""
+    for name, newest in (("flipped", 9), ("hsdp", 6), ("dtype", 6), ("batch", 6)):
+        shutil.copytree(folder / "calm", folder / name)
+        for step in (9, 12):
+            if step > newest:
+                shutil.rmtree(folder / name / f"checkpoints/step-{step:08d}")
+    for file in ("flipped/checkpoints/step-00000009/__1_0.distcp", "elsewhere/step-00000012/.metadata"):
+        flip(folder / file)
+
+
 def log_of(run: Path) -> str:
     return (run / "logs/rank-0.log").read_text()
 
@@ -134,10 +148,21 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
         (tree_of("killed"), None),
         (tree_of("elsewhere", file_url), None),
     ]
-    ranks = run_world(train_with, 2, first)
-    _, _, healed, failed, again, killed, _ = ranks[0]
+    batch = {"run": {"global_batch": 32, "steps": 9}, "checkpoint": {"allow": ["global_batch"]}}
+    on = {"run": {"global_batch": 32}}
+    second = [
+        (tree_of("flipped"), None),
+        (tree_of("elsewhere", file_url), None),
+        (tree_of("hsdp", {"parallel": {"replicate": 2}, "run": {"micro_batch": 2}, "data": {"workers": 1}}), None),
+        (tree_of("dtype", {"parallel": {"compute_dtype": "bfloat16"}}), None),
+        (tree_of("batch", on), None),
+        (tree_of("batch", batch), None),
+        (tree_of("batch", on), None),
+    ]
+    ranks = run_world(train_with, 2, [*first, (str(tmp_path), "disturb"), *second])
+    _, _, healed, failed, again, killed, _, flipped, elsewhere, *_ = ranks[0]
     calm = read_metrics(tmp_path / "calm")
-    for name in ("waiting", "healed", "failed", "elsewhere"):
+    for name in ("waiting", "healed", "failed", "elsewhere", "flipped"):
         assert read_metrics(tmp_path / name) == calm, name
     close(calm, read_metrics(tmp_path / "killed"), 1e-4)  # its first steps were one rank's
     assert [r["step"] for r in read_metrics(tmp_path / "memory") if "loss" in r] == [*range(1, 13)]
@@ -151,35 +176,15 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
     assert store.find(tmp_path / "elsewhere") == places.place(f"file://{tmp_path}/elsewhere/step-00000012")
 
     # ---- again, each from the middle of a run
-    for name in ("flipped", "hsdp", "dtype", "batch"):
-        shutil.copytree(tmp_path / "calm", tmp_path / name)
-        shutil.rmtree(tmp_path / name / "checkpoints/step-00000012")
-    for file in ("flipped/checkpoints/step-00000009/__1_0.distcp", "elsewhere/step-00000012/.metadata"):
-        flip(tmp_path / file)
-    for name in ("hsdp", "dtype", "batch"):
-        shutil.rmtree(tmp_path / name / "checkpoints/step-00000009")
-    batch = {"run": {"global_batch": 32, "steps": 9}, "checkpoint": {"allow": ["global_batch"]}}
-    on = {"run": {"global_batch": 32}}
-    second = [
-        (tree_of("flipped"), None),
-        (tree_of("elsewhere", file_url), None),
-        (tree_of("hsdp", {"parallel": {"replicate": 2}, "run": {"micro_batch": 2}, "data": {"workers": 1}}), None),
-        (tree_of("dtype", {"parallel": {"compute_dtype": "bfloat16"}}), None),
-        (tree_of("batch", on), None),
-        (tree_of("batch", batch), None),
-        (tree_of("batch", on), None),
-    ]
-    ranks = run_world(train_with, 2, second)
-    for name, step in (("flipped", 6), ("elsewhere", 9)):
-        assert read_metrics(tmp_path / name) == calm, name
+    assert (flipped["steps"], elsewhere["steps"]) == (6, 3)  # from the checkpoint before
+    for name in ("flipped", "elsewhere"):
         assert "passing over a damaged checkpoint: " in log_of(tmp_path / name)
-        assert ranks[0][("flipped", "elsewhere").index(name)]["steps"] == 12 - step
     close(calm, read_metrics(tmp_path / "hsdp"), 1e-4)
     losses, rounded = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("calm", "dtype"))
     assert rounded != losses and rounded == pytest.approx(losses, rel=2e-2)
 
     # ---- a larger batch: the order goes on where it stood, and no noise comes twice
-    refused, *changed = ([rank[n] for rank in ranks] for n in (4, 5, 6))
+    refused, *changed = ([rank[n] for rank in ranks] for n in (11, 12, 13))
     assert "its global_batch is 16, not 32" in refused[0]["error"] and "allow='[global_batch]'" in refused[0]["error"]
     config = configuration.validate(tree_of("calm", {"run": {"steps": 99}}), "test")
     dataset = Dataset(config, open_sources(config.data, "train"))

@@ -189,7 +189,7 @@ LOSSES = [3.0, 5.0, 8.0, 6.5]
 def test_a_record_is_the_naive_sum():
     recorder = make_recorder()
     sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
-    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22]
+    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22, 0]
     assert recorder.statistics(sums).sum() == pytest.approx(sum(loss**2 for loss in LOSSES))
     (shown,) = recorder.flush()
     by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
@@ -314,7 +314,7 @@ def test_a_restored_recorder_goes_on_with_the_same_numbers():
 def test_each_rank_has_a_place_for_its_masked_tokens():
     """Two ranks, of which this is the second: a rank's number must not be added to another's."""
     recorder = make_recorder(world=2, rank=1)
-    others = torch.zeros(2 * BINS + 5)
+    others = torch.zeros(2 * BINS + 7)
     others[2 * BINS], others[2 * BINS + 3] = 38, 30  # the first rank: 38 eligible, 30 masked
     run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
     (shown,) = recorder.flush()
@@ -324,7 +324,7 @@ def test_each_rank_has_a_place_for_its_masked_tokens():
 
 def test_what_a_step_sends_depends_on_the_bins_and_the_ranks_alone():
     sizes = {make_recorder(rows=rows, world=2).new_sums().numel() for rows in (4, 64, 4096)}
-    assert sizes == {2 * BINS + 3 + 2}
+    assert sizes == {2 * BINS + 3 + 2 * 2}
 
 
 def test_gradient_noise_is_shown_where_both_steps_were_taken():

@@ -84,7 +84,7 @@ def whole_step(report: Report, config: Config, shape: ModelShape, world: World, 
         optimizer_step(optimizer, loss.isfinite(), 1e-4, config.optim.clip_norm)
 
     seconds = in_turns({"step": step}, repeat, world, "step")["step"]
-    ceiling = product_ceiling(world.device, getattr(torch, config.parallel.compute_dtype), shape, tokens)
+    ceiling = product_ceiling(world, getattr(torch, config.parallel.compute_dtype), shape, tokens)
     one = changed(config, "run", global_batch=config.run.micro_batch)
     counted, _ = step_flops(shape, one, len(batch.positions) / tokens)
     middle = float(np.median(seconds))

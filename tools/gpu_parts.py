@@ -91,7 +91,7 @@ def device(report: Report, place: Place) -> None:
     report.note(**numbers)
     shape = ModelShape(vocab_size=64, d_model=256, n_layers=1, n_heads=4, n_kv_heads=4, d_ff=1024)
     for dtype in (torch.bfloat16, torch.float32):
-        report.note(**{f"{str(dtype)[6:]}_flops": product_ceiling(here, dtype, shape, place.pick(8192, 256))})
+        report.note(**{f"{str(dtype)[6:]}_flops": product_ceiling(the_world(), dtype, shape, place.pick(8192, 256))})
 
 
 def corpus(report: Report, place: Place) -> None:

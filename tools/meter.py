@@ -103,17 +103,18 @@ def against(base: str, seconds: dict[str, np.ndarray], peaks: dict[str, int]) ->
     }
 
 
-def product_ceiling(device: torch.device, dtype: torch.dtype, shape: ModelShape, tokens: int) -> float:
+def product_ceiling(world: World, dtype: torch.dtype, shape: ModelShape, tokens: int) -> float:
     """FLOP/s that matrix products reach here: the best of the model's own feed-forward product and a large square."""
+    device, clock = world.device, clock_of(world)
     square, times = (8192, 20) if device.type == "cuda" else (1024, 3)
     best = 0.0
     for n, m, k in ((tokens, shape.d_ff, shape.d_model), (square, square, square)):
         left, right = (torch.randn(size, device=device, dtype=dtype) for size in ((n, m), (m, k)))
         for _ in range(5):
-            start = wait_for(device, time.perf_counter)
+            start = wait_for(device, clock)
             for _ in range(times):
                 left @ right
-            best = max(best, times * 2 * n * m * k / (wait_for(device, time.perf_counter) - start))
+            best = max(best, times * 2 * n * m * k / (wait_for(device, clock) - start))
     return best
 
 

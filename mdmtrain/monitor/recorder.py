@@ -1,8 +1,10 @@
 """Per-step numbers, kept on the device and read by the host only at the log interval."""
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -227,9 +229,17 @@ class StepRecorder:
 
 
 def awake() -> float:
-    """Seconds that this thread has run, or waited for a core, so far; asleep in a collective they stand still."""
-    try:
-        with open("/proc/thread-self/schedstat", encoding="ascii") as file:
-            return sum(map(int, file.read().split()[:2])) / 1e9
-    except OSError:  # not Linux, or a kernel without: the first of the two
+    """Seconds that the loop's thread has run, or waited for a core, so far; asleep in a collective they stand still."""
+    file = _schedstat(os.getpid())
+    if file is None:  # not Linux, or a kernel without: the first of the two
         return time.thread_time()
+    return sum(map(int, os.pread(file, 100, 0).split()[:2])) / 1e9
+
+
+@cache
+def _schedstat(process: int) -> int | None:
+    """Of the thread that asks first. Kept open: to open it at each question takes as long as a micro-step's records."""
+    try:
+        return os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        return None

@@ -108,7 +108,7 @@ def disturbed_run(
         while True:
             if running is None:
                 running = start(config, run_dir, next(sizes), restarts)
-            deadline = time.monotonic() + (chance.uniform(0.3, 1.0) * duration if moment == "any time" else 600)
+            deadline = time.monotonic() + (chance.uniform(0.2, 0.8) * duration if moment == "any time" else 600)
             while running.process.poll() is None and time.monotonic() < deadline:
                 if moment not in ("any time", "") and has_come(moment, run_dir, running.began_at):
                     time.sleep(chance.uniform(0.0, 0.1))

@@ -34,8 +34,9 @@ quickstart: corpus
 		--prefix "$$(printf 'import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self')" \
 		--suffix "$$(printf ' = path\n\n    def close(self):\n        return None\n')"
 
+# Whole files are dealt to the processes: what the tests of a file share is made once.
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # The full counts of every proof that `make test` samples.
 soak: setup

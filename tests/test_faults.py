@@ -7,6 +7,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -343,6 +344,17 @@ def test_a_shard_cut_under_a_loader_is_named(broken):
 
 def place(progress: list[int], where: str = "data (step 7)") -> dict:
     return {"place": where, "seconds": 600.0, "progress": progress, "last": "gloo:all_reduce [[3]] (collective 9)"}
+
+
+def test_a_launcher_that_has_gone_is_missed_at_once(monkeypatch):
+    """Killed while its ranks imported torch, it cannot take them with it: they would look for its store for an hour."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as store_of_torchrun:
+        monkeypatch.setenv("MASTER_PORT", str(store_of_torchrun.getsockname()[1]))
+        parallel.check_launcher()
+    with pytest.raises(ValueError, match=r"nobody at .*, where torchrun was"):
+        parallel.check_launcher()
 
 
 def test_the_verdict():

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +120,7 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     if launched and sys.platform == "linux":
         # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        check_launcher()
     if torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
@@ -139,6 +141,20 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
+
+
+def check_launcher() -> None:
+    """Has torchrun gone while this rank was starting, before it could be killed with it? Raises ValueError.
+
+    torchrun's store is there before the ranks are; without it they would look for it until the timeout, as orphans.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(place, timeout=60).close()
+        except OSError as error:
+            where = f"{place[0]}:{place[1]}"
+            raise ValueError(f"nobody at {where}, where torchrun was ({describe(error)}): start again") from None
 
 
 def set_timeout(mesh: DeviceMesh, minutes: float) -> None:

@@ -105,7 +105,7 @@ def conclude(state: State, ended: Ended, step: int, steps: int, max_crashes: int
 
     step: of the newest checkpoint; steps: of the whole run. A crash counts when it left no new checkpoint behind.
     """
-    if step >= steps and not ended.early:
+    if step >= steps and ended.status == 0:
         return replace(state, phase="finished", crashes=0)
     progress = step > state.began_at
     if ended.status == 0 or ended.early:  # an agreed stop: as often as it takes

@@ -27,9 +27,7 @@ class RunConfig(Section):
     micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
     max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
     time_limit: float | None = Field(None, gt=0, description="minutes until it saves and stops, as on a signal")
-    step_timeout: float = Field(
-        10.0, gt=0, description="minutes that a rank may get nowhere within a step; then the run ends and says which"
-    )
+    step_timeout: float = Field(10.0, gt=0, description="minutes that a rank may stand still within a step")
     slow_timeout: float = Field(
         60.0, gt=0, description="the same in preparation, the first two steps, evaluations, probes and saves"
     )
@@ -280,6 +278,10 @@ class Config(Section):
     def evaluates(self, step: int) -> bool:
         """Is there an evaluation after `step` steps?"""
         return step > 0 and (step % self.eval.every == 0 or step == self.run.steps)
+
+    def saves(self, step: int) -> bool:
+        """Is there a checkpoint after `step` steps, stopped or not?"""
+        return step % self.checkpoint.save_every == 0
 
     def to_yaml(self) -> str:
         return yaml12.dump(self.model_dump(mode="json"))

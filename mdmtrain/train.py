@@ -41,7 +41,7 @@ from mdmtrain.parallel.wrap import GraphCount, build_model, data_mesh, init_weig
 from mdmtrain.probe import Probe
 
 LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
-GARBAGE_EVERY = 50  # steps: when Python looks for cycles, so that all ranks do it together
+GARBAGE_EVERY = 50  # steps: when Python looks for young cycles, on all ranks together; for old ones, at a save
 
 
 def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
@@ -57,7 +57,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     # ---- what there is: folder, data, tokenizer, model
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)  # held until the process ends
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
-    sources = world.agree(lambda: open_sources(config.data, "train", config.data.verify if world.is_main else "size"))
+    sources = world.agree(lambda: open_sources(config.data, "train", share=(world.rank, world.size)))
+    watch.at("preparation")  # that may have taken long, and so may what follows
     validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
     wanted = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
     world.agree(lambda: [validation_rows(split, *wanted) for split in validation])  # said now, not after hours
@@ -121,7 +122,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
-    writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world)
+    writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world, LATE + run.slow_timeout)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     graphs = GraphCount(config.parallel.compile)
     profiler = Profiler(config.monitor, run_dir, world)
@@ -131,8 +132,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
 
         def between() -> None:
             watch.at("evaluation")
-            if not pair.half:  # no stop between the steps of a pair
-                stop.check()
+            stop.check()
 
         try:
             stoppable = replace(world, between=between)
@@ -146,9 +146,6 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         return 0
 
     stopped = evaluation() if owed else 0  # a stop came before it, or in the middle of it
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     model.train()
     while step < run.steps and not stopped:
         profiler.before(step)
@@ -172,8 +169,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
         if pair.half:
             recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
-        elif probe.due(step + 2) and (step + 1) % config.checkpoint.save_every:  # no pair across a checkpoint
-            pair.keep()
+        elif probe.due(step + 2) and not (config.evaluates(step + 1) or config.saves(step + 1)):
+            pair.keep()  # no pair across an evaluation or a checkpoint
         watch.at("optimizer")
         recorder.add_own_seconds(sums)
         world.sum(sums)
@@ -191,7 +188,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         stopped = stop.poll() if not pair.half else 0  # nor across a stop: one step later
         last = step == run.steps or bool(stopped)
         evaluating = config.evaluates(step)
-        saving = step % config.checkpoint.save_every == 0 or last
+        saving = config.saves(step) or last
         if step % config.monitor.log_every == 0 or evaluating or saving or probe.due(step):
             watch.at("log")
             records = recorder.flush()  # the only place where the host waits for the device
@@ -233,6 +230,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
                 "config": config.model_dump(mode="json"),
             }
             writer.save(step, tensors, meta)
+            gc.collect()
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
             graphs.resume()
@@ -240,9 +238,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     announce(writer.finish(), progress, exports)
     stop.drain()
     profiler.close()
-    gc.enable()
-    gc.unfreeze()
     progress.close()
+    watch.at("export")
     exports.finish()
     if metrics is not None:
         metrics.close()
@@ -306,6 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     config = configuration.load(parser.parse_args(arguments).config)
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
+    gc.freeze()  # what imports have left
+    gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
     with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
         train(config, world, watch)
 

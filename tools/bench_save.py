@@ -52,7 +52,7 @@ def measure_saves(
 
     kinds = {"waited_for": False, "beside": True}
     writers = {
-        kind: CheckpointWriter(out / kind, tokenizer, CheckpointConfig(keep_last=1, asynchronous=beside), world)
+        kind: CheckpointWriter(out / kind, tokenizer, CheckpointConfig(keep_last=1, asynchronous=beside), world, 60.0)
         for kind, beside in kinds.items()
     }
     stalls: dict = {kind: [] for kind in kinds}

@@ -211,7 +211,7 @@ class SideExports:
         self._every, self._last = config.checkpoint.export_every if is_main else None, config.run.steps
         self._out = Path(config.run.dir) / "exports"
         self._running: list[tuple[Path, Future, IO]] = []
-        for folder in store.complete_checkpoints(resumed.parent) if resumed is not None else []:
+        for folder in store.complete_checkpoints(resumed.parent) if resumed is not None and is_main else []:
             if store.step_of(folder) <= store.step_of(resumed) and not (self._out / folder.name).exists():
                 self.start(folder)
 

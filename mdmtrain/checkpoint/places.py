@@ -106,8 +106,10 @@ class _OwnErrors:
     def write_data(self, plan, planner):
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        except Exception as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            # It goes to the other ranks, and what a library raises may not survive pickling.
+            raise cause if isinstance(cause, OSError) else OSError(describe(cause)) from None
 
 
 class _DiskWriter(_OwnErrors, dcp.FileSystemWriter):

@@ -224,12 +224,14 @@ def home(config: Config) -> Path:
 
 
 def home_of(run: Path) -> Path:
-    """Where the checkpoints of a run folder are. A folder that is none is taken for the place itself."""
+    """Where the checkpoints of a run folder are. A folder that is none, or has some in it, is the place itself."""
     if (run / "config.yaml").is_file():
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         section = tree.get("checkpoint") if isinstance(tree, dict) else None
         if isinstance(section, dict) and section.get("dir"):
             return place(section["dir"])
+    if any(run.glob(FOLDERS)):
+        return run
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
 
 
@@ -308,7 +310,7 @@ def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Read the named tensors from a checkpoint into the given ones, whatever the number of ranks. A collective."""
     try:
         dcp.load(tensors, storage_reader=storage_reader(folder), process_group=world.control)
-    except (dcp.CheckpointException, RuntimeError, OSError) as error:
+    except (dcp.CheckpointException, OSError) as error:  # a RuntimeError: a rank has died
         raise AgreedError(
             f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: "
             "use another one; without this one, its run goes on from the one before"

@@ -16,8 +16,6 @@ from mdmtrain.checkpoint import store
 from mdmtrain.config import CheckpointConfig
 from mdmtrain.parallel.world import WRITER_THREAD, World
 
-SLOWEST_WRITE = timedelta(hours=1)  # how long ranks wait for the last one of them to have written its file
-
 
 class CheckpointWriter:
     """Saves a run's checkpoints, one at a time, each in a thread of every rank (checkpoint.asynchronous).
@@ -26,10 +24,13 @@ class CheckpointWriter:
     becomes known where all ranks ask together: `poll` and `finish`. An AgreedError comes up there, on every rank.
     """
 
-    def __init__(self, home: Path, tokenizer: Path, config: CheckpointConfig, world: World):
-        """A collective. home: the folder of checkpoints; tokenizer: the file that each of them gets a copy of."""
+    def __init__(self, home: Path, tokenizer: Path, config: CheckpointConfig, world: World, patience: float):
+        """A collective. home: the folder of checkpoints; tokenizer: the file that each of them gets a copy of.
+
+        patience: minutes that a rank waits for the slowest one to have written its file.
+        """
         self._home, self._tokenizer, self._config, self._world = home, tokenizer, config, world
-        self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=SLOWEST_WRITE))
+        self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=patience)))
         self._copies: dict[str, Tensor] = {}  # used again by each save: pinning memory takes long
         self._saving: Future[Path] | None = None
 

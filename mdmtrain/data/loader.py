@@ -43,9 +43,14 @@ class Rows(NamedTuple):
     segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
 
 
-def open_sources(config: DataConfig, split: str, verify: str | None = None) -> list[PreparedSplit]:
-    """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder."""
-    sources = [PreparedSplit(source.path, split, verify or config.verify) for source in config.sources]
+def open_sources(
+    config: DataConfig, split: str, verify: str | None = None, share: tuple[int, int] = (0, 1)
+) -> list[PreparedSplit]:
+    """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder.
+
+    share: of the hashes, see PreparedSplit.
+    """
+    sources = [PreparedSplit(source.path, split, verify or config.verify, share) for source in config.sources]
     for source in sources:
         if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
             raise ValueError(

@@ -84,7 +84,9 @@ def masked_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
     if segments is not None:
-        segments = segments.repeat_interleave(rows_per_slot, dim=0).to(corruption.noisy.device, non_blocking=True)
+        if rows_per_slot > 1:  # a copy, which is not in pinned memory
+            segments = segments.repeat_interleave(rows_per_slot, dim=0)
+        segments = segments.to(corruption.noisy.device, non_blocking=True)
     return model(corruption.noisy, corruption.positions, corruption.targets, segments)
 
 

@@ -64,6 +64,9 @@ def user_errors() -> Iterator[None]:
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
             _exit_at_once(2)
         sys.exit(2)
+    except Exception:
+        _let_checkpoint_finish()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
         # Gloo's threads may still hold tensors; if the interpreter is going down when they let go, the process aborts

@@ -40,7 +40,7 @@ class Profiler:
 def out_of_memory(config: Config, world: World) -> Iterator[None]:
     """Say what to change when memory runs out; on CUDA, leave a snapshot of what held it (pytorch.org/memory_viz)."""
     if world.device.type == "cuda":
-        torch.cuda.memory._record_memory_history("state", stacks="python")
+        torch.cuda.memory._record_memory_history("state", context="state", stacks="python")
     try:
         yield
     except (RuntimeError, MemoryError) as error:

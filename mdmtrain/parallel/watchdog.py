@@ -29,6 +29,8 @@ from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, meeting_
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
 SLOW = ("preparation", "evaluation", "probe", "checkpoint")
+UNLIMITED = "export"  # all is saved, and rank 0 waits for a process beside it
+FROZEN = 300.0  # seconds after which a thread that cannot look on (the store's host is frozen) ends the process
 # What gloo and NCCL say when the process at the other end is gone.
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL error", "connectFullMesh", "Socket")
 log = logging.getLogger("mdmtrain")
@@ -51,7 +53,8 @@ class Watchdog:
             self._first, self._step = step if self._first is None else self._first, step
         self._count += 1  # the ranks run the same program, so these counts can be compared
         slow = phase in SLOW or self._step < self._first + 2
-        self._place = (phase, self._step, slow, time.monotonic())  # as one, because the thread reads it
+        since = float("inf") if phase == UNLIMITED else time.monotonic()
+        self._place = (phase, self._step, slow, since)  # as one, because the thread reads it
 
     # ---- the thread
 
@@ -80,6 +83,9 @@ class Watchdog:
 
     def _look_on(self) -> None:
         while not self._closed.is_set():
+            faulthandler.dump_traceback_later(
+                FROZEN, exit=True, file=sys.__stderr__
+            )  # in C: it waits for no lock of Python's
             signals = self._signals.recv(64) if select.select([self._signals], [], [], POLL)[0] else b""
             phase, _, slow, since = self._place
             told = next((number for number in signals if number in AgreedStop.SIGNALS), self.stop.requested)
@@ -93,8 +99,11 @@ class Watchdog:
             elif (news or self._lost) and not self._closed.is_set():
                 try:
                     self._roll_call(news or self._lost)
+                except Exception as error:
+                    print(f"error: {news or self._lost}; who it was cannot be said: {error!r}", file=sys.stderr)
                 finally:
                     _exit(1)
+        faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, key: str, text: str) -> None:
         """The first to write a key is heard."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
@@ -85,12 +86,15 @@ class World:
                 result = act()
             except (ValueError, OSError) as error:
                 failure = describe(error)
-        outcomes = self.gather((failure, result if main_only else None))
-        failures = [(rank, failure) for rank, (failure, _) in enumerate(outcomes) if failure]
+        failures = [(rank, failure) for rank, failure in enumerate(self.gather(failure)) if failure]
         if failures:
             rank, text = failures[0]
             raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
-        return outcomes[0][1] if main_only else result
+        if main_only:
+            box = [result]
+            dist.broadcast_object_list(box, src=0, group=self.control)
+            result = box[0]
+        return result
 
 
 def describe(error: Exception) -> str:
@@ -120,6 +124,9 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     if launched and sys.platform == "linux":
         # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        # Gloo has a connection to every rank, in each of three groups: at 1,000 ranks more than the usual soft limit.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         check_launcher()
     if torch.cuda.is_available():
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

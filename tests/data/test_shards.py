@@ -124,6 +124,21 @@ def test_a_damaged_folder_is_one_clear_line(prepared, damage, verify, words):
     assert "\n" not in message and str(folder) in message and "tools/prepare_data.py" in message
 
 
+def test_hashes_are_dealt_and_none_is_left_out(prepared):
+    folder, _ = prepared
+    for name in ("train-00000.bin", "train-00001.bin"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        found = []
+        for share in range(2):
+            try:
+                PreparedSplit(folder, "train", "sha256", (share, 2))
+            except ValueError as error:
+                found.append(str(error))
+        assert len(found) == 1 and name in found[0]
+        (folder / name).write_bytes(kept)
+
+
 def test_an_id_outside_the_vocabulary_is_found_when_read(prepared):
     folder, _ = prepared
     file = folder / "train-00001.bin"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -23,8 +24,9 @@ import torch
 from launchers import lifecycle
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
+from mdmtrain.config import RunConfig
 from mdmtrain.parallel import world as parallel
-from mdmtrain.parallel.watchdog import judge
+from mdmtrain.parallel.watchdog import Watchdog, judge
 from tests.conftest import read_metrics, write_config
 from tests.spawn import free_port, run_world
 from tests.test_bad_inputs import LIMIT, WARM, Outcome, server  # noqa: F401 (a fixture)
@@ -355,6 +357,13 @@ def test_a_launcher_that_has_gone_is_missed_at_once(monkeypatch):
         parallel.check_launcher()
     with pytest.raises(ValueError, match=r"nobody at .*, where torchrun was"):
         parallel.check_launcher()
+
+
+def test_a_run_that_owes_an_evaluation_alone_has_no_steps_to_watch():
+    """It was stopped after its last step: the next start evaluates, waits for exports, and never begins a step."""
+    watch = Watchdog(SimpleNamespace(rank=0, size=1), RunConfig(dir="x", steps=1, global_batch=1, micro_batch=1))
+    for phase in ("preparation", "evaluation", "checkpoint", "export"):
+        watch.at(phase)
 
 
 def test_the_verdict():

@@ -28,8 +28,8 @@ from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, meeting_
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
-SLOW = ("preparation", "evaluation", "probe", "checkpoint")
 UNLIMITED = "export"  # all is saved, and rank 0 waits for a process beside it
+SLOW = ("preparation", "evaluation", "probe", "checkpoint", UNLIMITED)
 FROZEN = 300.0  # seconds after which a thread that cannot look on (the store's host is frozen) ends the process
 # What gloo and NCCL say when the process at the other end is gone.
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL error", "connectFullMesh", "Socket")

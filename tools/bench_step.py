@@ -43,9 +43,9 @@ from meter import (
     peak_bytes,
     product_ceiling,
     random_batch,
-    shape_of,
     summary,
 )
+from plan_run import shape_of
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile

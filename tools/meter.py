@@ -6,7 +6,6 @@ ratio is the median of the ratios of one round, with its quartiles.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from rich.progress import track
 from torch import Tensor
 
 from mdmtrain.config import Config, DiffusionConfig
-from mdmtrain.data.shards import read_manifest
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses
-from mdmtrain.model.presets import ModelShape, model_shape
+from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
 from mdmtrain.observed import allocations
 from mdmtrain.optim import local
@@ -47,16 +45,6 @@ Work = Callable[[], None]
 def changed(config: Config, section: str, **values) -> Config:
     """The configuration with other values in one section."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def shape_of(config: Config) -> ModelShape:
-    """The model's shape; its vocabulary from the prepared data, where the configuration does not give it."""
-    if config.model.vocab_size is not None:
-        return model_shape(config.model, config.model.vocab_size)
-    folder = Path(config.data.sources[0].path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
-    return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
 
 
 # ---- time

@@ -90,7 +90,7 @@ class World:
         if failures:
             rank, text = failures[0]
             raise AgreedError(text if rank == 0 else f"rank {rank}: {text}")
-        if main_only:
+        if main_only and self.size > 1:
             box = [result]
             dist.broadcast_object_list(box, src=0, group=self.control)
             result = box[0]

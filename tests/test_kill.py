@@ -147,8 +147,7 @@ def check_start(ended: Start, run_dir: Path) -> None:
         assert origin in output, output
     if "checkpoint saved; the same command goes on" in output:
         assert newest_step(run_dir) == last_record(run_dir)["step"], output
-    torchruns_own = "SignalException: Process" in output  # told to stop while it starts its ranks again
-    assert "Traceback (most recent call last)" not in output or torchruns_own, output
+    assert "]: Traceback (most recent call last)" not in output, output  # of a rank; torchrun has its own
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import CheckpointConfig
+from mdmtrain.optim import local
 from mdmtrain.parallel.world import WRITER_THREAD, World
 
 
@@ -70,7 +70,7 @@ class CheckpointWriter:
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         """This rank's part of each tensor, in memory that the loop does not write to."""
         for name, tensor in tensors.items():
-            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            part = local(tensor)
             if name not in self._copies:
                 self._copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
             self._copies[name].copy_(part, non_blocking=True)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe
+from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe, exit_at_once
 
 log = logging.getLogger("mdmtrain")
 WRITER_PATIENCE = 120.0  # seconds
@@ -49,7 +49,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        _exit_at_once(EARLY)
+        exit_at_once(EARLY)
     except (ValueError, OSError) as error:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
@@ -62,7 +62,7 @@ def user_errors() -> Iterator[None]:
         if dist.is_initialized():
             _let_checkpoint_finish()
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
-            _exit_at_once(2)
+            exit_at_once(2)
         sys.exit(2)
     except Exception:
         _let_checkpoint_finish()
@@ -72,7 +72,7 @@ def user_errors() -> Iterator[None]:
         # Gloo's threads may still hold tensors; if the interpreter is going down when they let go, the process aborts
         # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
-        _exit_at_once(0)
+        exit_at_once(0)
 
 
 def _let_checkpoint_finish() -> None:
@@ -80,14 +80,6 @@ def _let_checkpoint_finish() -> None:
     for thread in threading.enumerate():
         if thread.name == WRITER_THREAD:
             thread.join(WRITER_PATIENCE)
-
-
-def _exit_at_once(status: int) -> NoReturn:
-    """End the process without the interpreter's shutdown."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def log_to_file(folder: Path, rank: int) -> None:

@@ -112,11 +112,8 @@ def cut(file: Path, step: int) -> None:
             try:
                 if line.endswith("\n") and json.loads(line)["step"] <= step:
                     new.write(line)
-            except (
-                json.JSONDecodeError,
-                KeyError,
-                TypeError,
-            ):  # a power cut may leave zeros behind what was brought to the disk
+            except (json.JSONDecodeError, KeyError, TypeError):
+                # A power cut may leave zeros behind what was brought to the disk.
                 log.warning("%s line %d was damaged and is left out", file, number)
         new.flush()
         os.fsync(new.fileno())

@@ -18,7 +18,7 @@ class Profiler:
         self._steps, self._folder, self._profile = config.profile_steps, run_dir / "profile", None
 
     def before(self, step: int) -> None:
-        """Call before each iteration, and at the end with where it would go on."""
+        """Call before each iteration."""
         if self._first is None:
             return
         if step == self._first:

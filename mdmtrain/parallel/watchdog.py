@@ -10,7 +10,6 @@ it prepares: the main thread may be in a collective then, where no signal handle
 import faulthandler
 import json
 import logging
-import os
 import select
 import signal
 import socket
@@ -24,7 +23,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from mdmtrain.config import RunConfig
-from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, meeting_point, reason
+from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, exit_at_once, meeting_point, reason
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -102,7 +101,7 @@ class Watchdog:
                 except Exception as error:
                     print(f"error: {news or self._lost}; who it was cannot be said: {error!r}", file=sys.stderr)
                 finally:
-                    _exit(1)
+                    exit_at_once(1)
         faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, key: str, text: str) -> None:
@@ -125,7 +124,7 @@ class Watchdog:
     def _leave_early(self, number: int) -> None:
         if self._world.is_main:
             print(f"stopped by {reason(number)} in preparation, before any step: the same command begins again")
-        _exit(EARLY)
+        exit_at_once(EARLY)
 
     def _roll_call(self, why: str) -> None:
         if self._log.exists():
@@ -213,10 +212,3 @@ def collectives() -> tuple[list[int], str]:
         return counts, "no collective"
     newest = max(entries, key=lambda entry: entry["time_created_ns"])
     return counts, f"{newest['profiling_name']} {newest['input_sizes']} (collective {counts[0]})"
-
-
-def _exit(status: int) -> None:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

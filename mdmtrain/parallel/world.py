@@ -1,6 +1,7 @@
 """One process among many: start-up, what the ranks agree on, and an agreed stop."""
 
 import ctypes
+import logging
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,14 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process without the interpreter's shutdown, which may wait for threads and ranks that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
-from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
+from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, read_model
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
 BATCH = 1 << 18  # characters that a worker gets at once
@@ -86,8 +85,9 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
         with staging(out) as folder:
             model = folder / MODEL_FILE
             if options.tokenizer:
-                tokenizer = Tokenizer.load(options.tokenizer)
-                shutil.copyfile(model_file(options.tokenizer), model)
+                content, _ = read_model(options.tokenizer)
+                tokenizer = Tokenizer(content, options.tokenizer)
+                model.write_bytes(content)
             else:
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
@@ -104,7 +104,7 @@ def _identity(inputs: list[Path], options: Options) -> str:
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     settings = asdict(options)
     if options.tokenizer:
-        settings["tokenizer"] = hashlib.sha256(model_file(options.tokenizer).read_bytes()).hexdigest()
+        settings["tokenizer"] = hashlib.sha256(read_model(options.tokenizer)[0]).hexdigest()
         del settings["vocab_size"]
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
 

@@ -30,7 +30,7 @@ class SentencePieces:
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, OSError):
-            raise ValueError("not a sentencepiece model") from None
+            raise ValueError("it is not a sentencepiece model") from None
         proto = protobuf.ModelProto.FromString(model)
         rules, training = proto.normalizer_spec, proto.trainer_spec
         self.names, self.pieces = {}, list(proto.pieces)  # role -> piece; each with its piece, score and type

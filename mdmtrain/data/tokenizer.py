@@ -31,6 +31,15 @@ _TEXTS = [
 ]  # fmt: skip
 
 
+class TextChanged(ValueError):
+    """Text that a tokenizer would not give back as it is."""
+
+    def __init__(self, message: str, line: int):
+        """line: where in the text, from 1."""
+        super().__init__(message)
+        self.line = line
+
+
 class Tokenizer:
     """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one; `sha256` is its identity in every manifest.
 
@@ -110,18 +119,25 @@ class Tokenizer:
         return cls(model.getvalue(), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no bos or eos added, never a reserved id. Raises ValueError for text that would be changed."""
+        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
         ids = self._pieces.encode(text)
-        if not self.reserved.isdisjoint(ids):
-            bad = next(i for i in ids if i in self.reserved)
-            if bad == self._pieces.unk_id():
-                lost = next((c for c in text if bad in self._pieces.encode(c)), text[:40])
-                raise ValueError(f"tokenizer {self.name} does not give text back: it has no piece for {lost!r}")
-            raise ValueError(f"tokenizer {self.name} makes its reserved {self._pieces.id_to_piece(bad)!r} of text")
         back = self.decode(ids)
-        if back != text:
-            raise ValueError(f"tokenizer {self.name} does not give text back: {_first_difference(text, back)}")
-        return ids
+        if back == text and self.reserved.isdisjoint(ids):
+            return ids
+        bad = next((i for i in ids if i in self.reserved), None)
+        if bad is None:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
+            )
+            start = max(at - 8, 0)
+            what = f"{text[start : at + 8]!r} would become {back[start : at + 8]!r}"
+        elif bad == self._pieces.unk_id():
+            at = next((i for i, c in enumerate(text) if bad in self._pieces.encode(c)), 0)
+            what = f"it has no piece for {text[at : at + 1]!r}"
+        else:
+            piece = self._pieces.id_to_piece(bad)
+            at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
+        raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
@@ -140,13 +156,6 @@ class Tokenizer:
         added = self._pieces.added()
         within = "".join(f" {piece} a{piece}b\n{piece}\n " for piece in added)
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
-
-
-def _first_difference(text: str, back: str) -> str:
-    """Where and how `back` differs from `text`, in a few words."""
-    at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
-    start, line = max(at - 8, 0), text.count("\n", 0, at) + 1
-    return f"{text[start : at + 8]!r} in its line {line} would become {back[start : at + 8]!r}"
 
 
 def read_model(path: str | Path) -> tuple[bytes, int]:

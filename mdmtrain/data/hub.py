@@ -154,29 +154,28 @@ def _named(content: dict, settings: dict, config: dict) -> dict[str, str]:
 
 def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str]) -> dict[str, str]:
     """A special token for each role, shared with no other. Adds tokens to `content`; what it changes is in `notes`."""
-    model, numbers, roles = content["model"], dict(vocabulary(content)), {}
+    model, tokens = content["model"], {token["content"]: token for token in content["added_tokens"]}
     unknown = model.get("unk_token")
     if unknown is None and model.get("unk_id") is not None:
         unknown = model["vocab"][model["unk_id"]][0]
-    taken = {unknown: "unk"}
-    declared = {token["content"] for token in content["added_tokens"]}
-    ordinary = set(spelled(content, [name for name in names.values() if name not in declared]))
-    for role in ("eos", "bos", "mask", "pad"):
+    ordinary = spelled(content, [name for name in names.values() if name not in tokens])
+    roles, taken = {}, {unknown: "unk"}
+    for role in ("eos", "bos", "mask", "pad"):  # the first keeps a token that several have
         name = names.get(role)
         if name is None and not add_missing:
             raise ValueError(f"it names no {role} token: tokenizer_config.json must have {role}_token")
         if name in ordinary:
             raise ValueError(f"{role}_token {name!r} is an ordinary piece, which text has: name a token of its own")
+        if name in taken:
+            notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
         if name is None or name in taken:
-            if name is not None:
-                notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
             name = f"<|mdm_{role}|>"
         roles[role], taken[name] = name, role
-        if name not in declared:
-            number = numbers.setdefault(name, max(numbers.values()) + 1)
-            content["added_tokens"].append({"id": number, "content": name, **FLAGS})
-            declared.add(name)
-        next(token for token in content["added_tokens"] if token["content"] == name)["special"] = True
+    numbers = dict(vocabulary(content))
+    for role in ROLES:
+        number = numbers.setdefault(roles[role], max(numbers.values()) + 1)
+        tokens.setdefault(roles[role], {"id": number, "content": roles[role], **FLAGS})["special"] = True
+    content["added_tokens"] = list(tokens.values())
     return {role: roles[role] for role in ROLES}
 
 

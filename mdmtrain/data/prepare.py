@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]  # phase, bytes of the input files do
 class Options:
     """What a prepared folder is made with, besides its inputs."""
 
-    tokenizer: str | None = None  # a model file or a prepared folder; None: train one
+    tokenizer: str | None = None  # a tokenizer's file, or a folder with one; None: train one
     vocab_size: int = 32_768  # pieces of a tokenizer trained here
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)

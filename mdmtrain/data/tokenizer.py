@@ -121,7 +121,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
         ids = self._pieces.encode(text)
-        back = self.decode(ids)
+        back = self._pieces.decode(ids)
         if back == text and self.reserved.isdisjoint(ids):
             return ids
         bad = next((i for i in ids if i in self.reserved), None)
@@ -149,7 +149,11 @@ class Tokenizer:
 
     def pieces(self) -> list[str]:
         """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
-        return [self._pieces.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(self.vocab_size)]
+        return [piece.replace(SPACE_MARK, " ") for piece in self.raw_pieces()]
+
+    def raw_pieces(self) -> list[str]:
+        """Every id's piece as the tokenizer's file has it, "" where there is none."""
+        return [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
     def probes(self) -> list[str]:
         """Texts that a tokenizer which loses something would change; all of its special and added pieces are in one."""

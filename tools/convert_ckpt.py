@@ -25,7 +25,7 @@ from mdmtrain.checkpoint import formats
 from mdmtrain.checkpoint.export import cast, export, import_checkpoint
 from mdmtrain.checkpoint.storage import place
 from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
-from mdmtrain.data.hub import ROLES
+from mdmtrain.data.lossless import ROLES
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, user_errors

@@ -11,6 +11,7 @@ from pathlib import Path
 from mdmtrain.data.lossless import (
     ESCAPE,
     FLAGS,
+    ROLES,
     SPACE_MARK,
     escaping,
     keep_apart,
@@ -24,7 +25,6 @@ from mdmtrain.data.lossless import (
 )
 from mdmtrain.data.sentencepieces import PIECE, SentencePieces
 
-ROLES = ("bos", "eos", "pad", "mask")
 log = logging.getLogger("mdmtrain")
 
 
@@ -38,6 +38,7 @@ class HubPieces:
             self.names: dict[str, str] = content["roles"]
             self.content: dict = content["tokenizer"]
             self._tokenizer = load(self.content)
+            assert self.names.keys() == set(ROLES)
         except ValueError:
             raise
         except Exception:  # the library raises Exception itself
@@ -104,8 +105,7 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
         raise ValueError(f"{file}: {error}") from None
     if notes:
         log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
-    whole = {"roles": roles, "tokenizer": content}
-    return json.dumps(whole, ensure_ascii=False, sort_keys=True).encode(), size
+    return _dump(roles, content), size
 
 
 def _settings(folder: Path) -> dict:
@@ -159,7 +159,7 @@ def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str])
     if unknown is None and model.get("unk_id") is not None:
         unknown = model["vocab"][model["unk_id"]][0]
     ordinary = spelled(content, [name for name in names.values() if name not in tokens])
-    roles, taken = {}, {unknown: "unk"}
+    roles, taken = {}, {unknown: "unk"} if unknown else {}
     for role in ("eos", "bos", "mask", "pad"):  # the first keeps a token that several have
         name = names.get(role)
         if name is None and not add_missing:
@@ -189,12 +189,27 @@ def hub_files(model: bytes) -> dict[str, bytes]:
         content = pieces.content
     else:
         pieces, files = SentencePieces(model), {"tokenizer.model": model}
+        if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
+            raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
     settings = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}
     return files | {name: json.dumps(text, ensure_ascii=False, indent=1).encode() for name, text in texts.items()}
+
+
+def bundle_unigram(pieces: SentencePieces) -> bytes:
+    """A sentencepiece unigram model as `bundle` gives a tokenizer.json: exact in transformers from the start.
+
+    Where two ways to split a word are equally likely the ids may be others than sentencepiece's.
+    """
+    content = json.loads(load(_converted(pieces)).to_str())
+    return _dump(pieces.names, content)
+
+
+def _dump(roles: dict[str, str], content: dict) -> bytes:
+    return json.dumps({"roles": roles, "tokenizer": content}, ensure_ascii=False, sort_keys=True).encode()
 
 
 def _converted(pieces: SentencePieces) -> dict:

@@ -7,6 +7,7 @@ Whether a tokenizer is lossless then is for `Tokenizer` to find out, which refus
 import json
 import re
 
+ROLES = ("bos", "eos", "pad", "mask")
 SPACE_MARK, ESCAPE = "\u2581", "\U0010f581"  # see tokenizer.py
 PREFIX = "no space is put before the first word"
 BYTE = "<0x41>"  # an example of all byte pieces: there is no A in it, which could be why that byte is there
@@ -168,7 +169,8 @@ def keep_apart(content: dict) -> None:
         split = {"pattern": {"Regex": "|".join(patterns)}, "behavior": "Isolated", "invert": False}
         splitters = _steps(content["pre_tokenizer"], "pretokenizers")
         content["pre_tokenizer"] = _sequence([*splitters, {"type": "Split", **split}], "pretokenizers")
-    for text in spelled(content, found):
+    unknown = {content["model"].get("unk_token")}  # comes of what has no piece, too: `Tokenizer` refuses that
+    for text in set(spelled(content, found)) - unknown:
         raise ValueError(f"ordinary text that spells {text!r} becomes this token: give the role a token of its own")
 
 

@@ -7,7 +7,7 @@ private-use character that next to no text contains; the escape itself is escape
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-from mdmtrain.data.lossless import ESCAPE, SPACE_MARK
+from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
 
 PIECE = protobuf.ModelProto.SentencePiece
 MODEL_TYPES = {protobuf.TrainerSpec.BPE: "BPE", protobuf.TrainerSpec.UNIGRAM: "Unigram"}  # tokenizer.json's names
@@ -35,9 +35,14 @@ class SentencePieces:
         rules, training = proto.normalizer_spec, proto.trainer_spec
         self.names, self.pieces = {}, list(proto.pieces)  # role -> piece; each with its piece, score and type
         numbers = (training.bos_id, training.eos_id, training.pad_id, self.piece_to_id("<mask>"))
-        for role, number in zip(("bos", "eos", "pad", "mask"), numbers, strict=True):
+        for role, number in zip(ROLES, numbers, strict=True):
             if number >= 0 and self.pieces[number].type == PIECE.CONTROL:
                 self.names[role] = self.pieces[number].piece
+        if missing := [role for role in ROLES if role not in self.names]:
+            raise ValueError(
+                f"it has no control piece for {', '.join(missing)}: train one with --vocab-size, or add <mask> to "
+                "control_symbols and set pad_id when you train yours"
+            )
         if training.model_type not in MODEL_TYPES:
             raise ValueError("a sentencepiece model of words or characters: train a BPE or unigram one")
         self.model_type = MODEL_TYPES[training.model_type]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from mdmtrain.data.hub import ROLES, HubPieces, bundle
-from mdmtrain.data.lossless import ESCAPE, SPACE_MARK
+from mdmtrain.data.hub import HubPieces, bundle, bundle_unigram
+from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
 from mdmtrain.data.sentencepieces import SentencePieces, escape
 
 MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
@@ -55,11 +55,6 @@ class Tokenizer:
         try:
             self._pieces = HubPieces(model) if model[:1] == b"{" else SentencePieces(model)
             names = self._pieces.names
-            if missing := [role for role in ROLES if role not in names]:
-                raise ValueError(
-                    f"it has no control piece for {', '.join(missing)}: train one with --vocab-size, or add <mask> to "
-                    "control_symbols and set pad_id when you train yours"
-                )
             if names["mask"] in (names["bos"], names["eos"], names["pad"]):
                 raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
         except ValueError as error:
@@ -177,7 +172,10 @@ def read_model(path: str | Path) -> tuple[bytes, int]:
     if content.lstrip()[:1] == b"{" and "roles" not in _json_object(path):
         config = path.parent / "config.json"
         return bundle(path, _json_object(config) if config.is_file() else {}, add_missing=True)
-    return content, Tokenizer(content, str(path)).vocab_size
+    tokenizer = Tokenizer(content, str(path))
+    if isinstance(tokenizer._pieces, SentencePieces) and tokenizer._pieces.model_type == "Unigram":
+        content = bundle_unigram(tokenizer._pieces)
+    return content, tokenizer.vocab_size
 
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[bytes, int]:

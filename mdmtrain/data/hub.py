@@ -87,7 +87,7 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
     library = tokenizers_library()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        library.Tokenizer.from_str(json.dumps(content))
+        usual = library.Tokenizer.from_str(json.dumps(content))
     except Exception:  # the library raises Exception itself
         raise ValueError(f"{file}: not a tokenizer.json that can be read: copy the model's original file") from None
     settings = _settings(file.parent)
@@ -97,6 +97,12 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
         content = json.loads(load(content).to_str())  # as the library writes it today
         size = max(number for _, number in vocabulary(content)) + 1
         notes = neutralise(content)
+        for token in content["added_tokens"]:
+            if usual.token_to_id(token["content"]) not in (None, token["id"]):
+                notes.append(
+                    f"{token['content']!r} has the id of the file, {token['id']}; transformers gives it another"
+                )
+                break
         names = _named(content, settings, config)
         roles = _own_tokens(content, names, add_missing, notes)
         keep_apart(content)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from mdmtrain.checkpoint import formats, storage, store
 from mdmtrain.config import Config, validate
-from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
+from mdmtrain.data.tokenizer import MODEL_FILE, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.parallel.world import describe_error
 
@@ -124,10 +124,10 @@ def open_folder(folder: Path, kind: str) -> Weights:
     facts.pop("minimum_transformers", None)
     files, stored = _locate_tensors(folder, kind, stored)
     start_anew = kind == "llama" and stored.causal
-    model, known = read_folder(folder, config, add_missing=start_anew)
+    tokenizer, known = read_folder(folder, config, add_missing=start_anew)
     if facts:
-        _check_tokenizer(model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
-    pieces = Tokenizer(model, str(folder)).vocab_size
+        _check_tokenizer(tokenizer.model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
+    pieces = tokenizer.vocab_size
     shape, kept = replace(stored, causal=stored.causal and not start_anew), stored.vocab_size
     beyond = pieces > stored.vocab_size and (start_anew or known <= stored.vocab_size)
     if beyond or (start_anew and pieces > known):
@@ -159,7 +159,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
 
     if not facts or facts["identity"]["model"] != asdict(shape):
         facts = {**facts, "config": bare.model_dump(mode="json")}
-    return Weights(folder, shape, model, facts, read)
+    return Weights(folder, shape, tokenizer.model, facts, read)
 
 
 def _read_json(file: Path) -> dict:

@@ -103,12 +103,14 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
                     f"{token['content']!r} has the id of the file, {token['id']}; transformers gives it another"
                 )
                 break
-        names = _named(content, settings, config)
+        names = _named(content, settings, config, notes)
         roles = _own_tokens(content, names, add_missing, notes)
         keep_apart(content)
         content = json.loads(load(content).to_str())
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}, or its settings: not in the format ({error!r}): get the original files") from None
     if notes:
         log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
     return _dump(roles, content), size
@@ -127,8 +129,11 @@ def _settings(folder: Path) -> dict:
 
 
 def _text(token: str | dict | None) -> str | None:
-    """A token of the settings, which have either its text or an object with that."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A token of the settings, which have either its text or an object with that. Raises ValueError."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"tokenizer_config.json names {text!r} as a token: it must be a text")
+    return text
 
 
 def _add_from_settings(content: dict, settings: dict) -> None:
@@ -146,13 +151,23 @@ def _add_from_settings(content: dict, settings: dict) -> None:
     content["added_tokens"] = list(known.values())
 
 
-def _named(content: dict, settings: dict, config: dict) -> dict[str, str]:
-    """The tokens that the settings, or the model's configuration by their ids, name for the roles."""
+def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dict[str, str]:
+    """The tokens that the settings, or the model's configuration by their ids, name for the roles.
+
+    An id in the configuration that is an ordinary piece (its default, often) does not count, which `notes` says.
+    """
     by_id, names = {number: piece for piece, number in vocabulary(content)}, {}
+    declared = {token["content"] for token in content["added_tokens"]}
     for role in ROLES:
         token, number = _text(settings.get(f"{role}_token")), config.get(f"{role}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        token = by_id.get(number) if token is None and isinstance(number, int) else token
+        if token is None and isinstance(number, int):
+            token = by_id.get(number)
+            if token is not None and token not in declared and spelled(content, [token]):
+                notes.append(
+                    f"{role}_token_id {number} of config.json is not used, as it is the ordinary piece {token!r}"
+                )
+                token = None
         if token:
             names[role] = token
     return names

@@ -62,15 +62,23 @@ def load(content: dict):
         twice = sorted(piece for piece, i in numbers.items() if list(numbers.values()).count(i) > 1)[:2]
         raise ValueError(f"{twice[0]!r} and {twice[1]!r} have the same id: it cannot be used")
     content["added_tokens"].sort(key=lambda token: token["id"])
-    loaded = tokenizers_library().Tokenizer.from_str(json.dumps(content))
+    loaded = _from_json(content)
     if loaded.get_vocab(with_added_tokens=True) != numbers and isinstance(content["model"]["vocab"], dict):
         content["model"]["vocab"] = numbers
-        loaded = tokenizers_library().Tokenizer.from_str(json.dumps(content))
+        loaded = _from_json(content)
     found = loaded.get_vocab(with_added_tokens=True)
     for piece, number in vocabulary(content):
         if found.get(piece) != number:
             raise ValueError(f"{piece!r} has id {number} in the file, but {found.get(piece)} when loaded: repair it")
     return loaded
+
+
+def _from_json(content: dict):
+    library = tokenizers_library()
+    try:
+        return library.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"the tokenizers library cannot read it ({error})") from None
 
 
 # ---- text

@@ -31,7 +31,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
-from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer, read_model
+from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
 BATCH = 1 << 18  # characters that a worker gets at once
@@ -68,7 +68,7 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
 
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
-    given = read_model(options.tokenizer)[0] if options.tokenizer else None
+    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     made_from = _identity(inputs, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
@@ -86,8 +86,8 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
         with staging(out) as folder:
             model = folder / MODEL_FILE
             if given:
-                tokenizer = Tokenizer(given, options.tokenizer)
-                model.write_bytes(given)
+                tokenizer = given
+                model.write_bytes(given.model)
             else:
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
@@ -100,11 +100,11 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     return Summary(out, manifest, False, skipped)
 
 
-def _identity(inputs: list[Path], options: Options, tokenizer: bytes | None) -> str:
+def _identity(inputs: list[Path], options: Options, tokenizer: Tokenizer | None) -> str:
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     settings = asdict(options)
     if tokenizer:
-        settings["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
+        settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
 

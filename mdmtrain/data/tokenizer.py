@@ -41,10 +41,11 @@ class TextChanged(ValueError):
 
 
 class Tokenizer:
-    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one; `sha256` is its identity in every manifest.
+    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one.
 
-    `reserved` has the ids that no text becomes: those of special tokens (bos, eos, pad, mask and others), of the piece
-    for what is unknown, and numbers without a piece.
+    `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` has the ids that no text
+    becomes: those of special tokens (bos, eos, pad, mask and others), of the piece for what is unknown, and numbers
+    without a piece.
     """
 
     def __init__(self, model: bytes, name: str):
@@ -59,7 +60,7 @@ class Tokenizer:
                 raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: {error}") from None
-        self.name, self.sha256 = name, hashlib.sha256(model).hexdigest()
+        self.name, self.model, self.sha256 = name, model, hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
         self.reserved = frozenset(self._pieces.reserved())
@@ -69,7 +70,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
-        return cls(read_model(path)[0], str(path))
+        return read_model(path)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
@@ -157,8 +158,8 @@ class Tokenizer:
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
 
 
-def read_model(path: str | Path) -> tuple[bytes, int]:
-    """The tokenizer that `path` names, as the content of one file, and its size before tokens were added.
+def read_model(path: str | Path) -> tuple[Tokenizer, int]:
+    """The tokenizer that `path` names, and its vocabulary size before tokens were added.
 
     path: a model file of ours, a tokenizer.json, or a folder with one: prepared data, a checkpoint, or a model. Foreign
     ones become lossless, and get the roles that they lack. Raises ValueError.
@@ -171,26 +172,31 @@ def read_model(path: str | Path) -> tuple[bytes, int]:
     content = path.read_bytes()
     if content.lstrip()[:1] == b"{" and "roles" not in _json_object(path):
         config = path.parent / "config.json"
-        return bundle(path, _json_object(config) if config.is_file() else {}, add_missing=True)
+        return _bundled(path, _json_object(config) if config.is_file() else {}, add_missing=True)
     tokenizer = Tokenizer(content, str(path))
     if isinstance(tokenizer._pieces, SentencePieces) and tokenizer._pieces.model_type == "Unigram":
-        content = bundle_unigram(tokenizer._pieces)
-    return content, tokenizer.vocab_size
+        tokenizer = Tokenizer(bundle_unigram(tokenizer._pieces), str(path))
+    return tokenizer, tokenizer.vocab_size
 
 
-def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[bytes, int]:
+def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
     """The same of a folder. config: the model's config.json. add_missing: roles that it lacks get new tokens."""
     ours, theirs = folder / MODEL_FILE, folder / HUB_FILE
     if ours.is_file():
         try:
-            content = ours.read_bytes()
-            return content, Tokenizer(content, str(ours)).vocab_size
+            tokenizer = Tokenizer(ours.read_bytes(), str(ours))
+            return tokenizer, tokenizer.vocab_size
         except ValueError as error:
             if not theirs.is_file():
                 raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
     if not theirs.is_file():
         raise ValueError(f"{folder} has no {HUB_FILE} and no {MODEL_FILE}: copy the model's tokenizer files there")
-    return bundle(theirs, config, add_missing)
+    return _bundled(theirs, config, add_missing)
+
+
+def _bundled(file: Path, config: dict, add_missing: bool) -> tuple[Tokenizer, int]:
+    model, size = bundle(file, config, add_missing)
+    return Tokenizer(model, str(file)), size
 
 
 def _json_object(file: Path) -> dict:

@@ -13,6 +13,7 @@ import sentencepiece
 
 from mdmtrain.data.hub import hub_files
 from mdmtrain.data.lossless import ROLES
+from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer, read_model
 from tests.conftest import SOAK, write_config
@@ -63,7 +64,7 @@ def assert_lossless_and_equal(model: bytes, folder: Path) -> Tokenizer:
         assert not piece or theirs.convert_tokens_to_ids(piece) == number
     reserved = [getattr(ours, f"{role}_id") for role in ROLES]
     assert reserved == [getattr(theirs, f"{role}_token_id") for role in ROLES] and len(set(reserved)) == 4
-    assert read_model(folder)[0] == model, "what was exported is read as what it was"
+    assert Tokenizer.load(folder).model == model, "what was exported is read as what it was"
     return ours
 
 
@@ -76,8 +77,8 @@ def test_a_tokenizer_loses_nothing_or_is_refused(name, tmp_path):
             Tokenizer.load(folder)
         assert "\n" not in str(caught.value)
         return
-    model, size = read_model(folder)
-    ours = assert_lossless_and_equal(model, tmp_path / "exported")
+    loaded, size = read_model(folder)
+    ours = assert_lossless_and_equal(loaded.model, tmp_path / "exported")
     declared = {one["content"]: one["id"] for one in foreign.tokenizer["added_tokens"]}
     declared |= {t["content"]: int(i) for i, t in foreign.settings.get("added_tokens_decoder", {}).items()}
     pieces = ours.raw_pieces()
@@ -134,14 +135,33 @@ def test_sentencepiece_models_with_pieces_of_their_own(kind, tmp_path):
         user_defined_symbols=["<think>", "self", "0", "1", "12"], hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (tmp_path / "given.model").write_bytes(model.getvalue())
-    content, size = read_model(tmp_path / "given.model")
     ours = Tokenizer.load(tmp_path / "given.model")
     given = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    assert_lossless_and_equal(content, tmp_path / "exported")
-    assert ours.vocab_size == size == given.get_piece_size()
-    assert ours.raw_pieces() == [given.id_to_piece(i) for i in range(size)]
+    assert_lossless_and_equal(ours.model, tmp_path / "exported")
+    assert ours.raw_pieces() == [given.id_to_piece(i) for i in range(given.get_piece_size())]
     text = "def self(x12, 10) <think>x</think>"
     assert ours.encode(text) == given.encode(text) and ours.raw_pieces().index("<think>") in ours.encode(text)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_that_would_change_is_named_with_its_line(workers, tmp_path):
+    """A tokenizer that drops snowmen, which is in none of the texts that every tokenizer is tried on."""
+    content = content_of(byte_level())
+    melting = {"type": "Split", "pattern": {"String": "\u2603"}, "behavior": "Removed", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [melting, content["pre_tokenizer"]]}
+    folder = Foreign(content).write(tmp_path / "foreign")
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("one", "\n\nwinter \u2603", "x"))
+    )
+    (tmp_path / "in.txt").write_text("one\ntwo\nwinter \u2603\n")
+    pair = {"prompt": "what \u2603?", "response": "melted"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps(pair) + "\n")
+    for name, line in (("in.jsonl", 2), ("in.txt", 3), ("pairs.jsonl", 2)):
+        with pytest.raises(ValueError, match=rf"{name}:{line}: .*does not give text back: .*\u2603") as caught:
+            prepare([tmp_path / name], tmp_path / "out", Options(str(folder)), workers)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="does not give text back"):
+        Tokenizer.load(folder).encode("\u2603")
 
 
 # ---- through the product

@@ -39,6 +39,7 @@ class ModelConfig(Section):
     n_layers: int | None = Field(None, gt=0, description="number of blocks")
     n_heads: int | None = Field(None, gt=0, description="query heads")
     n_kv_heads: int | None = Field(None, gt=0, description="key/value heads; n_heads is plain multi-head attention")
+    head_dim: int | None = Field(None, gt=0, description="width of one head; default: d_model / n_heads")
     d_ff: int | None = Field(None, gt=0, description="hidden width of the SwiGLU feed-forward")
     vocab_size: int | None = Field(
         None, gt=0, description="rows of the embedding; default: the tokenizer's size rounded up to a multiple of 64"

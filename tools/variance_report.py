@@ -62,10 +62,10 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
     return diffusion
 
 
-def verdict(name: str, objective: str, ratio: Spread) -> str:
+def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
     if name == "standard":
         return "the reference"
-    if objective != "nelbo":
+    if not trains_nelbo:
         return "other objective"
     if ratio.low > 1 or ratio.high < 1:
         return "less" if ratio.high < 1 else "more"
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, noise in noises.items():
         row = report_row(noise, noises["standard"], *steps[name])
         objective = arms[name].objective
-        says = verdict(name, objective, Spread(row["grad_var_ratio"], *row["ci"]))
+        says = verdict(name, arms[name].trains_nelbo, Spread(row["grad_var_ratio"], *row["ci"]))
         rows[name] = {"objective": objective, "verdict": says, **row}
         if arms[name].sampler == "uniform":
             floor = density_floor(noise)

@@ -109,12 +109,12 @@ class Muon(torch.optim.Optimizer):
         self._matrices, first = matrices, matrices[0]
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(p)}
-        ranks, rank, self._group, self._device = 1, 0, None, first.device
+        ranks, rank, self._group, self.device = 1, 0, None, first.device
         if isinstance(first, DTensor):  # with HSDP the last dimension of the mesh has the ranks of one copy
             mesh, last = first.device_mesh, first.device_mesh.ndim - 1
             ranks, rank, self._group = mesh.size(last), mesh.get_local_rank(last), mesh.get_group(last)
-            self._device = torch.device(mesh.device_type)  # of a GPU: the current one
-        self.dtype = newton_schulz_dtype(self._device.type)
+            self.device = torch.device(mesh.device_type)  # of a GPU: the current one
+        self.dtype = newton_schulz_dtype(self.device.type)
         self._exchange = Exchange([tuple(p.shape) for p in matrices], ranks, rank) if ranks > 1 else None
         if self._exchange is not None:
             for p, rows in zip(matrices, self._exchange.rows, strict=True):
@@ -133,9 +133,9 @@ class Muon(torch.optim.Optimizer):
         """This rank's rows of every matrix's orthogonalised momentum."""
         if self._exchange is None:
             for p in self._matrices:
-                yield p, orthogonalize(self._momentum(p, skip).to(self._device, self.dtype))
+                yield p, orthogonalize(self._momentum(p, skip).to(self.device, self.dtype))
             return
-        exchange, kind = self._exchange, {"dtype": self.dtype, "device": self._device}
+        exchange, kind = self._exchange, {"dtype": self.dtype, "device": self.device}
         sending = torch.empty(sum(exchange.sent), **kind)
         receiving = torch.empty(sum(exchange.received), **kind)
         parameters, slots = [self._matrices[index] for index in exchange.order], sending.split(exchange.sent)

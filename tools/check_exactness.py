@@ -223,7 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=FEW, help="of each run (default: %(default)s)")
     parser.add_argument("--worlds", default="1,2,4,2x2", help="the first is 1, the reference (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(ARRANGEMENTS), help="plain, muon, and others of theirs (default: %(default)s)")
+    parser.add_argument(
+        "--only", default=",".join(ARRANGEMENTS), help="plain, muon, and others of theirs (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: one made on the spot)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)

@@ -16,7 +16,7 @@ from mdmtrain.config import OptimConfig, ParallelConfig
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import build_optimizer, muon_matrices, optimizer_step
-from mdmtrain.parallel.wrap import build_model
+from mdmtrain.parallel.parallelize import build_model
 from tests.spawn import run_world
 
 HEALTHY = torch.tensor(True)

@@ -6,7 +6,7 @@ has an owner. One all-to-all brings the rows of all matrices to their owners, th
 takes the results back. Owners are chosen such that all ranks have about the same work. docs/optimizers.md says more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -122,33 +122,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        (group,) = self.param_groups
-        lr, decay, skip = group["lr"], group["weight_decay"], self.found_inf.bool()
-        for p, update in self._updates(skip):
-            values = local(p)
-            moved = (values * (1 - lr * decay)).add_(update.to(values.device), alpha=-lr * update_scale(*p.shape))
-            torch.where(skip, values, moved, out=values)
-
-    def _updates(self, skip: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """This rank's rows of every matrix's orthogonalised momentum."""
+        skip = self.found_inf.bool()
         if self._exchange is None:
             for p in self._matrices:
-                yield p, orthogonalize(self._momentum(p, skip).to(self.device, self.dtype))
-            return
-        exchange, kind = self._exchange, {"dtype": self.dtype, "device": self.device}
-        sending = torch.empty(sum(exchange.sent), **kind)
-        receiving = torch.empty(sum(exchange.received), **kind)
+                self._update(p, orthogonalize(self._momentum(p, skip).to(self.device, self.dtype)), skip)
+        else:
+            self._step_together(self._exchange, skip)
+
+    def _step_together(self, exchange: Exchange, skip: Tensor) -> None:
+        """The step of ranks that share the matrices: rows to the owners, the owners' work, results back."""
+        sending = torch.empty(sum(exchange.sent), dtype=self.dtype, device=self.device)
+        receiving = torch.empty(sum(exchange.received), dtype=self.dtype, device=self.device)
         parameters, slots = [self._matrices[index] for index in exchange.order], sending.split(exchange.sent)
         for p, slot in zip(parameters, slots, strict=True):
             slot.view_as(local(p)).copy_(self._momentum(p, skip))
         dist.all_to_all_single(receiving, sending, exchange.received_from, exchange.sent_to, self._group)
         for index, pieces in zip(exchange.mine, exchange.pieces(receiving), strict=True):
-            whole = torch.cat(pieces).view(self._matrices[index].shape)
-            for piece, rows in zip(pieces, orthogonalize(whole).split(exchange.rows[index]), strict=True):
-                piece.view_as(rows).copy_(rows)
+            orthogonalize_pieces(pieces, exchange.rows[index])
         dist.all_to_all_single(sending, receiving, exchange.sent_to, exchange.received_from, self._group)
         for p, slot in zip(parameters, slots, strict=True):
-            yield p, slot.view_as(local(p))
+            self._update(p, slot.view_as(local(p)), skip)
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
         """Move the momentum of this rank's rows, and return what Nesterov's method makes of it and the gradient."""
@@ -156,6 +149,20 @@ class Muon(torch.optim.Optimizer):
         moved = momentum.lerp(gradient, 1 - MOMENTUM)
         torch.where(skip, momentum, moved, out=momentum)
         return gradient.lerp(moved, MOMENTUM)
+
+    def _update(self, p: nn.Parameter, direction: Tensor, skip: Tensor) -> None:
+        """Decay this rank's rows and move them against the direction, [rows here, columns]."""
+        (group,), values = self.param_groups, local(p)
+        decayed = values * (1 - group["lr"] * group["weight_decay"])
+        moved = decayed.add_(direction.to(values.device), alpha=-group["lr"] * update_scale(*p.shape))
+        torch.where(skip, values, moved, out=values)
+
+
+def orthogonalize_pieces(pieces: Sequence[Tensor], rows: Sequence[int]) -> None:
+    """Orthogonalise in place a matrix that comes as consecutive rows: flat tensors of so many rows each."""
+    result = orthogonalize(torch.cat(pieces).view(sum(rows), -1))
+    for piece, part in zip(pieces, result.split(rows), strict=True):
+        piece.view_as(part).copy_(part)
 
 
 def local(tensor: Tensor) -> Tensor:

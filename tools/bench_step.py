@@ -123,12 +123,12 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """{mode: {kind: [planned, measured]}}, bytes on rank 0; the peaks include all but the states."""
     assumed, compared = Assumptions(), {}
-    composed = world.device.type == "cpu"  # its norms
+    on_cpu = world.device.type == "cpu"
     for mode, settings in RECOMPUTE.items():
         one = changed(config, "parallel", **settings)
         measured = measured_memory(one, shape, world, assumed.masked)
         shard = world.size // config.parallel.replicate
-        planned = memory(shape, one, shard, config.run.micro_batch, assumed, composed)
+        planned = memory(shape, one, shard, config.run.micro_batch, assumed, on_cpu)
         for kind in WORK:
             planned[kind] += planned["gathered"] + planned["activations"]
         compared[mode] = {kind: [planned[kind], value] for kind, value in measured.items()}

@@ -52,7 +52,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     """Peak memory against the plan, compiled against eager, and the whole step (with the faster of them)."""
     world, config = the_world(), example(place, name)
     shape, repeat = model_shape(config.model, 0), place.pick(10, 1)
-    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), composed_norms=place.rehearsal)
+    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
     states = planned["gradient pair"] + planned["average"]  # not in this measurement
     measured = measured_memory(config, shape, world, Assumptions().masked)
     there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))

@@ -68,7 +68,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     for p in others:
         step = torch.zeros((), dtype=torch.float32, device=local(p).device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if not matrices:
+    if config.name == "adamw":
         return adamw
     muon = Muon(list(matrices.values()), config.lr, config.weight_decay)
     muon.param_groups[0]["lr_ratio"] = 1.0 if config.muon_lr is None else config.muon_lr / config.lr

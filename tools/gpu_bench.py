@@ -57,7 +57,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     measured = measured_memory(config, shape, world, Assumptions().masked)
     there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
     most_kept = planned["gathered"] + planned["activations"]
-    most = there + max(measured[kind] for kind in WORK)
+    most = there + max(measured[kind] for kind in (*WORK, "optimizer at work"))
     ratio = most / (peak(planned) - states)
     both = {kind: [planned[kind] + (kind in WORK) * most_kept, measured[kind]] for kind in measured}
     report.note(memory_planned_and_measured=both)

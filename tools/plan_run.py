@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not one.fits:
             entry["proposal"] = propose(config, shape, one.gpus, gpu, assumed)
             way = entry["proposal"] or "nothing here makes it fit: more GPUs, or a smaller model or sequence_length"
-            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False)
+            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False, soft_wrap=True)
         entry["hurry"] = hurry(config, shape, one.gpus, gpu, assumed)
         if entry["hurry"]:
             line = f"communication sets the pace and memory is left; try {entry['hurry']}"

@@ -112,7 +112,7 @@ def average_that_is_not_there(lab):
 
 @case("qwen3 has qk_norm", "--to llama")
 def plain_model_in_qwen3(lab):
-    return [lab.folder / "native", "--to", "qwen3"]
+    return [lab.copy("native"), "--to", "qwen3"]
 
 
 @case("llada cannot express a head_dim", "--to llama")

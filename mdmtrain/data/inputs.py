@@ -104,14 +104,15 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
         named = [argument] if exists else _expand(argument)
         if not named:
             raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
-        before = len(found)
-        for path in named:
-            for file in _files(path, include, exclude, out) if os.path.isdir(path) else [path]:
-                real = file if file == STANDARD_INPUT else os.path.realpath(file)
-                if real not in found:
-                    found[real] = open_name(file)
-        if len(found) == before and all(os.path.isdir(path) for path in named):
-            raise ValueError(f"no new file in {argument!r} matches --include and --exclude: widen the patterns")
+        files = [
+            file for path in named for file in (_files(path, include, exclude, out) if os.path.isdir(path) else [path])
+        ]
+        if not files:
+            raise ValueError(f"no file in {argument!r} matches --include and --exclude: widen the patterns")
+        for file in files:
+            real = file if file == STANDARD_INPUT else os.path.realpath(file)
+            if real not in found:
+                found[real] = open_name(file)
     return list(found.values())
 
 

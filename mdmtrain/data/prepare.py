@@ -118,9 +118,9 @@ def _identity(inputs: list[Input], options: Options) -> str:
 # ---- tokens
 
 
-def _draw(document: Document) -> float:
-    """The document's number in [0, 1): below --validation-fraction it is validation. Equal documents go together."""
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], "big") / 2**32
+def _draw(hash: int) -> float:
+    """A document's number in [0, 1): below --validation-fraction it is validation. Like documents go together."""
+    return (hash >> 31) / 2**32
 
 
 def _training_texts(inputs: list[Input], options: Options, report: Progress) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _training_texts(inputs: list[Input], options: Options, report: Progress) -> 
         characters = 0
         for document, _ in read_documents(one, options.reading()):
             text = (document.prompt or "") + document.text
-            if _draw(document) >= options.validation_fraction:
+            if _draw(document.hash()) >= options.validation_fraction:
                 yield text
             characters += len(text)
             if characters >= share:
@@ -142,7 +142,7 @@ def _training_texts(inputs: list[Input], options: Options, report: Progress) -> 
 
 
 _Batch = tuple[list[Document], int]  # documents, bytes of the input files read so far
-_Encoded = tuple[float, int, np.ndarray, int | None]  # draw, bytes, bos + tokens + eos, where the response starts
+_Encoded = tuple[int, int, np.ndarray, int | None]  # hash, bytes, bos + tokens + eos, where the response starts
 _tokenizer: Tokenizer  # of this worker process
 
 
@@ -165,7 +165,7 @@ def _encode(documents: list[Document]) -> list[_Encoded]:
     encoded, dtype = [], dtype_for(_tokenizer.vocab_size)
     for document in documents:
         tokens, response = encode_document(_tokenizer, document)
-        encoded.append((_draw(document), len(document.text.encode()), np.array(tokens, dtype=dtype), response))
+        encoded.append((document.hash(), len(document.text.encode()), np.array(tokens, dtype=dtype), response))
     return encoded
 
 
@@ -213,8 +213,9 @@ def _write_splits(
     total = sum(one.size for one in inputs)
     lowest, highest = 1.0, 0.0
     for encoded, done in _encode_all(_batches(inputs, reading), folder / MODEL_FILE, workers):
-        for draw, size, tokens, response in encoded:
-            writers["validation" if draw < options.validation_fraction else "train"].add(tokens, size, response)
+        for hash, size, tokens, response in encoded:
+            draw = _draw(hash)
+            writers["validation" if draw < options.validation_fraction else "train"].add(tokens, size, hash, response)
             lowest, highest = min(lowest, draw), max(highest, draw)
         report("tokenizing", done, total)
     splits = {split: writer.close() for split, writer in writers.items()}

@@ -5,8 +5,10 @@ that makes something of it and may find it bad; --on-bad-record says whether thi
 """
 
 import argparse
+import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -246,9 +248,11 @@ class Document(NamedTuple):
     line: int = 0  # of the record in the file, or of the text's beginning
     record: bool = False  # whether it is a line of JSON
 
-    def encode(self) -> bytes:
-        """What tells documents apart."""
-        return self.text.encode() if self.prompt is None else self.prompt.encode() + b"\0" + self.text.encode()
+    def hash(self) -> int:
+        """63 bits that documents share which differ in white space, case or the encoding of characters alone."""
+        parts = [self.text] if self.prompt is None else [self.prompt, self.text]
+        normal = "\0".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
+        return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") >> 1
 
 
 def as_document(fields: dict[str, Any]) -> Document:

@@ -100,6 +100,7 @@ def test_a_folder_of_plain_text_is_what_it_was(corpus):
     for split in content["splits"].values():
         assert set(split) == {"tokens", "documents", "bytes", "shards"}
         names = {"file", "tokens", "documents", "sha256", "documents_file", "documents_sha256"}
+        names |= {"hashes_file", "hashes_sha256"}
         assert all(set(shard) == names for shard in split["shards"])
     assert not list(corpus.glob("*.responses"))
     split = PreparedSplit(corpus, "train")

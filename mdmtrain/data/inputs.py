@@ -309,9 +309,9 @@ def _other_encoding(head: bytes) -> str | None:
     head = head[: len(head) // 4 * 4] or head[: len(head) // 2 * 2]
     if b"\0" not in head or not head.strip(b"\0"):
         return None
-    for order, quads in (("LE", (3, 2)), ("BE", (0, 1))):
-        top, plane = (head[first::4] for first in quads)
-        if top and not any(top) and max(plane) <= 16:
+    for order, quads in (("LE", (3, 2, 0)), ("BE", (0, 1, 3))):
+        top, plane, low = (head[first::4] for first in quads)
+        if top and not any(top) and max(plane) <= 16 and low.count(0) <= 0.1 * len(low):
             return f"UTF-32{order}"
     for order, first in (("LE", 1), ("BE", 0)):
         high, low = head[first::2], head[1 - first :: 2]

@@ -110,8 +110,11 @@ def print_summary(summary: Summary, seconds: float) -> None:
             f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
             + (f"  {learned:,} tokens of responses" if learned else "")
         )
-    for reason, count in sorted(summary.left_out.items()):
-        print(f"left out   {count:,} records: {reason}")
+    kinds = {"text": "text", "jsonl": "JSON lines"}
+    files = [f"{count:,} of {kinds[kind]}" for kind, count in sorted(summary.reading.files.items())]
+    print(f"files      {', '.join(files)}")
+    for line in summary.reading.summary():
+        print(line)
     print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}")
     print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]}) in {seconds:.1f} s")
 

@@ -9,7 +9,7 @@ import json
 import math
 import multiprocessing
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -64,7 +64,7 @@ class Summary:
     out: Path
     manifest: dict[str, Any]
     already: bool  # nothing was done: the folder was there, made from the same inputs and options
-    left_out: Counter[str]  # records, by reason
+    reading: Reading  # what the inputs were, and what was left out of them
 
 
 def prepare(
@@ -82,7 +82,7 @@ def prepare(
             raise ValueError(f"{out} holds data made from other inputs or options: remove it or choose another --out")
         for split in manifest["splits"]:
             PreparedSplit(out, split)
-        return Summary(out, manifest, True, Counter())
+        return Summary(out, manifest, True, options.reading())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
 
@@ -103,7 +103,7 @@ def prepare(
         raise ValueError(f"preparing {out} failed: {where}: {error.strerror or error}; nothing was written") from None
     except BrokenProcessPool:
         raise ValueError(f"preparing {out} failed: a worker was killed (out of memory?): use fewer --workers") from None
-    return Summary(out, manifest, False, reading.left_out)
+    return Summary(out, manifest, False, reading)
 
 
 def _identity(inputs: list[Input], options: Options) -> str:

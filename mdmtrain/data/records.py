@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 
-from mdmtrain.data.inputs import BOM, FormatOption, Input, Opened, has_control_characters, open_input
+from mdmtrain.data.inputs import BOM, FormatOption, Input, Kind, Opened, has_control_characters, open_input
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
 MOST_DIGITS = 4300  # of an integer: what Python converts by default
@@ -30,6 +30,7 @@ class Reading:
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     left_out: Counter[str] = field(default_factory=Counter)  # records, by reason
+    files: Counter[Kind] = field(default_factory=Counter)  # inputs that were opened, by what they are
 
     def summary(self) -> list[str]:
         """A line for each reason, for a person."""
@@ -92,6 +93,7 @@ def read_records(
     blank ones. Raises ValueError naming the file and the line.
     """
     with open_input(source, reading.format) as opened:
+        reading.files[opened.kind] += 1
         number = 0
         for number, content in _contents(opened, lines):
             place = Place(source.name, number, opened.kind == "jsonl")

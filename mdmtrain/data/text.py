@@ -33,7 +33,8 @@ class TextSplit:
             responses.append(response)
             self.bytes += len(document.text.encode())
         if not documents:
-            raise ValueError(f"{source.name}: no text in it: give a file with text")
+            why = f" ({', '.join(reading.left_out)})" if reading.left_out else ""
+            raise ValueError(f"{source.name}: no text in it{why}: give a file with text")
         self.prompts = responses[0] is not None
         self._ids = np.concatenate(documents)
         self._starts = np.cumsum([0, *(len(document) for document in documents[:-1])])

@@ -91,7 +91,7 @@ def test_a_link_is_what_its_own_name_says(packed, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["prose\n", "{not json}\n", '{"quoted" but not an object}\n', "[1] A note.\n", '"a string"\n', "{\n  x = 1\n}\n",
-     "PAR1S is a word", "ORC: an orc", "BZh no", "a\0b and more text", "\n\n", " {", "1f8b", "[[Category:X]]\n", "\n" + "\0" * 40],
+     "PAR1S is a word", "ORC: an orc", "BZh no", "a\0b and more", "\n\n", " {", "1f8b", "[[X]]\n", "\n" + "\0" * 40],
 )  # fmt: skip
 def test_prose_and_code_are_text(text, tmp_path):
     (tmp_path / "a").write_bytes(text.encode())

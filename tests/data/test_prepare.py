@@ -88,7 +88,7 @@ def test_every_document_is_there_once_and_workers_change_nothing(texts, tmp_path
     for workers, out in enumerate(outs, 1):
         inputs = find_inputs([str(texts), str(texts / "00.txt")], *PATTERNS, out)
         summary = prepare(inputs, out, OPTIONS, workers)
-        assert not summary.already and summary.left_out == {"empty": 2}  # empty.txt and a blank line
+        assert not summary.already and summary.reading.left_out == {"empty": 2}  # empty.txt and a blank line
     train, validation = documents_of(outs[0], "train"), documents_of(outs[0], "validation")
     assert Counter(train + validation) == expected(texts)
     assert not set(train) & set(validation) and 0 < len(validation) < len(train)
@@ -157,7 +157,7 @@ def test_documents_that_are_not_utf8_can_be_left_out(texts, tmp_path):
     inputs = find_inputs([str(texts)], [], ["skipped"], tmp_path / "out")
     options = Options(vocab_size=300, validation_fraction=0.2, on_bad_record="skip")
     summary = prepare(inputs, tmp_path / "out", options, 1)
-    assert summary.left_out == {"not UTF-8": 1, "half a surrogate pair": 1, "empty": 2}
+    assert summary.reading.left_out == {"not UTF-8": 1, "half a surrogate pair": 1, "empty": 2}
     everything = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
     assert Counter(everything) == expected(texts) + Counter(["fine"])
 
@@ -407,7 +407,8 @@ def test_the_command_prepares_and_says_what_it_made(texts, tmp_path):
     arguments += ["--validation-fraction", 0.2, "--workers", 1, "--out", tmp_path / "deeper" / "out"]
     first, second = run(arguments), run(arguments)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert "bytes/token" in first.stdout and "left out   2 records: empty" in first.stdout and not first.stderr
+    assert "bytes/token" in first.stdout and "left out 2 records: empty" in first.stdout and not first.stderr
+    assert "files      2 of JSON lines, 33 of text" in first.stdout
     assert second.stdout.startswith("already prepared: ")
 
 

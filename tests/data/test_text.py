@@ -91,3 +91,25 @@ def test_a_pair_is_the_text_and_parts_where_the_prefix_ends(tokenizer, prefix, c
     before, after = encode_pair(tokenizer, prefix, continuation)
     assert before[0] == tokenizer.bos_id
     assert (tokenizer.decode(before), tokenizer.decode(after)) == (prefix, continuation)
+
+
+def test_prompts_and_responses_are_those_of_a_prepared_folder(corpus, tokenizer, tmp_path):
+    """Rows to evaluate, tokens and bytes: whether the records are prepared first makes no difference."""
+    records = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    prepare([tmp_path / "pairs.jsonl"], tmp_path / "out", Options(tokenizer=str(corpus), validation_fraction=0.4), 1)
+    text = TextSplit(Input(str(tmp_path / "pairs.jsonl")), tokenizer, Reading())
+    splits = [PreparedSplit(tmp_path / "out", name) for name in ("train", "validation")]
+    assert text.prompts and text.documents == sum(split.documents for split in splits)
+    assert text.eligible_tokens == sum(split.eligible_tokens for split in splits)
+    assert text.bytes == sum(split.bytes for split in splits) == sum(len(t.encode()) for t in TEXTS)
+
+    def documents(split) -> list:
+        lengths = zip(*split.document_lengths(), strict=True)
+        places = [split.document(number) for number in range(split.documents)]
+        return [
+            (split.read(*place).tolist(), split.eligible(*place).tolist(), split.documents_in(*place).tolist(), *length)
+            for place, length in zip(places, lengths, strict=True)
+        ]
+
+    assert sorted(documents(text)) == sorted(documents(splits[0]) + documents(splits[1]))

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 from mdmtrain.data.inputs import BOM, FormatOption, Input, Kind, Opened, has_control_characters, open_input
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
-MOST_DIGITS = 4300  # of an integer: what Python converts by default
 LINE_END = re.compile(rb"\r\n|\r|\n")
 OnBadRecord = Literal["error", "skip"]
 Made = TypeVar("Made")
@@ -171,7 +171,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
         raise EmptyRecord
     text = _text(line)
     try:
-        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float)
+        found = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         more = error.pos < len(text) and error.msg == "Extra data"
         hint = f"{text[error.pos : error.pos + 12]!r} follows the object" if more else error.msg
@@ -180,6 +180,9 @@ def _json_object(line: bytes) -> dict[str, Any]:
         raise BadRecord("not JSON", f" ({hint}): every line must be one JSON object") from None
     except RecursionError:
         raise BadRecord("nested too deeply", ": every line must be one JSON object of less depth") from None
+    except ValueError:  # Python's own limit, which keeps such a number from taking hours
+        limit = f"{sys.get_int_max_str_digits():,}"
+        raise BadRecord("a number too large", f" (over {limit} digits): write it as a string, or remove it") from None
     if not isinstance(found, dict):
         raise BadRecord("not a JSON object", f" but {_kind(found)}: every line must be one")
     if isinstance(found, _Repeated):
@@ -203,17 +206,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found if len(found) == len(pairs) else _Repeated(pairs)
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise BadRecord("a number too large", f" ({len(digits):,} digits): write it as a string, or remove it")
-    return int(digits)
-
-
 def _float(digits: str) -> float:
     number = float(digits)
     if number in (float("inf"), float("-inf")):
         raise BadRecord("a number too large", f" ({digits[:20]}): write it as a string, or remove it")
     return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
 
 
 def _kind(value: object) -> str:
@@ -253,7 +253,8 @@ class Document(NamedTuple):
     def hash(self) -> int:
         """63 bits that documents share which differ in white space, case or the encoding of characters alone."""
         parts = [self.text] if self.prompt is None else [self.prompt, self.text]
-        normal = "\0".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
+        composed = (part if part.isascii() else unicodedata.normalize("NFKC", part) for part in parts)
+        normal = "\0".join(" ".join(part.casefold().split()) for part in composed)
         return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "big") >> 1
 
 

@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,19 @@ from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.config import EvalConfig
+from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
 from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.records import (
+    BadRecord,
+    Reading,
+    add_bad_record_option,
+    add_format_option,
+    present,
+    read_records,
+    string_field,
+)
 from mdmtrain.data.shards import PreparedSplit
-from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair, read_records
+from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair
 from mdmtrain.likelihood import (
     ESTIMATORS,
     MOST_ERRORS,
@@ -100,7 +111,8 @@ def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
 def set_names(paths: list[str], split: str) -> list[str]:
     """The same for paths, some of which may be files, which are called what they are called."""
     folders = [split if len(paths) == 1 else f"{split}/{Path(path).name}" for path in paths]
-    return [name if Path(path).is_dir() else Path(path).name for path, name in zip(paths, folders, strict=True)]
+    files = ["standard input" if path == STANDARD_INPUT else Path(path).name for path in paths]
+    return [folder if Path(path).is_dir() else file for path, folder, file in zip(paths, folders, files, strict=True)]
 
 
 # ---- what is evaluated
@@ -123,25 +135,26 @@ class Material:
 def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: store.LoadedModel) -> Material:
     """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
-    if path.endswith(".jsonl") and Path(path).is_file():
-        records = read_records(Path(path))
-        if "continuation" in records[0][1]:
-            return _continuations(records, name, loaded)
+    reading = Reading(args.on_bad_record, args.format)
     if Path(path).is_dir():
         stream = open_split(path, args.split, loaded)
     else:
-        stream = TextSplit(path, loaded.tokenizer, args.lines)
+        source = open_name(path)
+        if _has_continuations(source, reading):
+            return _continuations(source, name, reading, loaded)
+        stream = TextSplit(source, loaded.tokenizer, reading, args.lines)
+    left_out = {"left_out": dict(reading.left_out)}
     common = (stream.eligible_tokens, stream.bytes, stream.documents, stream)
     if stream.prompts:
         rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
         policy = f"a prompt and its response a row, cut at {length} tokens; the response and its eos are scored"
-        return Material(name, rows, policy, *common)
+        return Material(name, rows, policy, *common, left_out)
     scored = "bos and eos of each document are scored"
     if args.wrap == "no":
         rows, longer = document_rows(stream, count, length, args.long == "cut", pad_id)
         what = "cut there" if args.long == "cut" else "go on in rows of their own"
         policy = f"one document a row, padding not scored; those over {length} tokens {what}; {scored}"
-        return Material(name, rows, policy, *common, {"longer_documents": longer})
+        return Material(name, rows, policy, *common, {"longer_documents": longer, **left_out})
     if stream.tokens < length:
         raise ValueError(
             f"{path}: the {stream.split} split has {stream.tokens:,} tokens, not one row of data.sequence_length="
@@ -150,27 +163,42 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
     rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
     sees = "its document" if loaded.config.data.document_mask else "its row"
     policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
-    return Material(name, rows, policy, *common)
+    return Material(name, rows, policy, *common, left_out)
 
 
-def _continuations(records: list[tuple[str, dict]], name: str, loaded: store.LoadedModel) -> Material:
+def _has_continuations(source: Input, reading: Reading) -> bool:
+    """Whether its first readable record asks for the likelihood of a continuation."""
+    first = next(read_records(source, Reading("skip", reading.format), dict), None)
+    return first is not None and bool(present(first[0], "continuation"))
+
+
+def _continuations(source: Input, name: str, reading: Reading, loaded: store.LoadedModel) -> Material:
     """Every record's continuation, given its prefix."""
-    length, pairs = loaded.config.data.sequence_length, []
-    for place, record in records:
-        prefix, continuation = record.get("prefix", ""), record.get("continuation")
-        if not isinstance(prefix, str) or not isinstance(continuation, str) or not continuation:
-            raise ValueError(f"{place}: needs 'continuation', a string with text in it, and 'prefix', a string")
-        pairs.append(encode_pair(loaded.tokenizer, prefix, continuation))
-        given, rest = (len(part) for part in pairs[-1])
+    length = loaded.config.data.sequence_length
+
+    def as_pair(fields: dict) -> tuple[tuple[list[int], list[int]], int]:
+        wanted = "every line needs 'continuation', a string with text in it, and 'prefix', a string"
+        prefix = string_field(fields, "prefix", wanted) if present(fields, "prefix") else ""
+        continuation = string_field(fields, "continuation", wanted)
+        if not continuation:
+            raise BadRecord("an empty 'continuation'", f": {wanted}")
+        pair = encode_pair(loaded.tokenizer, prefix, continuation)
+        given, rest = (len(part) for part in pair)
         if given + rest > length:
-            raise ValueError(
-                f"{place}: prefix ({given} tokens with bos) and continuation ({rest}) exceed the {length} tokens that "
-                "the model was trained on: shorten them"
+            raise BadRecord(
+                "longer than the model's rows",
+                f": prefix ({given} tokens with bos) and continuation ({rest}) exceed the {length} tokens that the "
+                "model was trained on: shorten them",
             )
-    size = sum(len(record["continuation"].encode()) for _, record in records)
+        return pair, len(continuation.encode())
+
+    read = [made for made, _, _ in read_records(source, reading, as_pair)]
+    if not read:
+        raise ValueError(f"{source.name}: no record in it that can be used: {', '.join(reading.left_out)}")
     policy = "continuation given bos and prefix; neither these nor an eos are scored"
-    rows = continuation_rows(pairs, loaded.tokenizer.pad_id)
-    return Material(name, rows, policy, int(rows.eligible.sum()), size, len(records), None)
+    rows = continuation_rows([pair for pair, _ in read], loaded.tokenizer.pad_id)
+    size, details = sum(size for _, size in read), {"left_out": dict(reading.left_out)}
+    return Material(name, rows, policy, int(rows.eligible.sum()), size, len(read), None, details)
 
 
 # ---- command
@@ -257,6 +285,8 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
         f"({numbers['bytes_scored']:,} of {numbers['bytes']:,} bytes), seed {numbers['seed']}",
         style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    for reason, count in sorted(numbers["left_out"].items()):
+        console.print(f"left out {count:,} records: {reason}", highlight=False)
 
 
 def row_count(argument: str) -> int:
@@ -268,8 +298,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
     add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
-    inputs = "prepared folders, text files, jsonl with 'text' or with 'prefix' and 'continuation' (default: the run's)"
+    inputs = (
+        "prepared folders, text files, or files of JSON lines with 'text', with 'prompt' and 'response', or with "
+        "'prefix' and 'continuation'; - is standard input (default: the run's)"
+    )
     add("--data", nargs="+", metavar="PATH", help=inputs)
+    add_format_option(parser)
+    add_bad_record_option(parser)
     add("--split", default="validation", help="split of the prepared folders (default: validation)")
     add("--rows", type=row_count, help="rows (or documents) per set, evenly spaced, or 'all' (default: eval.rows)")
     add("--wrap", choices=["yes", "no"], default="yes", help="no: one document a row (default: yes, end to end)")
@@ -305,7 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
     if world.is_main:
         console.print(str(loaded.folder), highlight=False)
     for path, name in zip(paths, set_names(paths, args.split), strict=True):
-        material = world.agree(lambda path=path, name=name: open_material(path, name, args, count, loaded))
+        opened = partial(open_material, path, name, args, count, loaded)
+        material = world.agree(opened, main_only=True)  # standard input is that of one rank
         estimates = {
             one: estimate(loaded.model, material.rows, one, loaded.config.eval.batch, loaded.tokenizer.mask_id, world)
             for one in estimators

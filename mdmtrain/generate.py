@@ -25,7 +25,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from mdmtrain.checkpoint import store
-from mdmtrain.data.text import pad_rows, read_records
+from mdmtrain.data.inputs import open_name
+from mdmtrain.data.records import BadRecord, Reading, add_bad_record_option, present, read_records, string_field
+from mdmtrain.data.text import pad_rows
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
@@ -243,19 +245,29 @@ def utf8_text(argument: str) -> str:
     return argument
 
 
-def read_prompts(path: Path) -> list[tuple[str, dict, list[str]]]:
+def as_prompt(fields: dict) -> tuple[dict, list[str]]:
+    """A record, and its parts with gaps between them. Raises BadRecord."""
+    wanted = f"every line needs 'text' with {GAP} for every gap, or 'prefix' and 'suffix', or 'prompt', all strings"
+    around = present(fields, "prefix", "suffix")
+    if present(fields, "text"):
+        parts = string_field(fields, "text", wanted).split(GAP)
+        if len(parts) == 1:
+            raise BadRecord(f"a 'text' without {GAP}", f": {wanted}")
+    elif around:
+        parts = [string_field(fields, name, wanted) if name in around else "" for name in ("prefix", "suffix")]
+    elif present(fields, "prompt"):
+        parts = [string_field(fields, "prompt", wanted), ""]
+    else:
+        raise BadRecord("no text to fill", f": {wanted}")
+    return fields, parts
+
+
+def read_prompts(path: Path, reading: Reading) -> list[tuple[str, dict, list[str]]]:
     """(place, record, parts with gaps between them) of every line. Raises ValueError naming the line."""
-    if not path.is_file():
-        raise ValueError(f"--input {path}: no such file: check the path")
-    prompts = []
-    for place, record in read_records(path):
-        text, around = record.get("text"), [record.get("prefix", ""), record.get("suffix", "")]
-        if isinstance(text, str) and GAP in text:
-            prompts.append((place, record, text.split(GAP)))
-        elif text is None and record.keys() & {"prefix", "suffix"} and all(isinstance(part, str) for part in around):
-            prompts.append((place, record, around))
-        else:
-            raise ValueError(f"{place}: needs 'text' with {GAP} for every gap, or 'prefix' and 'suffix', all strings")
+    found = read_records(open_name(path), reading, as_prompt)
+    prompts = [(str(place), record, parts) for (record, parts), place, _ in found]
+    if not prompts:
+        raise ValueError(f"{path}: no record in it that can be used: {', '.join(reading.left_out)}")
     return prompts
 
 
@@ -278,7 +290,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
     add("--prefix", type=utf8_text, default="", help="text before the gap")
     add("--suffix", type=utf8_text, default="", help="text after the gap")
-    add("--input", type=Path, metavar="FILE", help=f"jsonl: 'prefix' and 'suffix', or 'text' with {GAP} for each gap")
+    fields = f"'prefix' and 'suffix', or 'prompt', or 'text' with {GAP} for each gap"
+    add("--input", type=Path, metavar="FILE", help=f"a JSON object a line: {fields}; - is standard input")
+    add_bad_record_option(parser)
     add("--output", type=output_file, metavar="FILE", help="jsonl: each sample's record with text, gaps and quality")
     add("--gen-length", type=int, default=32, help="tokens in each gap (default: 32)")
     add("--steps", type=int, help="forward passes (default: --gen-length)")
@@ -302,8 +316,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.input and (args.prefix or args.suffix):
         raise ValueError("--input already has the texts: leave out --prefix and --suffix")
     given = {"prefix": args.prefix, "suffix": args.suffix}
-    prompts = read_prompts(args.input) if args.input else [("the prompt", given, list(given.values()))]
+    reading = Reading(args.on_bad_record, "jsonl")
     world = init_world()
+    prompts = [("the prompt", given, list(given.values()))]
+    if args.input:  # read by one rank: standard input is that of one
+        prompts = world.agree(lambda: read_prompts(args.input, reading), main_only=True)
     loaded = store.load_model(args.checkpoint, args.weights, world)
     if loaded.model.shape.causal:
         raise AgreedError(f"{loaded.folder} is a causal model, the autoregressive reference: it has no masks to fill")
@@ -336,6 +353,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"nats/token by the model itself, token entropy {entropies.mean():.3f} nats",
         style="dim",
     )
+    for line in reading.summary():
+        console.print(line)
     if args.output:
         store.write_atomically(args.output, "".join(json.dumps(record) + "\n" for record in records))
     if args.json:

@@ -21,6 +21,7 @@ from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, lo
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
+from mdmtrain.data.checks import describe_epochs, shared_documents
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START
 from mdmtrain.data.tokenizer import Tokenizer
@@ -105,6 +106,9 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
+    rows += describe_epochs(config, sources, cursor)
+    for line in world.agree(lambda: shared_documents(sources, validation), main_only=True):
+        log.warning(line)  # on the terminal of rank 0
     for line in (f"run folder {run_dir}", origin, describe_shape(shape), *rows, *plan.reasons):
         say(world, line)
     if config.parallel.offload and world.device.type == "cpu":

@@ -29,7 +29,7 @@ from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
 from mdmtrain.model.presets import describe, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
-from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
+from mdmtrain.monitor.logs import CommandParser, log, log_to_file, survive_terminal, user_errors
 from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, evaluated
 from mdmtrain.monitor.profile import Profiler, out_of_memory
 from mdmtrain.monitor.progress import TrainingProgress
@@ -302,6 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )
     config = configuration.load(parser.parse_args(arguments).config)
+    survive_terminal()  # what is printed is in the run folder too
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise

@@ -2,8 +2,8 @@
 
     python -m launchers.local configs/170m.yaml --gpus-per-node 8 [key=value ...]
 
-It stays in the foreground. Ctrl-C, SIGTERM or a closed terminal: the run stops, saves, and the same command goes on. SIGUSR1 or SIGUSR2:
-it stops, saves and starts again, as a requeued job does.
+It stays in the foreground. Ctrl-C, SIGTERM or a closed terminal: the run stops, saves, and the same command goes on.
+SIGUSR1 or SIGUSR2: it stops, saves and starts again, as a requeued job does.
 """
 
 import os

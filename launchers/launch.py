@@ -22,7 +22,7 @@ from mdmtrain.checkpoint.store import TOKENIZER_FILE, home, write_atomically
 from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.data.loader import open_sources
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.monitor.logs import CommandParser
 from mdmtrain.parallel.world import writing
 
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace) -> Launch:
     start = f"from step {step}" if step else "from the beginning"
     ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
     return Launch(
-        run_dir, config, options, plan, shape, (f"run folder {run_dir}", describe(shape), ranks, *plan.reasons)
+        run_dir, config, options, plan, shape, (f"run folder {run_dir}", describe_shape(shape), ranks, *plan.reasons)
     )
 
 

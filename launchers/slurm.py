@@ -21,9 +21,9 @@ from launchers.launch import Launch, environment, parse, parser, positive, write
 from launchers.lifecycle import job_folder, write_state
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.cost import GIB, GPUS, Assumptions, cost
 from mdmtrain.monitor.logs import CommandParser, user_errors
 from mdmtrain.parallel.world import writing
-from mdmtrain.plan import GIB, GPUS, Assumptions, cost
 
 OURS = ("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "partition", "account", "qos",
         "constraint", "time", "exclude", "signal", "output", "error", "open-mode", "requeue", "no-requeue", "chdir",

@@ -71,7 +71,7 @@ class Run:
         return newest is not None and store.read_meta(newest)["step"] >= self.config.run.steps
 
 
-def plan(
+def planned_runs(
     base: list[str], arms: list[str], seeds: list[int], variations: list[list[str]], folder: Path, alone: bool = True
 ) -> list[Run]:
     """Every run of the sweep, validated: variations outermost, then seeds, so that early results are whole comparisons.
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
-    runs = plan(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
+    runs = planned_runs(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
     if args.report:
         failed = []
     elif args.slurm is not None:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdmtrain import yaml12
 
@@ -75,7 +75,7 @@ class DataConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """How rates and masks are drawn and weighed. VARIANCE.md in docs/ has the laws behind the names."""
+    """How rates and masks are drawn and weighed. docs/mathematics.md derives each estimator."""
 
     eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks: counted has none)")
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule, where the sampler is uniform")
@@ -88,9 +88,9 @@ class DiffusionConfig(Section):
     when: Literal["online", "once"] = Field(
         "online", description="ppots: refit during training, or fit once, before it, on a grid"
     )
-    grid: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (70, 15, 15), description="when: once: rates x sequences x masks of the fit (forward passes of single rows)"
-    )
+    fit_rates: int = Field(70, gt=0, description="when: once: masking rates at which the fit measures the loss")
+    fit_sequences: int = Field(15, gt=0, description="when: once: training sequences for each of these rates")
+    fit_masks: int = Field(15, gt=0, description="when: once: masks for each rate and sequence")
     bins: int = Field(64, ge=8, le=1024, multiple_of=8, description="cells of the sampler and of the statistics")
     floor: float = Field(0.2, gt=0, le=1, description="ppots: share of the uniform; no importance weight over 1/floor")
     refit_every: int = Field(25, gt=0, description="ppots: steps between fits")
@@ -126,15 +126,18 @@ class DiffusionConfig(Section):
         return 1 if self.views == "single" else 2
 
     @model_validator(mode="after")
-    def _has_a_law(self) -> "DiffusionConfig":
+    def _has_an_estimator(self) -> "DiffusionConfig":
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
-        if self.when == "once" and self.grid[0] * self.grid[1] < 2 * self.bins:
-            raise ValueError(f"grid needs {2 * self.bins} rates x sequences or more, to reach each of {self.bins} bins")
+        if self.when == "once" and self.fit_rates * self.fit_sequences < 2 * self.bins:
+            raise ValueError(
+                f"fit_rates x fit_sequences must be at least {2 * self.bins}, so that the fit reaches each of "
+                f"{self.bins} bins"
+            )
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
-            raise ValueError("weights=count has a law for single views; for pairs with counts use masks=counted")
+            raise ValueError("weights=count goes with single views only; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
-            raise ValueError("isad_tokens makes positions unequal, so counts, mirror_dedup and complement have no law")
+            raise ValueError("isad_tokens makes positions unequal: it goes with no counts, mirror_dedup or complement")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
         other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
@@ -174,15 +177,20 @@ class ParallelConfig(Section):
     offload: bool = Field(
         False, description="parameters, gradients and optimizer state in host memory, where the optimizer then runs"
     )
-    recompute: Literal["none", "full", "selective", "ops", "budget"] = Field(
+    activation_checkpointing: Literal["none", "full", "selective", "ops", "budget"] = Field(
         "none",
         description="activation checkpointing: what the backward pass computes again. full: every block; selective: "
-        "every recompute_every-th block; ops: every block but its matrix products and attention; budget: what the "
-        "compiler finds cheapest beyond recompute_budget",
+        "every recompute_every-th block; ops: every block but its matrix products and attention; budget: what "
+        "the compiler finds cheapest beyond recompute_budget",
     )
-    recompute_every: int = Field(2, gt=0, description="recompute=selective: one block in so many is recomputed")
+    recompute_every: int = Field(
+        2, gt=0, description="selective activation checkpointing: one block in so many is recomputed"
+    )
     recompute_budget: float = Field(
-        0.5, ge=0, le=1, description="recompute=budget: share of its activation memory that a compiled block keeps"
+        0.5,
+        ge=0,
+        le=1,
+        description="activation_checkpointing=budget: share of its activations that a compiled block keeps",
     )
     compile: bool = Field(False, description="torch.compile each block; the first steps take minutes")
     head_chunk: int = Field(4096, gt=0, description="masked rows that the output head turns into logits at once")
@@ -190,8 +198,10 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _torch_can(self) -> "ParallelConfig":
-        if self.recompute == "budget" and not self.compile:
-            raise ValueError("recompute=budget is torch.compile's: set compile=true, or recompute=selective or ops")
+        if self.activation_checkpointing == "budget" and not self.compile:
+            raise ValueError(
+                "activation_checkpointing=budget needs the compiler: set compile=true, or choose selective or ops"
+            )
         if self.fused_head and self.compute_dtype != "float32":
             raise ValueError("fused_head gives losses of compute_dtype, of 3 digits in bfloat16: leave it out there")
         return self
@@ -209,8 +219,8 @@ class CheckpointConfig(Section):
         "auto",
         description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
     )
-    allow: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
-        (), description="what may be another than in the checkpoint that a run goes on from; see docs/checkpoints.md"
+    allow_changed: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
+        (), description="settings that may differ when resuming; see docs/checkpoints.md"
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
     export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
@@ -229,20 +239,13 @@ class MonitorConfig(Section):
     probe_every: int | None = Field(
         100, ge=0, description="steps between looks at the loss's variance and the gradient's noise; 0 or null: none"
     )
-    probe: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (8, 4, 2), description="validation sequences x rates x masks of a decomposition"
-    )
+    probe_sequences: int = Field(8, ge=4, multiple_of=2, description="validation sequences of a decomposition; even")
+    probe_rates: int = Field(4, ge=2, description="masking rates for each of these sequences")
+    probe_masks: int = Field(2, ge=2, description="masks for each sequence and rate")
     profile_at: int | None = Field(
         None, ge=0, description="step (from 0) at which rank 0 starts a torch.profiler trace; null: none"
     )
     profile_steps: int = Field(3, gt=0, description="steps in the trace, RUN/profile/step-N.json")
-
-    @model_validator(mode="after")
-    def _has_an_estimator(self) -> "MonitorConfig":
-        sequences, rates, masks = self.probe
-        if sequences < 4 or sequences % 2 or rates < 2 or masks < 2:
-            raise ValueError("probe needs an even number of at least 4 sequences, and at least 2 rates and 2 masks")
-        return self
 
 
 class EvalConfig(Section):
@@ -349,6 +352,28 @@ def resolve(config: Config, world_size: int) -> RunPlan:
     return RunPlan(world_size, rows, micro, views, rows // micro, tokens, (plan, size, total))
 
 
+# ---- keys of older versions
+
+RENAMED = {
+    "diffusion.grid": ("diffusion.fit_rates", "diffusion.fit_sequences", "diffusion.fit_masks"),
+    "monitor.probe": ("monitor.probe_sequences", "monitor.probe_rates", "monitor.probe_masks"),
+    "parallel.recompute": ("parallel.activation_checkpointing",),
+    "checkpoint.allow": ("checkpoint.allow_changed",),
+}
+
+
+def upgrade(tree: dict) -> dict:
+    """A configuration that an older version stored, under today's keys. A list moves to one key for each entry."""
+    new = {name: dict(section) for name, section in tree.items()}
+    for old, keys in RENAMED.items():
+        section, key = old.split(".")
+        if key in new.get(section, {}):
+            value = new[section].pop(key)
+            values = [value] if len(keys) == 1 else value
+            new[section] |= {to.split(".")[1]: one for to, one in zip(keys, values, strict=True)}
+    return new
+
+
 # ---- reading
 
 
@@ -367,6 +392,8 @@ def _explain(error: dict) -> str:
     path = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
+            if path in RENAMED:
+                return f"unknown key '{path}': it is now {', '.join(RENAMED[path])}"
             names = _field_names(error["loc"])
             close = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
             meant = ".".join([*path.split(".")[:-1], *close])

@@ -1,4 +1,4 @@
-"""How likely is text under a model: four estimators of its NELBO, each with its errors (VARIANCE.md sections 1 and 9).
+"""How likely is text under a model: four estimators of its NELBO, with errors (mathematics.md sections 1 and 9).
 
 For a row with P eligible positions, all of them unbiased for the row's nats:
 
@@ -24,10 +24,10 @@ from mdmtrain.data.loader import Rows
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.masks import bernoulli
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import Corruption, assemble, corrupt_counted, next_token, row_losses
+from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer
+from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import reshard
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
 NEXT_TOKEN = "next_token"  # a causal model's
@@ -132,7 +132,7 @@ class Passes:
     slot: np.ndarray  # int64 [T], names the positions' noise
 
 
-def plan(estimator: Estimator, tokens: np.ndarray) -> Passes:
+def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
     """The passes for rows of `tokens` eligible positions each, int64 [R]."""
     rows, draws, streams = np.arange(len(tokens)), estimator.draws, 2 * ESTIMATORS.index(estimator.name)
     if estimator.name == "orders":  # k = P .. 1 masked, along one order
@@ -150,7 +150,7 @@ def plan(estimator: Estimator, tokens: np.ndarray) -> Passes:
     return Passes(row, each, u, each)
 
 
-def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray, mask_id: int) -> Corruption:
+def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray, mask_id: int) -> MaskedBatch:
     """The chosen passes as the model sees them: sum(weights * CE) of a row is its value, in nats."""
     row, u = torch.from_numpy(passes.row[chosen]), passes.u[chosen]
     ids, eligible = rows.ids[row], rows.eligible[row]
@@ -171,7 +171,7 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     last = torch.from_numpy(np.floor(u * P.numpy())).long()
     position = uniforms.argsort(dim=1, stable=True).gather(1, last[:, None]).squeeze(1)
     flat = position + torch.arange(len(ids)) * ids.shape[1]
-    return Corruption(counted.noisy, flat, ids.flatten()[flat], P.float(), P.float())
+    return MaskedBatch(counted.noisy, flat, ids.flatten()[flat], P.float(), P.float())
 
 
 def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, mask_id: int, world: World) -> Estimate:
@@ -185,17 +185,17 @@ def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, m
     if model.shape.causal:  # a row with nothing but its first position has nothing to predict: it does not count
         tokens = tokens * rows.eligible[:, 1:].any(dim=1).numpy()
     each = np.arange(len(tokens))
-    passes = Passes(each, each, each * 0.0, each) if model.shape.causal else plan(estimator, tokens)
+    passes = Passes(each, each, each * 0.0, each) if model.shape.causal else planned_passes(estimator, tokens)
 
     def values(chosen: np.ndarray) -> Tensor:
         if model.shape.causal:
-            corruption = next_token(rows.ids[chosen], rows.eligible[chosen])
+            masked_batch = next_token(rows.ids[chosen], rows.eligible[chosen])
         else:
-            corruption = corrupt(estimator, rows, passes, chosen, mask_id)
-        corruption = corruption.to(world.device)
+            masked_batch = corrupt(estimator, rows, passes, chosen, mask_id)
+        masked_batch = masked_batch.to(world.device)
         visible = None if rows.segments is None else rows.segments[passes.row[chosen]].to(world.device)
-        ce = model(corruption.noisy, corruption.positions, corruption.targets, visible)
-        return row_losses(ce, corruption)
+        ce = model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, visible)
+        return row_losses(ce, masked_batch)
 
     return _by_row(deal(len(passes.row), batch, values, model, world), passes, tokens)
 

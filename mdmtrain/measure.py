@@ -3,7 +3,7 @@
 A step of N rows sums n slots (a pair of views is one slot). Given the strata of their rates, slots are independent, as
 far as rows of one shuffled epoch are, so with H a slot's gradient and H' that of another slot of the same stratum
 
-    Tr Cov(step) = n/N^2 E[|H|^2 - <H, H'>]        (strata none: one stratum of all rates; VARIANCE.md section 2)
+    Tr Cov(step) = n/N^2 E[|H|^2 - <H, H'>]        (strata none: one stratum of all rates; mathematics.md section 2)
 
 |H|^2 has a heavy tail, of a lone masked token at a rate near eps; <H, H'> is small and has none. So slots are drawn at
 the rates that matter, by a proposal r, and weighed by p/r: unbiased, and the arms share data, noise, rates, and most
@@ -22,12 +22,19 @@ from mdmtrain.data.loader import Batch, Dataset
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import strata
-from mdmtrain.diffusion.objective import Corruption, Draws, Law, plain_law, row_losses, row_statistics
+from mdmtrain.diffusion.objective import (
+    ForwardProcess,
+    MaskedBatch,
+    MaskingRates,
+    plain_process,
+    row_losses,
+    row_statistics,
+)
 from mdmtrain.diffusion.rates import Density, fit
 from mdmtrain.diffusion.sampler import token_table
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
+from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import reshard
 
 # Far beyond any run, so that each has its own data order and its own noise.
 FIRST_STEP, FIT_STEP, SLOT_STEP, ROW_STEP = (k << 40 for k in (1, 2, 3, 4))
@@ -73,10 +80,10 @@ class Bench:
         The mean of the latter (float64 [pairs]) is |E g|^2. Step s reads the same data in every arm with as many
         sequences.
         """
-        law = self._law(diffusion)
+        process = self._process(diffusion)
         gradients, losses, products = [], [], []
         for step in range(FIRST_STEP, FIRST_STEP + 2 * pairs, 2):
-            (g, loss), (other, other_loss) = (self._step(law, s, on_step) for s in (step, step + 1))
+            (g, loss), (other, other_loss) = (self._step(process, s, on_step) for s in (step, step + 1))
             gradients.append(self._inner(g - other, g - other) / 2)
             losses.append((loss - other_loss) ** 2 / 2)
             products.append(self._inner(g, other))
@@ -89,8 +96,8 @@ class Bench:
         therefore sharper than their values. Schedule linear.
         """
         seed, rows, dataset = self.config.run.seed, self.config.run.global_batch, self._dataset(DiffusionConfig())
-        laws = {name: self._law(arm) for name, arm in arms.items()}
-        about = {name: (self._proposal(law), self._centre(law)) for name, law in laws.items()}
+        processes = {name: self._process(arm) for name, arm in arms.items()}
+        about = {name: (self._proposal(process), self._centre(process)) for name, process in processes.items()}
         first = strata.uniforms(seed, SLOT_STEP, slots, "global")
         # Independent: the index of a stratified slot says in which half its uniform lies.
         second, chance = (strata.uniforms(seed, SLOT_STEP + k, slots, "none") for k in (1, 2))
@@ -98,18 +105,18 @@ class Bench:
         for index in range(slots):
             batch = dataset.__getitems__([(SLOT_STEP + index, 0), (SLOT_STEP + index, 1)])
             known: tuple[list, list] = [], []
-            for name, law in laws.items():
-                (proposal, centre), per_step = about[name], rows // law.config.rows_per_slot
-                t, weight = _drawn(law, proposal, first[index])
-                slot = self._slot(law, _row(batch, 0, 0), t, known[0])
+            for name, process in processes.items():
+                (proposal, centre), per_step = about[name], rows // process.config.rows_per_slot
+                t, weight = _drawn(process, proposal, first[index])
+                slot = self._slot(process, _row(batch, 0, 0), t, known[0])
                 value = weight * self._moments(slot, slot, centre)
                 if chance[index] < PARTNERED:
                     # Another rate of the stratum that t lies in, of the proposal within it.
-                    parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[law.config.strata]
-                    stratum = min(int(law.density.cdf(t)[0] * parts), parts - 1)
-                    low, high = proposal.cdf(law.density.draw(np.array([stratum, stratum + 1]) / parts)[0])
-                    other, other_weight = _drawn(law, proposal, low + (high - low) * second[index])
-                    partner = self._slot(law, _row(batch, 1, 1), other, known[1])
+                    parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[process.config.strata]
+                    stratum = min(int(process.density.cdf(t)[0] * parts), parts - 1)
+                    low, high = proposal.cdf(process.density.draw(np.array([stratum, stratum + 1]) / parts)[0])
+                    other, other_weight = _drawn(process, proposal, low + (high - low) * second[index])
+                    partner = self._slot(process, _row(batch, 1, 1), other, known[1])
                     joint = weight * other_weight * (high - low) * parts
                     value = value - joint / PARTNERED * self._moments(slot, partner, centre)
                 values[name].append(value * per_step / rows**2)
@@ -124,26 +131,26 @@ class Bench:
         two views of one MIRROR pair: A (1 - rho)). In units of one row.
         """
         plain = DiffusionConfig(eps=self.config.diffusion.eps, strata="none")
-        law, pair_law = plain_law(plain), plain_law(plain.model_copy(update={"views": "mirror"}))
+        process, pair_process = plain_process(plain), plain_process(plain.model_copy(update={"views": "mirror"}))
         seed, dataset, proposal, centre = (
             self.config.run.seed,
             self._dataset(plain),
-            self._proposal(law),
-            self._centre(law),
+            self._proposal(process),
+            self._centre(process),
         )
         first, second = (strata.uniforms(seed, ROW_STEP + k, rows, how) for k, how in enumerate(("global", "none")))
         kinds: dict[str, list] = {}
         for row in range(rows):
             batch = dataset.__getitems__([(ROW_STEP + row, slot) for slot in range(4)])
-            (t, weight), (other, other_weight) = (_drawn(law, proposal, u[row]) for u in (first, second))
-            base = self._slot(law, _row(batch, 0, 0), t)
+            (t, weight), (other, other_weight) = (_drawn(process, proposal, u[row]) for u in (first, second))
+            base = self._slot(process, _row(batch, 0, 0), t)
             joint = weight * other_weight
             partners = {
-                "A": (weight, self._slot(law, _row(batch, 0, 1), t)),
-                "AB": (joint, self._slot(law, _row(batch, 0, 2), other)),
-                "AC": (weight, self._slot(law, _row(batch, 1, 3), t)),
-                "ABC": (joint, self._slot(law, _row(batch, 2, 1), other)),
-                "mirror": (weight, self._slot(pair_law, _row(batch, 0, 0), t, view=1)),
+                "A": (weight, self._slot(process, _row(batch, 0, 1), t)),
+                "AB": (joint, self._slot(process, _row(batch, 0, 2), other)),
+                "AC": (weight, self._slot(process, _row(batch, 1, 3), t)),
+                "ABC": (joint, self._slot(process, _row(batch, 2, 1), other)),
+                "mirror": (weight, self._slot(pair_process, _row(batch, 0, 0), t, view=1)),
             }
             square = weight * self._moments(base, base, centre)
             for kind, (share, partner) in partners.items():
@@ -154,50 +161,55 @@ class Bench:
 
     # ---- steps and slots
 
-    def _step(self, law: Law, step: int, on_step: Progress = lambda: None) -> Slot:
+    def _step(self, process: ForwardProcess, step: int, on_step: Progress = lambda: None) -> Slot:
         """(this rank's part of the gradient, the loss) of one whole step."""
-        config = self.config.model_copy(update={"diffusion": law.config})
-        plan, dataset = resolve(config, self.world.size), self._dataset(law.config)
-        draws = law.draw(config.run.seed, step, config.slots_per_step, self.world.size)
+        config = self.config.model_copy(update={"diffusion": process.config})
+        plan, dataset = resolve(config, self.world.size), self._dataset(process.config)
+        draws = process.draw(config.run.seed, step, config.slots_per_step, self.world.size)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for micro_step in range(plan.accumulation):
             batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
-            corruption = self._corrupt(law, batch, draws.at(batch.slots.numpy()))
-            total += self._backward(corruption, batch.segments, plan.rows_per_slot, plan.tokens_per_step).double()
+            masked_batch = self._corrupt(process, batch, draws.at(batch.slots.numpy()))
+            total += self._backward(masked_batch, batch.segments, plan.rows_per_slot, plan.tokens_per_step).double()
         on_step()
         return self._take_gradient(), float(self.world.sum(total))
 
-    def _slot(self, law: Law, row: Batch, t: np.ndarray, known: list | None = None, view: int | None = None) -> Slot:
+    def _slot(
+        self, process: ForwardProcess, row: Batch, t: np.ndarray, known: list | None = None, view: int | None = None
+    ) -> Slot:
         """One slot at a rate (float64 [1]): gradient and loss per token of its views together, or of one of them.
 
         known: slots of the same data so far; the same masked rows with weights in proportion are not run again. Every
         rank runs the slot, rank 0's counts.
         """
-        known, corruption = [] if known is None else known, self._corrupt(law, row, Draws(t, law.density.at(t)))
+        known, masked_batch = (
+            [] if known is None else known,
+            self._corrupt(process, row, MaskingRates(t, process.density.at(t))),
+        )
         if view is not None:
-            corruption = _one_view(corruption, view)
-        if len(corruption.positions) == 0:
+            masked_batch = _one_view(masked_batch, view)
+        if len(masked_batch.positions) == 0:
             return self._nothing, 0.0
         for other, (gradient, loss) in known:
-            if (scale := _proportion(corruption, other)) is not None:
+            if (scale := _proportion(masked_batch, other)) is not None:
                 return gradient * scale, loss * scale
-        views, length = corruption.noisy.shape
-        loss = float(self._backward(corruption, row.segments, views, length, 1.0 if self.world.is_main else 0.0))
-        known.append((corruption, (self._take_gradient(), loss)))
+        views, length = masked_batch.noisy.shape
+        loss = float(self._backward(masked_batch, row.segments, views, length, 1.0 if self.world.is_main else 0.0))
+        known.append((masked_batch, (self._take_gradient(), loss)))
         return known[-1][1]
 
     def _backward(
-        self, corruption: Corruption, segments: Tensor | None, views: int, tokens: int, share: float = 1.0
+        self, masked_batch: MaskedBatch, segments: Tensor | None, views: int, tokens: int, share: float = 1.0
     ) -> Tensor:
         """Add share times the gradient of the rows' loss per token of `tokens`; returns that loss."""
-        ce = masked_cross_entropy(self.model, corruption, segments, views)
-        loss = row_losses(ce, corruption).sum() / tokens
+        ce = masked_cross_entropy(self.model, masked_batch, segments, views)
+        loss = row_losses(ce, masked_batch).sum() / tokens
         (share * loss).backward()
         return loss.detach()
 
-    def _corrupt(self, law: Law, batch: Batch, draws: Draws) -> Corruption:
-        corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, draws, self.mask_id)
-        return corruption.to(self.world.device)
+    def _corrupt(self, process: ForwardProcess, batch: Batch, draws: MaskingRates) -> MaskedBatch:
+        masked_batch = process.corrupt(batch.ids, batch.eligible, batch.uniforms, draws, self.mask_id)
+        return masked_batch.to(self.world.device)
 
     def _take_gradient(self) -> Tensor:
         parts = [p.grad.to_local().flatten() for p in self.model.parameters()]
@@ -211,23 +223,25 @@ class Bench:
         """(<H, H'>, (l - centre) (l' - centre)): float64 [2]."""
         return np.array([self._inner(one[0], other[0]), (one[1] - centre) * (other[1] - centre)])
 
-    def _centre(self, law: Law) -> float:
+    def _centre(self, process: ForwardProcess) -> float:
         """A constant near a slot's mean loss, from steps of its own: any is right, this one leaves little noise."""
-        return float(np.mean([self._step(law, SLOT_STEP - k)[1] for k in range(1, 5)])) * law.config.rows_per_slot
+        return (
+            float(np.mean([self._step(process, SLOT_STEP - k)[1] for k in range(1, 5)])) * process.config.rows_per_slot
+        )
 
-    def _proposal(self, law: Law) -> Density:
+    def _proposal(self, process: ForwardProcess) -> Density:
         """Where to look: three quarters by t^-1.5, the rest uniform.
 
         |H|^2 falls as 1/t and varies most, and costs least, where rows mostly have no mask; for complements at both
         ends. Drawn counts have one mask all the way from t = 1/L down.
         """
-        low, high = law.density.edges[[0, -1]]
+        low, high = process.density.edges[[0, -1]]
         steps = np.geomspace(1e-3, 0.5, 48)
         edges = low + (high - low) * np.concatenate([[0.0], steps, 1 - steps[-2::-1], [1.0]])
         near = (edges[:-1] + edges[1:]) / 2
-        if law.config.views == "complement":
+        if process.config.views == "complement":
             near = np.minimum(near, 1 - near)
-        if law.config.masks == "counted":
+        if process.config.masks == "counted":
             near = np.maximum(near, 1 / self.config.data.sequence_length)
         return fit(edges, near**-3.0, np.ones_like(near), 0.25, "histogram")
 
@@ -236,49 +250,49 @@ class Bench:
 
     # ---- samplers
 
-    def _law(self, diffusion: DiffusionConfig) -> Law:
-        """The arm's law with the objective as named (not annealed) and, for P-POTS, a density fitted to this model."""
-        law = plain_law(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
+    def _process(self, diffusion: DiffusionConfig) -> ForwardProcess:
+        """The arm's forward process: the objective as named (not annealed); for P-POTS, p fitted to this model."""
+        process = plain_process(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
-            return law
+            return process
         key = (diffusion.masks, diffusion.views == "complement", diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
             self.densities[key] = self._fit(diffusion)
-        return replace(law, density=self.densities[key])
+        return replace(process, density=self.densities[key])
 
     @torch.no_grad()
     def _fit(self, diffusion: DiffusionConfig, steps: int = 200) -> Density:
         """P-POTS from the statistics of `steps` forward passes at this checkpoint, on data and noise of their own."""
         uniform = diffusion.model_copy(update={"sampler": "uniform"})
-        law, dataset = plain_law(uniform), self._dataset(uniform)
+        process, dataset = plain_process(uniform), self._dataset(uniform)
         config = self.config.model_copy(update={"diffusion": uniform})
         plan = resolve(config, self.world.size)
         sums = torch.zeros(2, diffusion.bins, dtype=torch.float64)
         for step in range(FIT_STEP, FIT_STEP + steps):
-            draws = law.draw(config.run.seed, step, config.slots_per_step, self.world.size)
+            draws = process.draw(config.run.seed, step, config.slots_per_step, self.world.size)
             for micro_step in range(plan.accumulation):
                 batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
                 drawn = draws.at(batch.slots.numpy())
-                corruption = self._corrupt(law, batch, drawn)
-                ce = masked_cross_entropy(self.model, corruption, batch.segments, plan.rows_per_slot)
-                statistic = row_statistics(ce, corruption, diffusion.target).double().cpu()
-                cells = torch.from_numpy(law.row_cells(drawn))
+                masked_batch = self._corrupt(process, batch, drawn)
+                ce = masked_cross_entropy(self.model, masked_batch, batch.segments, plan.rows_per_slot)
+                statistic = row_statistics(ce, masked_batch, diffusion.target).double().cpu()
+                cells = torch.from_numpy(process.row_cells(drawn))
                 sums[0].index_add_(0, cells, statistic)
                 sums[1].index_add_(0, cells, torch.ones_like(statistic))
         reshard(self.model)
         totals = [sum(part) for part in zip(*self.world.gather((sums[0].numpy(), sums[1].numpy())), strict=True)]
-        edges = law.density.edges
-        omega = law.omega((edges[:-1] + edges[1:]) / 2)
+        edges = process.density.edges
+        omega = process.omega((edges[:-1] + edges[1:]) / 2)
         return fit(edges, totals[0] / np.maximum(totals[1], 1), omega, diffusion.floor, diffusion.form)
 
 
 # ---- slots one by one
 
 
-def _drawn(law: Law, proposal: Density, u: float) -> tuple[np.ndarray, float]:
+def _drawn(process: ForwardProcess, proposal: Density, u: float) -> tuple[np.ndarray, float]:
     """(the proposal's rate at u: float64 [1], its weight p/r)."""
     t, r = proposal.draw(np.array([u]))
-    return t, float(law.density.at(t)[0] / r[0])
+    return t, float(process.density.at(t)[0] / r[0])
 
 
 def _row(batch: Batch, data: int, noise: int) -> Batch:
@@ -289,16 +303,16 @@ def _row(batch: Batch, data: int, noise: int) -> Batch:
     return batch._replace(ids=batch.ids[at], eligible=batch.eligible[at], segments=segments, uniforms=uniforms)
 
 
-def _one_view(pair: Corruption, view: int) -> Corruption:
+def _one_view(pair: MaskedBatch, view: int) -> MaskedBatch:
     length = pair.noisy.shape[1]
     keep = pair.positions // length == view
-    return Corruption(
+    return MaskedBatch(
         pair.noisy[view : view + 1], pair.positions[keep] - view * length, pair.targets[keep], pair.weights[keep],
         pair.unit[keep],
     )  # fmt: skip
 
 
-def _proportion(one: Corruption, other: Corruption) -> float | None:
+def _proportion(one: MaskedBatch, other: MaskedBatch) -> float | None:
     """One factor between all weights of the same masked rows, or None."""
     if not torch.equal(one.noisy, other.noisy):
         return None
@@ -323,7 +337,7 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = Tru
     return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
 
 
-def components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:
+def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:
     """A, B, B_t, B_int + C, C, rho and `mirror_margin` = -rho A - (B_int + C), each with its bootstrap interval."""
 
     def named(mean: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

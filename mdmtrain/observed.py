@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mdmtrain.config import Config
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.optim import build_optimizer, local
+from mdmtrain.parallel.parallelize import build_model, data_mesh
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model, data_mesh
 
 
 def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, float]:
@@ -96,7 +96,7 @@ def allocations(device: torch.device) -> Iterator[tuple[Callable[[str], None], d
 
 
 def measured_memory(config: Config, shape: ModelShape, world: World, masked: float) -> dict[str, float]:
-    """Bytes on this rank in a micro-step that adds to gradients, by the kinds of mdmtrain/plan.py. A collective.
+    """Bytes on this rank in a micro-step that adds to gradients, by the kinds of mdmtrain/cost.py. A collective.
 
     "activations" are what the blocks keep; the peaks with the head and with a block at work come with all that is
     there but the states (parameters, gradients, optimizer). masked: share of the positions that pass the head.

@@ -74,9 +74,9 @@ class GradientPair:
     """How noisy is the step's gradient: from the gradients g, g' of two steps in a row, without another backward pass.
 
     |g' - g|^2 / 2 estimates Tr Cov of the step's gradient and <g, g'> estimates |E g|^2, both before clipping
-    (VARIANCE.md section 2; the noise scale of arXiv 1812.06162 is Tr Cov times the step's tokens over |E g|^2). Exact
-    for fixed weights; here the second step has other weights, which adds half the squared change of E g to the first
-    and, as the update was made of g itself, shifts both by the curvature along it: read them as trends.
+    (mathematics.md section 2; the noise scale of arXiv 1812.06162 is Tr Cov times the step's tokens over |E g|^2).
+    Exact for fixed weights; here the second step has other weights, which adds half the squared change of E g to the
+    first and, as the update was made of g itself, shifts both by the curvature along it: read them as trends.
     The copy of the gradient, this rank's part, lives from one step to the next and no longer.
     """
 
@@ -104,7 +104,7 @@ class GradientPair:
         return total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # zeros: one of the two was skipped
 
 
-class WeightAverage:
+class EMA:
     """Exponential moving average of the weights, float32, sharded like them."""
 
     def __init__(self, model: nn.Module, decay: float):

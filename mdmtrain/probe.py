@@ -15,17 +15,17 @@ from mdmtrain.data.loader import Rows, random_rows
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import Corruption, Draws, Law, row_losses, row_statistics
+from mdmtrain.diffusion.objective import ForwardProcess, MaskedBatch, MaskingRates, row_losses, row_statistics
 from mdmtrain.diffusion.rates import fit
-from mdmtrain.diffusion.variance import components, paired_rates
+from mdmtrain.diffusion.variance import loss_components, paired_rates
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.monitor.metrics import finite
+from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import reshard
 
 
 class Probe:
-    """A run's model, looked at without a backward pass. Its methods with a law are collectives."""
+    """A run's model, looked at without a backward pass. Its methods with a forward process are collectives."""
 
     def __init__(self, model: Transformer, config: Config, mask_id: int, world: World):
         self._model, self._config, self._mask_id, self._world = model, config, mask_id, world
@@ -37,49 +37,52 @@ class Probe:
         return bool(every) and step % every == 0
 
     def decompose(
-        self, law: Law, validation: list[PreparedSplit], step: int
+        self, process: ForwardProcess, validation: list[PreparedSplit], step: int
     ) -> tuple[dict[str, float | None], float, float]:
         """The variance components of one slot's loss, A, B_t, B_int and C, on validation rows drawn anew.
 
-        The loss is that of the law (its sampler, masks, views and weights; not its strata, which a slot by itself does
-        not have): y = sum_i weight_i CE_i / L, averaged over the views; squared nats per token, None: not finite. Then
-        the seconds that this took, and their share of the time since the last one.
+        The loss is that of the forward process, with its sampler, masks, views and weights but without its strata,
+        which a slot by itself does not have: y = sum_i weight_i CE_i / L, averaged over the views. The components are
+        in squared nats per token; None stands for one that is not finite. Then the seconds that this took, and their
+        share of the time since the last one.
         """
         start = time.monotonic()
-        sequences, rates, masks = self._config.monitor.probe
+        monitor = self._config.monitor
+        sequences, rates, masks = monitor.probe_sequences, monitor.probe_rates, monitor.probe_masks
         bits = noise.philox(self._config.run.seed, Stream.PROBE, 2 * step)
         rows = random_rows(validation, self._config.data, sequences, bits)
-        draws = paired_rates(law, sequences, rates, bits)
-        values = self._grid(law, rows, draws, masks, Stream.PROBE, 2 * step + 1, row_losses)
-        parts = components(values.mean(axis=3) / self._config.data.sequence_length)
+        draws = paired_rates(process, sequences, rates, bits)
+        values = self._grid(process, rows, draws, masks, Stream.PROBE, 2 * step + 1, row_losses)
+        parts = loss_components(values.mean(axis=3) / self._config.data.sequence_length)
         before, self._since = self._since, time.monotonic()
         seconds = self._since - start
         found = {name: finite(float(value)) for name, value in parts.items()}
         return found, seconds, seconds / (self._since - before)
 
-    def fit(self, law: Law, sources: list[PreparedSplit]) -> np.ndarray:
+    def fit(self, process: ForwardProcess, sources: list[PreparedSplit]) -> np.ndarray:
         """P-POTS before training (arXiv 2511.18159): the density for the weights as they stand, float64 [bins].
 
-        diffusion.grid rates x sequences x masks on training rows. law: of uniform rates; they are one stratification
-        over rates and sequences, so each cell gets its share and the mean statistic of a cell is unbiased.
+        process: with uniform rates. The fit makes fit_rates x fit_sequences x fit_masks passes on training rows. Its
+        rates are one stratification over rates and sequences, so each cell gets its share and the mean statistic of a
+        cell is unbiased.
         """
         diffusion, seed = self._config.diffusion, self._config.run.seed
-        rates, sequences, masks = diffusion.grid
+        rates, sequences, masks = diffusion.fit_rates, diffusion.fit_sequences, diffusion.fit_masks
         rows = random_rows(sources, self._config.data, sequences, noise.philox(seed, Stream.FIT, 0))
-        draws = law.rates_at(strata.uniforms(seed, 1, sequences * rates, "global", Stream.FIT))
+        draws = process.rates_at(strata.uniforms(seed, 1, sequences * rates, "global", Stream.FIT))
         statistics = self._grid(
-            law, rows, draws, masks, Stream.FIT, 2, lambda ce, c: row_statistics(ce, c, diffusion.target)
+            process, rows, draws, masks, Stream.FIT, 2, lambda ce, c: row_statistics(ce, c, diffusion.target)
         )
-        cells = law.row_cells(draws).reshape(sequences, rates, 1, -1)
+        cells = process.row_cells(draws).reshape(sequences, rates, 1, -1)
         cells = np.broadcast_to(cells, statistics.shape).flatten()
         sums, hits = np.bincount(cells, statistics.flatten(), diffusion.bins), np.bincount(cells)
-        edges = law.density.edges
-        return fit(edges, sums / hits, law.omega((edges[:-1] + edges[1:]) / 2), diffusion.floor, diffusion.form).p
+        edges = process.density.edges
+        return fit(edges, sums / hits, process.omega((edges[:-1] + edges[1:]) / 2), diffusion.floor, diffusion.form).p
 
     @torch.no_grad()
     def _grid(
-        self, law: Law, rows: Rows, draws: Draws, masks: int, stream: Stream, step: int,
-        value: Callable[[Tensor, Corruption], Tensor],
+        self, process: ForwardProcess, rows: Rows, draws: MaskingRates, masks: int, stream: Stream, step: int,
+        value: Callable[[Tensor, MaskedBatch], Tensor],
     ) -> np.ndarray:  # fmt: skip
         """`value` of every (sequence, rate, mask, view): float64 [a, b, masks, views].
 
@@ -94,11 +97,13 @@ class Probe:
             row = torch.from_numpy(slots // (count // len(ids)))
             uniforms = torch.from_numpy(noise.position_uniforms(self._config.run.seed, step, slots, length, stream))
             drawn = draws.at(slots // masks)
-            corruption = law.corrupt(ids[row], eligible[row], uniforms, drawn, self._mask_id).to(self._world.device)
+            masked_batch = process.corrupt(ids[row], eligible[row], uniforms, drawn, self._mask_id).to(
+                self._world.device
+            )
             visible = None if segments is None else segments[row]
-            ce = masked_cross_entropy(self._model, corruption, visible, law.config.rows_per_slot)
-            return value(ce, corruption).double().cpu().numpy()
+            ce = masked_cross_entropy(self._model, masked_batch, visible, process.config.rows_per_slot)
+            return value(ce, masked_batch).double().cpu().numpy()
 
         dealt = self._world.deal(-(-count // batch), values)
         reshard(self._model)
-        return np.concatenate(dealt).reshape(len(ids), -1, masks, law.config.rows_per_slot)
+        return np.concatenate(dealt).reshape(len(ids), -1, masks, process.config.rows_per_slot)

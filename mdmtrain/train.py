@@ -27,17 +27,17 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
-from mdmtrain.model.presets import describe, model_shape
+from mdmtrain.model.presets import describe_shape, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
 from mdmtrain.monitor.logs import CommandParser, log, log_to_file, survive_terminal, user_errors
 from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, evaluated
 from mdmtrain.monitor.profile import Profiler, out_of_memory
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
-from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.optim import EMA, GradientPair, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.parallel.parallelize import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import AgreedError, Interrupted, World, init_world, reason, set_timeout
-from mdmtrain.parallel.wrap import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.probe import Probe
 
 LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
@@ -83,7 +83,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     elif resumed is None:
         origin = f"weights of {load_initial_weights(config, identity, model, world)}"
     if config.optim.ema_decay is not None:
-        average = WeightAverage(model, config.optim.ema_decay)
+        average = EMA(model, config.optim.ema_decay)
     step, cursor, recorder = 0, START, StepRecorder(config, plan, world.device, world.rank)
     probe, pair = Probe(model, config, tokenizer.mask_id, world), GradientPair(model)
     if resumed is not None:
@@ -105,14 +105,14 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     world.agree(lambda: describe_run(run_dir, config), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
-    for line in (f"run folder {run_dir}", origin, describe(shape), *rows, *plan.reasons):
+    for line in (f"run folder {run_dir}", origin, describe_shape(shape), *rows, *plan.reasons):
         say(world, line)
     if config.parallel.offload and world.device.type == "cpu":
         say(world, "parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
     if sampler.fits("once") and resumed is None:
-        rates, rows, masks = config.diffusion.grid
-        say(world, f"fitting p(t) to {rates} rates x {rows} sequences x {masks} masks")
-        p = probe.fit(sampler.law(0.0), sources)
+        fit = config.diffusion
+        say(world, f"fitting p(t) to {fit.fit_rates} rates x {fit.fit_sequences} sequences x {fit.fit_masks} masks")
+        p = probe.fit(sampler.process(0.0), sources)
         sampler.use(world.agree(lambda: p, main_only=True))  # the same bits everywhere
 
     # ---- the loop
@@ -151,8 +151,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         profiler.before(step)
         if step % GARBAGE_EVERY == 0:
             gc.collect(1)
-        law = sampler.law(step / run.steps)
-        draws = law.draw(run.seed, step, config.slots_per_step, world.size)
+        process = sampler.process(step / run.steps)
+        draws = process.draw(run.seed, step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
         for micro_step in range(plan.accumulation):
             model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
@@ -160,13 +160,15 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             batch = recorder.wait_for(batches)
             watch.at("forward and backward")
             drawn = draws.at(batch.slots.numpy())
-            corruption = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(device)
-            ce = masked_cross_entropy(model, corruption, batch.segments, plan.rows_per_slot)
-            losses = row_losses(ce, corruption)
+            masked_batch = process.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, tokenizer.mask_id).to(
+                device
+            )
+            ce = masked_cross_entropy(model, masked_batch, batch.segments, plan.rows_per_slot)
+            losses = row_losses(ce, masked_batch)
             (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
-            statistics = row_statistics(ce.detach(), corruption, config.diffusion.target)
+            statistics = row_statistics(ce.detach(), masked_batch, config.diffusion.target)
             eligible = int(batch.eligible.sum()) * plan.rows_per_slot
-            recorder.add_micro_step(sums, losses.detach(), statistics, law.row_cells(drawn), len(ce), eligible)
+            recorder.add_micro_step(sums, losses.detach(), statistics, process.row_cells(drawn), len(ce), eligible)
         if pair.half:
             recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
         elif probe.due(step + 2) and not (config.evaluates(step + 1) or config.saves(step + 1)):
@@ -179,9 +181,9 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         if average is not None:
             average.update(model, skipped)
         step += 1
-        row_counts = np.bincount(law.row_cells(draws), minlength=config.diffusion.bins)
+        row_counts = np.bincount(process.row_cells(draws), minlength=config.diffusion.bins)
         sampler.add(recorder.statistics(sums), row_counts, skipped)
-        recorder.add_step(step, law, draws, row_counts, sums, norm, skipped, lr)
+        recorder.add_step(step, process, draws, row_counts, sums, norm, skipped, lr)
         if sampler.due(step):
             sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
 
@@ -195,7 +197,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             graphs.report(step)
             if probe.due(step):
                 watch.at("probe")
-                components, seconds, share = probe.decompose(law, validation, step)
+                components, seconds, share = probe.decompose(process, validation, step)
                 records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
                 if metrics is not None:
                     metrics.probe_cost(step, seconds, share)
@@ -253,7 +255,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
 
 
 def in_loop_evaluation(
-    model, average: WeightAverage | None, splits: list, config: Config, mask_id: int, world: World
+    model, average: EMA | None, splits: list, config: Config, mask_id: int, world: World
 ) -> list[Evaluation]:
     """The validation NELBO of the weights that count: the average where the run keeps one."""
     arguments = (config.eval, config.data.sequence_length, config.data.document_mask, mask_id, world)

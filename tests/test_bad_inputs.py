@@ -384,7 +384,7 @@ def run_of_another_seed(lab):
     return lab.resume("run.seed=6")
 
 
-@case("train", "cannot resume {lab}/run/checkpoints", "global_batch is 8, not 16", "run.dir, or checkpoint.allow=")
+@case("train", "cannot resume {lab}/run/checkpoints", "global_batch is 8, not 16", "with checkpoint.allow_changed=")
 def run_of_another_batch(lab):
     return lab.resume("run.global_batch=16")
 

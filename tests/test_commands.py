@@ -46,7 +46,7 @@ def trained(corpus, tmp_path_factory) -> Path:
         "diffusion": {"schedule": "cosine"},
         "optim": {"lr": 3e-3, "schedule": "wsd", "ema_decay": 0.8},
         "checkpoint": {"save_every": 10, "keep_last": 2},
-        "monitor": {"log_every": 5, "probe_every": 15, "probe": [4, 2, 2]},
+        "monitor": {"log_every": 5, "probe_every": 15, "probe_sequences": 4, "probe_rates": 2, "probe_masks": 2},
         "eval": {"every": 15, "rows": 16, "samples": 2, "batch": 8},
     }
     output = run("mdmtrain.train", str(write_config(tree, folder / "config.yaml")))

@@ -177,8 +177,8 @@ def test_unknown_keys_name_the_nearest(base):
         *(("run.seed=9223372036854775808", "run.seed", "9223372036854775808"), ("run=5", "run", "5")),
         *(("optim.schedule=linear", "optim.schedule", '"linear"'), ("diffusion.eps=1", "diffusion.eps", "1")),
         *(
-            ("monitor.probe=[3, 2, 2]", "monitor", '{"probe": [3, 2, 2]}'),
-            ("diffusion.grid=[0, 2, 2]", "diffusion.grid.0", "0"),
+            ("monitor.probe_sequences=3", "monitor.probe_sequences", "3"),
+            ("diffusion.fit_rates=0", "diffusion.fit_rates", "0"),
         ),
     ],
 )
@@ -335,3 +335,26 @@ def test_every_configuration_that_we_ship_loads_and_resolves(path):
 
 def test_there_are_configurations_to_ship():
     assert "quickstart" in {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize(("old", "keys"), config.RENAMED.items())
+def test_a_renamed_key_is_answered_with_its_new_name(base, old, keys):
+    assert f"unknown key '{old}': it is now {', '.join(keys)}" in refused(base, f"{old}=1")
+
+
+def test_a_stored_configuration_of_an_older_version_is_read_under_the_new_keys():
+    old = {
+        "diffusion": {"grid": [9, 8, 7], "eps": 0.01},
+        "monitor": {"probe": [8, 4, 2]},
+        "parallel": {"recompute": "full", "recompute_every": 3},
+        "checkpoint": {"allow": ["data"]},
+        "run": {"steps": 5},
+    }
+    assert config.upgrade(old) == {
+        "diffusion": {"fit_rates": 9, "fit_sequences": 8, "fit_masks": 7, "eps": 0.01},
+        "monitor": {"probe_sequences": 8, "probe_rates": 4, "probe_masks": 2},
+        "parallel": {"activation_checkpointing": "full", "recompute_every": 3},
+        "checkpoint": {"allow_changed": ["data"]},
+        "run": {"steps": 5},
+    }
+    assert "grid" in old["diffusion"], "the caller's tree is left as it was"

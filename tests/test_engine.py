@@ -15,11 +15,11 @@ from mdmtrain.config import ParallelConfig, resolve
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer, initial_std
+from mdmtrain.parallel.parallelize import GraphCount, build_model, init_weights, recompute_options
 from mdmtrain.parallel.world import AgreedError
-from mdmtrain.parallel.wrap import GraphCount, build_model, init_weights, recompute_options
 from tests.conftest import read_metrics
 from tests.spawn import fake_world, run_world
-from tests.test_plan import saved_numbers
+from tests.test_cost import saved_numbers
 from tests.test_worlds import close
 from tools.check_exactness import Row, measure
 from tools.check_exactness import main as check_exactness
@@ -68,14 +68,21 @@ def short_run(small_run, tmp_path):
     def tree(name: str, parallel: dict) -> dict:
         run = {"dir": str(tmp_path / name), "seed": 5, "steps": 6, "global_batch": 16, "micro_batch": 2}
         small = {"run": run, "parallel": parallel, "checkpoint": {"save_every": 3}, "eval": {"every": 6, "rows": 8}}
-        monitor = {"log_every": 5, "tensorboard": False, "probe_every": 2, "probe": [4, 2, 2]}
+        monitor = {
+            "log_every": 5,
+            "tensorboard": False,
+            "probe_every": 2,
+            "probe_sequences": 4,
+            "probe_rates": 2,
+            "probe_masks": 2,
+        }
         return small_run({**small, "optim": {"warmup_steps": 2}, "monitor": monitor})
 
     return tree
 
 
 def test_the_mesh_changes_nothing(short_run, tmp_path):
-    kinds = {"fsdp": {}, "hsdp": {"replicate": 2, "recompute": "full", "offload": True}}
+    kinds = {"fsdp": {}, "hsdp": {"replicate": 2, "activation_checkpointing": "full", "offload": True}}
     trees = [short_run(name, parallel) for name, parallel in kinds.items()]
     assert run_world(train_each, 4, trees) == [[initial_hash(trees[0])] * 2] * 4
     metrics = {name: read_metrics(tmp_path / name) for name in kinds}
@@ -130,7 +137,7 @@ def test_recomputation_keeps_less():
 
 
 def test_ops_keeps_products_and_attention_only(monkeypatch):
-    """The backward pass of recompute=ops runs no matrix product of the forward pass again; full runs them all."""
+    """Under ops the backward pass repeats no matrix product of the forward pass; under full it repeats all."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -144,7 +151,7 @@ def test_ops_keeps_products_and_attention_only(monkeypatch):
     for mode in ("none", "ops", "full"):
         model = Transformer(SHAPE, 64)
         for index, layer in enumerate(model.layers):
-            layer.recompute = recompute_options(ParallelConfig(recompute=mode), index)
+            layer.recompute = recompute_options(ParallelConfig(activation_checkpointing=mode), index)
         ids = torch.arange(64).view(2, 32) % 60
         loss = model(ids, torch.arange(4), ids.flatten()[:4]).sum()
         with Count() as count:
@@ -156,7 +163,10 @@ def test_ops_keeps_products_and_attention_only(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler (g++)")
 def test_compiled_blocks(short_run, tmp_path):
-    eager, compiled = short_run("eager", {}), short_run("compiled", {"compile": True, "recompute": "ops"})
+    eager, compiled = (
+        short_run("eager", {}),
+        short_run("compiled", {"compile": True, "activation_checkpointing": "ops"}),
+    )
     ((graphs, budget, flex),) = run_world(train_and_count_graphs, 1, [eager, compiled])
     close(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), 1e-4)
     # With and without a mask, in training and in evaluation: not once per layer, nor once per step.
@@ -172,7 +182,7 @@ def train_and_count_graphs(world, trees: list[dict]) -> tuple[int, float, list]:
     """Graphs of all runs, the budget that a further model would be compiled under, flex_against_sdpa."""
     train_each(world, trees)
     made = counters["stats"]["unique_graphs"]
-    build_model(SHAPE, ParallelConfig(compile=True, recompute="budget", recompute_budget=0.25), world)
+    build_model(SHAPE, ParallelConfig(compile=True, activation_checkpointing="budget", recompute_budget=0.25), world)
     return made, torch._functorch.config.activation_memory_budget, flex_against_sdpa(world)
 
 
@@ -192,7 +202,10 @@ def flex_against_sdpa(world) -> list[tuple[tuple[float, float], int]]:
     ids, positions, segments = torch.arange(300).view(2, 150) * 7 % 60, torch.arange(0, 300, 3), torch.zeros(2, 150)
     segments[0, 40:], segments[0, 130:], segments[1, 9:] = 1, -1, -1
     found = []
-    for parallel in (ParallelConfig(recompute="full"), ParallelConfig(recompute="ops", compile=True)):
+    for parallel in (
+        ParallelConfig(activation_checkpointing="full"),
+        ParallelConfig(activation_checkpointing="ops", compile=True),
+    ):
         outcomes = []
         for mask in (sdpa, lambda seen, _: attention.block_mask(seen, False)):
             transformer.attention_mask = mask
@@ -228,8 +241,14 @@ def test_graphs_made_late_are_reported(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"recompute": "budget"}, "recompute=budget is torch.compile's: set compile=true"),
-        ({"recompute": "budget", "compile": True, "recompute_budget": 1.5}, "'parallel.recompute_budget': input"),
+        (
+            {"activation_checkpointing": "budget"},
+            "activation_checkpointing=budget needs the compiler: set compile=true",
+        ),
+        (
+            {"activation_checkpointing": "budget", "compile": True, "recompute_budget": 1.5},
+            "'parallel.recompute_budget': input",
+        ),
         ({"fused_head": True, "compute_dtype": "bfloat16"}, "fused_head gives losses of compute_dtype"),
     ],
 )

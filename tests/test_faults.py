@@ -330,7 +330,7 @@ def test_out_of_memory_says_what_to_change(broken):
     assert one.status == 2 and zero.status == 1 and zero.err == ""
     line = one.refusal()
     assert line.startswith("error: rank 1: out of memory (") and "lower run.micro_batch=4" in line
-    assert "parallel.recompute=full" in line and "tools/plan_run.py" in line
+    assert "parallel.activation_checkpointing=full" in line and "tools/plan_run.py" in line
 
 
 def test_a_shard_cut_under_a_loader_is_named(broken):

@@ -156,7 +156,7 @@ def calm(small_run, tmp_path) -> tuple[Path, Path, float]:
     changes = {
         "run": {"dir": str(tmp_path / "calm"), "seed": 5, "steps": STEPS, "global_batch": 16, "micro_batch": 8},
         "checkpoint": {"save_every": SAVE},
-        "monitor": {"log_every": 3, "probe_every": 7, "probe": [4, 2, 2]},
+        "monitor": {"log_every": 3, "probe_every": 7, "probe_sequences": 4, "probe_rates": 2, "probe_masks": 2},
         "eval": {"every": EVALUATE, "rows": 32, "samples": 2, "batch": 4},
     }
     config = write_config(small_run(changes), tmp_path / "config.yaml")

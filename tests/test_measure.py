@@ -17,7 +17,7 @@ from mdmtrain.data.loader import Batch
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.objective import row_losses
 from mdmtrain.diffusion.rates import fit
-from mdmtrain.measure import SLOT_STEP, Bench, components, mean_interval, ratio_interval
+from mdmtrain.measure import SLOT_STEP, Bench, gradient_components, mean_interval, ratio_interval
 from tests.conftest import ROOT, write_config
 from tests.diffusion.test_exact import t3_second_moment
 from tests.spawn import run_world
@@ -27,7 +27,7 @@ def measure(world, tree: dict, pairs: int, slots: int, rows: int) -> dict:
     from mdmtrain.data.loader import open_sources
     from mdmtrain.data.tokenizer import Tokenizer
     from mdmtrain.model.presets import model_shape
-    from mdmtrain.parallel.wrap import build_model, init_weights
+    from mdmtrain.parallel.parallelize import build_model, init_weights
 
     config = configuration.validate(tree, "test")
     tokenizer = Tokenizer.load(config.data.sources[0].path)
@@ -68,7 +68,7 @@ def test_slots_and_rows_have_the_noise_of_real_steps(small_run):
     np.testing.assert_allclose(small["rows"]["gradient"]["A"], both["rows"]["gradient"]["A"], rtol=1e-3)
 
 
-# ---- in closed form: a "model" whose gradient is its loss, T3's of VARIANCE.md
+# ---- in closed form: a "model" whose gradient is its loss, T3's of mathematics.md
 
 
 class CountBench(Bench):
@@ -97,10 +97,10 @@ class CountBench(Bench):
             ids, torch.ones(n, 16, dtype=torch.bool), None, uniforms, torch.from_numpy(slots), torch.zeros(n, 2)
         )
 
-    def _backward(self, corruption, _segments, _views, tokens, share=1.0):
-        k = (corruption.noisy == 1).sum(dim=1)
-        ce = (1 + 4 * (k - 1) / 15)[corruption.positions // 16]
-        self.gradient = row_losses(ce, corruption).sum() / tokens
+    def _backward(self, masked_batch, _segments, _views, tokens, share=1.0):
+        k = (masked_batch.noisy == 1).sum(dim=1)
+        ce = (1 + 4 * (k - 1) / 15)[masked_batch.positions // 16]
+        self.gradient = row_losses(ce, masked_batch).sum() / tokens
         return self.gradient
 
     def _take_gradient(self):
@@ -166,7 +166,7 @@ def test_intervals_cover_and_tell():
 def test_components_from_their_pair_forms():
     """A = 3, B_t = 1, B_int = 1, C = 2, rho = -.5: MIRROR's margin -rho A - (B_int + C) is -1.5."""
     ones = np.ones(50)
-    found = components({"A": 3 * ones, "AB": 5 * ones, "AC": 6 * ones, "ABC": 7 * ones, "mirror": 4.5 * ones})
+    found = gradient_components({"A": 3 * ones, "AB": 5 * ones, "AC": 6 * ones, "ABC": 7 * ones, "mirror": 4.5 * ones})
     values = {name: spread.value for name, spread in found.items()}
     assert values == {"A": 3, "B": 2, "B_t": 1, "B_int_plus_C": 3, "C": 2, "rho": -0.5, "mirror_margin": -1.5}
 

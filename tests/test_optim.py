@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mdmtrain.config import OptimConfig
-from mdmtrain.optim import GradientPair, WeightAverage, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.optim import EMA, GradientPair, build_optimizer, learning_rate, optimizer_step
 
 HEALTHY = torch.tensor(True)
 
@@ -203,7 +203,7 @@ def test_gradients_are_scaled_to_the_largest_norm_and_never_up(clip, kept):
 @pytest.mark.parametrize("poison", ["nan", "inf", "-inf", "loss", "overflow"])
 def test_a_step_that_is_not_finite_leaves_no_trace(poison, clip):
     (model, optimizer), (control, control_optimizer) = start(), start()
-    average, control_average = WeightAverage(model, 0.9), WeightAverage(control, 0.9)
+    average, control_average = EMA(model, 0.9), EMA(control, 0.9)
 
     def good(seed):
         for each, its, its_average in (
@@ -256,7 +256,7 @@ def test_the_state_is_there_from_the_start():
 
 def test_the_average_is_exponential():
     model, optimizer = start()
-    average = WeightAverage(model, 0.75)
+    average = EMA(model, 0.75)
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for seed in range(4):
         set_gradients(model, seed)
@@ -272,7 +272,7 @@ def test_the_average_is_exponential():
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_given_back_bit_for_bit(fails):
     model, optimizer = start()
-    average = WeightAverage(model, 0.5)
+    average = EMA(model, 0.5)
     set_gradients(model, 0)
     average.update(model, optimizer_step(optimizer, HEALTHY, 0.1, 1.0)[1])
     before = state(model, optimizer, average)
@@ -293,7 +293,7 @@ def test_the_model_is_given_back_bit_for_bit(fails):
 
 def test_the_average_does_not_follow_the_model_by_reference():
     model, _ = start()
-    average = WeightAverage(model, 0.5)
+    average = EMA(model, 0.5)
     kept = average.tensors["matrix"].clone()
     with torch.no_grad():
         model.matrix.add_(1)
@@ -307,7 +307,7 @@ def test_offloaded_parameters_are_stepped_where_they_are():
     """
     with FakeTensorMode():
         model = nn.Linear(4, 4)
-        optimizer, average = build_optimizer(model, OptimConfig(lr=0.1)), WeightAverage(model, 0.9)
+        optimizer, average = build_optimizer(model, OptimConfig(lr=0.1)), EMA(model, 0.9)
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         norm, skipped = optimizer_step(optimizer, torch.empty((), dtype=torch.bool, device="cuda"), 0.1, 1.0)

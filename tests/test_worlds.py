@@ -17,9 +17,9 @@ def trace_and_train(world, tree: dict) -> dict:
     """On one rank: what each of its slots reads and masks in 20 steps, the initial weights, then a real run."""
     from mdmtrain.config import resolve
     from mdmtrain.data.loader import open_sources, train_loader
-    from mdmtrain.diffusion.objective import plain_law
+    from mdmtrain.diffusion.objective import plain_process
     from mdmtrain.model.presets import model_shape
-    from mdmtrain.parallel.wrap import build_model, init_weights
+    from mdmtrain.parallel.parallelize import build_model, init_weights
     from mdmtrain.probe import Probe
     from mdmtrain.train import train
 
@@ -28,12 +28,12 @@ def trace_and_train(world, tree: dict) -> dict:
     batches = iter(train_loader(config, plan, world.rank, open_sources(config.data, "train"), 0, pin_memory=False))
     slots, shared, empty = {}, {"U": [], "u": [], "length": []}, 0
     for step in range(config.run.steps):
-        law = plain_law(config.diffusion)
-        draws = law.draw(config.run.seed, step, config.slots_per_step)
+        process = plain_process(config.diffusion)
+        draws = process.draw(config.run.seed, step, config.slots_per_step)
         for _ in range(plan.accumulation):
             batch = next(batches)
             drawn = draws.at(batch.slots.numpy())
-            noisy = law.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, mask_id=4).noisy
+            noisy = process.corrupt(batch.ids, batch.eligible, batch.uniforms, drawn, mask_id=4).noisy
             empty += not (noisy == 4).any()
             shared["U"] += [row.tobytes() for row in batch.uniforms.numpy()]
             shared["u"] += drawn.rates.tolist()
@@ -48,8 +48,8 @@ def trace_and_train(world, tree: dict) -> dict:
         n: hashlib.sha256(p.full_tensor().detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()
     }
     probe = Probe(model, config, 4, world)
-    found = probe.decompose(law, open_sources(config.data, "validation"), step=7)[0]
-    p = probe.fit(plain_law(config.diffusion), open_sources(config.data, "train"))
+    found = probe.decompose(process, open_sources(config.data, "validation"), step=7)[0]
+    p = probe.fit(plain_process(config.diffusion), open_sources(config.data, "train"))
     train(config, world)
     return {"slots": slots, "weights": weights, "noise": shared, "empty": empty, "probe": (found, p.tobytes())}
 
@@ -97,7 +97,7 @@ def test_the_same_run_on_1_2_and_4_ranks(small_run, tmp_path):
         run_dir = str(tmp_path / f"ranks-{size}-micro-{micro}")
         tree = small_run({"run": {"dir": run_dir, "steps": 20, "global_batch": 16, "micro_batch": micro, "seed": 5}})
         tree["data"]["workers"] = workers
-        tree["diffusion"] = {"grid": [32, 4, 2]}
+        tree["diffusion"] = {"fit_rates": 32, "fit_sequences": 4, "fit_masks": 2}
         ranks = run_world(trace_and_train, size, tree)
         merged = {}
         for rank in ranks:
@@ -126,7 +126,7 @@ def test_the_same_run_on_1_2_and_4_ranks(small_run, tmp_path):
         tree = small_run({"run": {"dir": str(tmp_path / f"resumed-{size}"), "steps": 20, "global_batch": 16}})
         tree["run"]["micro_batch"] = 4
         tree["run"]["seed"] = 5
-        tree["diffusion"] = {"grid": [32, 4, 2]}
+        tree["diffusion"] = {"fit_rates": 32, "fit_sequences": 4, "fit_masks": 2}
         if size == 2:
             tree["run"]["micro_batch"] = 8
         run_dir = Path(tree["run"]["dir"])
@@ -143,7 +143,7 @@ def gradients(world, shape_values: dict) -> torch.Tensor:
     """The gradient of a fixed global batch of 4 rows, dealt to the ranks."""
     from mdmtrain.config import ParallelConfig
     from mdmtrain.model.presets import ModelShape
-    from mdmtrain.parallel.wrap import build_model, init_weights
+    from mdmtrain.parallel.parallelize import build_model, init_weights
 
     model = build_model(ModelShape(**shape_values), ParallelConfig(), world)
     init_weights(model, 1)
@@ -168,15 +168,15 @@ def test_gradients_add_up_and_a_rank_without_masks_is_legal(tied):
 
 def train_and_watch(world, *trees: dict) -> list[tuple[dict, list[bytes], set[int]]]:
     """Real runs, as this rank sees them: bits of the rates that each step drew and of each density, sizes of sums."""
-    from mdmtrain.diffusion.objective import Law
+    from mdmtrain.diffusion.objective import ForwardProcess
     from mdmtrain.diffusion.sampler import RateSampler
     from mdmtrain.parallel.world import World
     from mdmtrain.train import train
 
-    rates, densities, sizes, draw, use, add = {}, [], set(), Law.draw, RateSampler.use, World.sum
+    rates, densities, sizes, draw, use, add = {}, [], set(), ForwardProcess.draw, RateSampler.use, World.sum
 
-    def watched_draw(law, seed, step, *more):
-        draws = draw(law, seed, step, *more)
+    def watched_draw(process, seed, step, *more):
+        draws = draw(process, seed, step, *more)
         rates[step] = draws.rates.tobytes()
         return draws
 
@@ -188,7 +188,7 @@ def train_and_watch(world, *trees: dict) -> list[tuple[dict, list[bytes], set[in
         sizes.add(tensor.numel() * tensor.element_size())
         return add(world, tensor)
 
-    Law.draw, RateSampler.use, World.sum = watched_draw, watched_use, watched_sum
+    ForwardProcess.draw, RateSampler.use, World.sum = watched_draw, watched_use, watched_sum
     seen = []
     for tree in trees:
         train(configuration.validate(tree, "test"), world)
@@ -202,11 +202,21 @@ def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run,
 
     def trees(ranks, micro):
         # A probe after step 11: its two gradients would be those of step 10, which saves, and 11.
-        for when, every, more in (("online", 4, {"refit_every": 5}), ("once", 11, {"grid": [16, 2, 2]})):
+        for when, every, more in (
+            ("online", 4, {"refit_every": 5}),
+            ("once", 11, {"fit_rates": 16, "fit_sequences": 2, "fit_masks": 2}),
+        ):
             run = {"dir": str(tmp_path / f"{when}-{ranks}"), "steps": 20, "global_batch": 16, "micro_batch": micro}
-            law = {"sampler": "ppots", "when": when, "views": "mirror_dedup", "bins": 8, "min_hits": 2, **more}
-            monitor = {"log_every": 5, "tensorboard": False, "probe_every": every, "probe": [4, 2, 2]}
-            yield small_run({"run": {**run, "seed": 5}, "diffusion": law, "monitor": monitor})
+            process = {"sampler": "ppots", "when": when, "views": "mirror_dedup", "bins": 8, "min_hits": 2, **more}
+            monitor = {
+                "log_every": 5,
+                "tensorboard": False,
+                "probe_every": every,
+                "probe_sequences": 4,
+                "probe_rates": 2,
+                "probe_masks": 2,
+            }
+            yield small_run({"run": {**run, "seed": 5}, "diffusion": process, "monitor": monitor})
 
     quiet = next(iter(trees(0, 8)))
     quiet["monitor"] = {**quiet["monitor"], "probe_every": None}

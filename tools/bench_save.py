@@ -28,11 +28,11 @@ from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import CheckpointConfig, DiffusionConfig, OptimConfig, ParallelConfig
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.sampler import RateSampler
-from mdmtrain.model.presets import ModelShape, describe
+from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.monitor.logs import CommandParser, user_errors
 from mdmtrain.optim import build_optimizer, optimizer_step
+from mdmtrain.parallel.parallelize import build_model, init_weights
 from mdmtrain.parallel.world import World, init_world
-from mdmtrain.parallel.wrap import build_model, init_weights
 
 META = {"identity": {}, "has_average": False, "config": {}}
 
@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> None:
         world.agree(lambda: shutil.rmtree(args.out), main_only=True)
     if not world.is_main:
         return
-    table = Table("", "seconds", "of a save that is waited for", title=f"{describe(shape)}; {world.size} ranks")
+    table = Table("", "seconds", "of a save that is waited for", title=f"{describe_shape(shape)}; {world.size} ranks")
     for name, ratio in {
         "stall_waited_for": None, "stall_beside": "stall_ratio", "cost_beside": "cost_ratio", "committed_after": None,
         "step_alone": None, "step_beside_a_save": None, "verifying": None,

@@ -10,7 +10,7 @@ Random tokens, the configuration's model and micro-batch; works that are compare
     recompute  forward and backward pass under each activation checkpointing mode against none
     compile    compiled blocks against eager ones
     chunks     the head in chunks, and torch's fused linear cross-entropy, against one chunk, in float32
-    memory     the planner's prediction (mdmtrain/plan.py) against the allocator's books, by kind and mode
+    memory     the planner's prediction (mdmtrain/cost.py) against the allocator's books, by kind and mode
     loop       steps of the real training loop on the prepared data: where their time goes, tokens/s, MFU against the
                matrix products of this process, and the loop's overhead beyond the model and the optimizer
     machinery  a step with the variance machinery against one without
@@ -61,12 +61,12 @@ from variance_cost import (
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config, resolve
-from mdmtrain.diffusion.objective import Corruption
-from mdmtrain.model.presets import ModelShape, describe
+from mdmtrain.cost import WORK, Assumptions, memory, step_flops
+from mdmtrain.diffusion.objective import MaskedBatch
+from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.observed import measured_memory
 from mdmtrain.parallel.world import World, init_world
-from mdmtrain.plan import WORK, Assumptions, memory, step_flops
 
 WARM_UP = 5  # steps of the loop that do not count
 
@@ -82,7 +82,7 @@ def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) 
     hidden = torch.randn(masked.noisy.numel(), shape.d_model, device=world.device)
     weight = torch.randn(shape.vocab_size, shape.d_model, device=world.device, requires_grad=True)
 
-    def head_alone(batch: Corruption) -> None:
+    def head_alone(batch: MaskedBatch) -> None:
         rows = hidden.index_select(0, batch.positions)
         (model.head(rows, batch.targets, weight) * batch.weights).sum().backward()
         weight.grad = None
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
               "clock": clock_of(world).__name__}  # fmt: skip
     if world.is_main:
-        console.print(describe(shape), highlight=False)
+        console.print(describe_shape(shape), highlight=False)
     for name in args.only:
         measure, show = PARTS[name]
         result[name] = measure(config, shape, world, args.repeat)

@@ -52,9 +52,9 @@ class Arrangement:
 ARRANGEMENTS = {
     "plain": Arrangement({}, True),
     "plain again": Arrangement({}, True),
-    "recompute full": Arrangement({"recompute": "full"}, True),
-    "recompute selective": Arrangement({"recompute": "selective"}, True),
-    "recompute ops": Arrangement({"recompute": "ops"}, True),
+    "recompute full": Arrangement({"activation_checkpointing": "full"}, True),
+    "recompute selective": Arrangement({"activation_checkpointing": "selective"}, True),
+    "recompute ops": Arrangement({"activation_checkpointing": "ops"}, True),
     "keep gathered": Arrangement({"reshard_after_forward": False}, True),
     "offload": Arrangement({"offload": True}, True),
     "average": Arrangement({}, True, ema=True),
@@ -62,8 +62,8 @@ ARRANGEMENTS = {
     "fused head": Arrangement({"fused_head": True}, False),
     "accumulate": Arrangement({}, False, accumulate=ACCUMULATED),
     "compile": Arrangement({"compile": True}, False),
-    "compile ops": Arrangement({"compile": True, "recompute": "ops"}, False),
-    "compile budget": Arrangement({"compile": True, "recompute": "budget"}, False),
+    "compile ops": Arrangement({"compile": True, "activation_checkpointing": "ops"}, False),
+    "compile budget": Arrangement({"compile": True, "activation_checkpointing": "budget"}, False),
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import formats
 from mdmtrain.checkpoint.export import cast, export, import_checkpoint
-from mdmtrain.checkpoint.places import place
+from mdmtrain.checkpoint.storage import place
 from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer

@@ -26,7 +26,7 @@ from mdmtrain import config as configuration
 from mdmtrain import train as loop
 from mdmtrain.checkpoint import store
 from mdmtrain.config import Config
-from mdmtrain.diffusion.objective import Corruption
+from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.recorder import StepRecorder
@@ -181,7 +181,7 @@ def graphs(report: Report, place: Place) -> None:
     made = []
     for documents in (None, segments):
         for some in (1, 2, 3):
-            few = Corruption(batch.noisy, batch.positions[::some], batch.targets[::some], batch.weights[::some],
+            few = MaskedBatch(batch.noisy, batch.positions[::some], batch.targets[::some], batch.weights[::some],
                              batch.unit[::some])  # fmt: skip
             ce = compiled(few.noisy, few.positions, few.targets, documents)
             ce.sum().backward()
@@ -217,7 +217,14 @@ def small_run(place: Place, name: str, **run) -> Config:
         "optim": {"lr": 3e-3, "ema_decay": 0.9},
         "parallel": {"compute_dtype": place.pick("bfloat16", "float32")},
         "checkpoint": {"save_every": 4, "keep_last": 9},
-        "monitor": {"log_every": 4, "tensorboard": False, "probe_every": 12, "probe": [4, 2, 2]},
+        "monitor": {
+            "log_every": 4,
+            "tensorboard": False,
+            "probe_every": 12,
+            "probe_sequences": 4,
+            "probe_rates": 2,
+            "probe_masks": 2,
+        },
         "eval": {"every": run["steps"], "rows": 4, "samples": 1},
     }  # fmt: skip
     return configuration.validate(tree, "gpu_check")

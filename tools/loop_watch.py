@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mdmtrain import train as loop
 from mdmtrain.config import Config
-from mdmtrain.diffusion.objective import Corruption, Law
+from mdmtrain.diffusion.objective import ForwardProcess, MaskedBatch
 from mdmtrain.model.head import Head
 from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.parallel.world import World
@@ -94,8 +94,8 @@ def doors(watched: Doors) -> Iterator[None]:
         for owner, name, function in (
             (StepRecorder, "new_sums", first_of_a_step),
             (StepRecorder, "wait_for", around(wait_for, "data")),
-            (Law, "corrupt", around(Law.corrupt, "masking")),
-            (Corruption, "to", around(Corruption.to, "masking")),
+            (ForwardProcess, "corrupt", around(ForwardProcess.corrupt, "masking")),
+            (MaskedBatch, "to", around(MaskedBatch.to, "masking")),
             (loop, "masked_cross_entropy", around(loop.masked_cross_entropy, "forward")),
             (loop, "row_losses", around(loop.row_losses, "forward")),
             (Head, "forward", through_the_head),

@@ -14,25 +14,25 @@ from torch import Tensor
 
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.diffusion import noise
-from mdmtrain.diffusion.objective import Corruption, plain_law, row_losses
+from mdmtrain.diffusion.objective import MaskedBatch, plain_process, row_losses
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
 from mdmtrain.observed import allocations
 from mdmtrain.optim import local
+from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model
 
 # Settings of `parallel` that are compared, each with the first. A new mode gets its line here.
 RECOMPUTE = {
-    "none": {"recompute": "none", "compile": False},
-    "selective": {"recompute": "selective", "compile": False},
-    "ops": {"recompute": "ops", "compile": False},
-    "full": {"recompute": "full", "compile": False},
+    "none": {"activation_checkpointing": "none", "compile": False},
+    "selective": {"activation_checkpointing": "selective", "compile": False},
+    "ops": {"activation_checkpointing": "ops", "compile": False},
+    "full": {"activation_checkpointing": "full", "compile": False},
 }
 EAGER = {"eager": RECOMPUTE["none"]}
-COMPILE = {**EAGER, "compiled": {"recompute": "none", "compile": True}}
+COMPILE = {**EAGER, "compiled": {"activation_checkpointing": "none", "compile": True}}
 # By itself: the compiler's cache does not tell graphs of one budget from those of another.
-BUDGET = {**EAGER, "compiled, budget": {"recompute": "budget", "compile": True}}
+BUDGET = {**EAGER, "compiled, budget": {"activation_checkpointing": "budget", "compile": True}}
 CHUNKS = {
     "one chunk": {"head_chunk": 1 << 20, "fused_head": False},
     "chunks of 256": {"head_chunk": 256, "fused_head": False},
@@ -121,24 +121,24 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 # ---- work
 
 
-def random_batch(config: Config, shape: ModelShape) -> Corruption:
+def random_batch(config: Config, shape: ModelShape) -> MaskedBatch:
     """One corrupted micro-batch of random tokens: the first rows of step 0. The last token is the mask."""
     rows, length = config.run.micro_batch, config.data.sequence_length
     slots = np.arange(rows)
     ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
     ids = torch.from_numpy((ids * (shape.vocab_size - 1)).astype(np.int64))
-    law = plain_law(DiffusionConfig(eps=config.diffusion.eps))
-    drawn = law.draw(config.run.seed, 0, rows)
+    process = plain_process(DiffusionConfig(eps=config.diffusion.eps))
+    drawn = process.draw(config.run.seed, 0, rows)
     uniforms = torch.from_numpy(noise.position_uniforms(config.run.seed, 0, slots, length))
-    return law.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), uniforms, drawn, shape.vocab_size - 1)
+    return process.corrupt(ids, torch.ones_like(ids, dtype=torch.bool), uniforms, drawn, shape.vocab_size - 1)
 
 
-def all_positions(batch: Corruption) -> Corruption:
+def all_positions(batch: MaskedBatch) -> MaskedBatch:
     """The same batch with every position through the head; those that are not masked weigh 0."""
     count, device = batch.noisy.numel(), batch.noisy.device
     weights = torch.zeros(count, device=device).index_copy(0, batch.positions, batch.weights)
     targets = batch.noisy.flatten().index_copy(0, batch.positions, batch.targets)
-    return Corruption(batch.noisy, torch.arange(count, device=device), targets, weights, weights)
+    return MaskedBatch(batch.noisy, torch.arange(count, device=device), targets, weights, weights)
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def new_model(config: Config, shape: ModelShape, world: World) -> Transformer:
     return model
 
 
-def passes(model: Transformer, batch: Corruption, segments: Tensor | None = None) -> Work:
+def passes(model: Transformer, batch: MaskedBatch, segments: Tensor | None = None) -> Work:
     """Forward and backward pass of a micro-batch; the gradients are dropped."""
 
     def work() -> None:

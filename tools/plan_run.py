@@ -3,7 +3,7 @@
 
     python tools/plan_run.py CONFIG... --gpus 64,256,1024 --gpu h100 [--trace] [--json FILE] [section.key=value ...]
 
-Arithmetic from the configuration and data-sheet figures (mdmtrain/plan.py); what is assumed is printed. `--trace` runs
+Arithmetic from the configuration and data-sheet figures (mdmtrain/cost.py); what is assumed is printed. `--trace` runs
 one micro-step of the real model on fake tensors and compares the bytes that it sends.
 """
 
@@ -17,11 +17,11 @@ from rich.table import Table
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config
+from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, propose, traffic
 from mdmtrain.data.shards import read_manifest
-from mdmtrain.model.presets import ModelShape, describe, model_shape
+from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.observed import traced_traffic
-from mdmtrain.plan import GIB, GPUS, Assumptions, Cost, cost, hurry, propose, traffic
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
             refused.append(f"{count:,} GPUs: {error}")
     if not costs:
         raise ValueError("; ".join(refused))
-    console.print(describe(shape), highlight=False)
+    console.print(describe_shape(shape), highlight=False)
     for reason in costs[0].reasons[1:]:
         console.print(reason, highlight=False)
     for one in costs:

@@ -130,10 +130,10 @@ def main(argv: list[str] | None = None) -> None:
 
         begin = time.monotonic()
         summary = prepare(inputs, args.out, options, args.workers, show)
-    describe(summary, time.monotonic() - begin)
+    print_summary(summary, time.monotonic() - begin)
 
 
-def describe(summary: Summary, seconds: float) -> None:
+def print_summary(summary: Summary, seconds: float) -> None:
     """A few lines for a person: what was made, how big, how fast."""
     manifest = summary.manifest
     if summary.already:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mdmtrain.config import Config, DiffusionConfig, resolve
 from mdmtrain.diffusion import masks, noise
-from mdmtrain.diffusion.objective import plain_law, row_losses, row_statistics
+from mdmtrain.diffusion.objective import plain_process, row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import masked_cross_entropy
@@ -33,7 +33,7 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
     optimizer = build_optimizer(model, config.optim)
     sampler = RateSampler(config.diffusion, world.device)
     recorder = StepRecorder(config, plan, world.device, world.rank)
-    reference = plain_law(config.diffusion.model_copy(update=plain_choice))
+    reference = plain_process(config.diffusion.model_copy(update=plain_choice))
     batch = random_batch(config, shape).to(world.device)
     known = torch.rand(len(batch.positions), device=world.device)
     places = [np.array(plan.slots(world.rank, number)) for number in range(plan.accumulation)]
@@ -45,8 +45,8 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
     def machinery(learn: bool) -> None:
         """As in train.py; without `learn` the model stands still and its cross-entropies are known."""
         nonlocal step
-        law = sampler.law(0.0)
-        draws = law.draw(config.run.seed, step, slots, world.size)
+        process = sampler.process(0.0)
+        draws = process.draw(config.run.seed, step, slots, world.size)
         sums = recorder.new_sums()
         for place in places:
             ce = cross_entropy() if learn else known
@@ -54,15 +54,17 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
             if learn:
                 (losses.sum() / plan.tokens_per_step).backward()
             by_row = row_statistics(ce.detach(), batch, config.diffusion.target)
-            recorder.add_micro_step(sums, losses.detach(), by_row, law.row_cells(draws.at(place)), len(ce), eligible)
+            recorder.add_micro_step(
+                sums, losses.detach(), by_row, process.row_cells(draws.at(place)), len(ce), eligible
+            )
         world.sum(sums)
         norm = skipped = torch.zeros((), device=world.device)
         if learn:
             norm, skipped = optimizer_step(optimizer, sums.isfinite().all(), 1e-4, config.optim.clip_norm)
-        row_counts = np.bincount(law.row_cells(draws), minlength=config.diffusion.bins)
+        row_counts = np.bincount(process.row_cells(draws), minlength=config.diffusion.bins)
         step += 1
         sampler.add(recorder.statistics(sums), row_counts, skipped)
-        recorder.add_step(step, law, draws, row_counts, sums, norm, skipped, 1e-4)
+        recorder.add_step(step, process, draws, row_counts, sums, norm, skipped, 1e-4)
 
     def plain() -> None:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -99,10 +101,10 @@ def simulate_balance(length: int, eps: float) -> dict:
     per_rank = SIMULATED_BATCH // SIMULATED_RANKS
     result = {}
     for strata in ("global", "none"):
-        law = plain_law(DiffusionConfig(eps=eps, strata=strata))
+        process = plain_process(DiffusionConfig(eps=eps, strata=strata))
         by_rank, by_micro = [], []
         for step in track(range(SIMULATED_STEPS), f"strata {strata}"):
-            drawn = law.draw(0, step, SIMULATED_BATCH)
+            drawn = process.draw(0, step, SIMULATED_BATCH)
             slots = np.arange(SIMULATED_BATCH)
             uniforms = noise.position_uniforms(0, step, slots, length)
             counts = masks.bernoulli(uniforms, drawn.rates, np.ones(uniforms.shape, dtype=bool)).sum(axis=1)

@@ -26,7 +26,7 @@ from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
-from mdmtrain.measure import ArmNoise, Bench, Spread, components, mean_interval, ratio_interval
+from mdmtrain.measure import ArmNoise, Bench, Spread, gradient_components, mean_interval, ratio_interval
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
@@ -64,7 +64,7 @@ def verdict(name: str, objective: str, ratio: Spread) -> str:
     return f"within {PRECISE:.0%}" if ratio.low >= 1 - PRECISE and ratio.high <= 1 + PRECISE else "cannot tell"
 
 
-def describe(noise: ArmNoise, standard: ArmNoise, steps: ArmNoise, products: np.ndarray) -> dict:
+def report_row(noise: ArmNoise, standard: ArmNoise, steps: ArmNoise, products: np.ndarray) -> dict:
     """An arm's numbers. noise, standard: from slots; steps, products: from real steps."""
     size, ratio = mean_interval(noise.gradient), ratio_interval(noise.gradient, standard.gradient)
     loss, real = ratio_interval(noise.loss, standard.loss), mean_interval(steps.gradient)
@@ -174,11 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         kinds = bench.decompose(args.single_rows, lambda: bar.advance(task))
     rows = {}
     for name, noise in noises.items():
-        row = describe(noise, noises["standard"], *steps[name])
+        row = report_row(noise, noises["standard"], *steps[name])
         objective = arms[name].objective
         says = verdict(name, objective, Spread(row["grad_var_ratio"], *row["ci"]))
         rows[name] = {"objective": objective, "verdict": says, **row}
-    parts = {what: {k: asdict(v) for k, v in components(of).items()} for what, of in kinds.items()}
+    parts = {what: {k: asdict(v) for k, v in gradient_components(of).items()} for what, of in kinds.items()}
     result = {
         "checkpoint": str(loaded.folder), "step": loaded.meta["step"], "rows": config.run.global_batch,
         "slots": args.slots, "pairs": args.pairs, "single_rows": args.single_rows, "torch": torch.__version__,

@@ -23,14 +23,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, places, store
+from mdmtrain.checkpoint import formats, storage, store
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.staging import staging
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.parallel.world import describe, writing
+from mdmtrain.parallel.world import describe_error, writing
 
 log = logging.getLogger("mdmtrain")
 
@@ -193,7 +193,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        sums = {file.name: places.checksum(file) for file in folder.iterdir()}
+        sums = {file.name: storage.checksum(file) for file in folder.iterdir()}
         store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
 
 
@@ -223,12 +223,12 @@ class SideExports:
         self._report([entry for entry in self._running if entry[1].done()])
         shutil.rmtree(out, ignore_errors=True)  # of a future that was given up
         try:
-            held = places.hold(checkpoint)  # from now on, not only when the process is up
+            held = storage.hold(checkpoint)  # from now on, not only when the process is up
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)
         except OSError as error:
-            log.warning("export of %s could not start, the run goes on: %s", checkpoint, describe(error))
+            log.warning("export of %s could not start, the run goes on: %s", checkpoint, describe_error(error))
 
     def finish(self) -> None:
         """Wait for the exports that still run."""
@@ -237,7 +237,7 @@ class SideExports:
     def _report(self, entries: list[tuple[Path, Future, IO]]) -> None:
         for checkpoint, future, held in entries:
             if error := future.exception():
-                log.warning("export of %s failed, the run goes on: %s", checkpoint, describe(error))
+                log.warning("export of %s failed, the run goes on: %s", checkpoint, describe_error(error))
             else:
                 log.info("exported %s", self._out / checkpoint.name)
             held.close()

@@ -12,7 +12,7 @@ from mdmtrain.model.presets import ModelShape
 from mdmtrain.parallel.world import AgreedError, World
 
 log = logging.getLogger("mdmtrain")
-CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow
+CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow_changed
 REORDERING = ("data", "sequence_length")  # sample numbers then stand for other samples
 
 
@@ -64,8 +64,8 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     meta = store.read_meta(folder)
     for name, value in identity.items():
         saved = meta["identity"].get(name)
-        if saved != value and name not in config.checkpoint.allow:
-            instead = f", or checkpoint.allow='[{name}]' to go on with the new ones" if name in CHANGEABLE else ""
+        if saved != value and name not in config.checkpoint.allow_changed:
+            instead = f", or allow the change with checkpoint.allow_changed='[{name}]'" if name in CHANGEABLE else ""
             raise ValueError(
                 f"cannot resume {folder}: its {name} is {brief(saved, value)}: "
                 f"use the settings it was trained with, or another run.dir{instead}"

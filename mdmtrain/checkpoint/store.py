@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Container
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from mdmtrain import yaml12
-from mdmtrain.checkpoint.places import (
+from mdmtrain.checkpoint.storage import (
     checksum,
     held,
     place,
@@ -34,14 +34,14 @@ from mdmtrain.checkpoint.places import (
     storage_writer,
     write_atomically,
 )
-from mdmtrain.config import CheckpointConfig, Config, validate
+from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.optim import WeightAverage
-from mdmtrain.parallel.world import AgreedError, World, describe, writing
-from mdmtrain.parallel.wrap import build_model
+from mdmtrain.optim import EMA
+from mdmtrain.parallel.parallelize import build_model
+from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
@@ -54,7 +54,7 @@ warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, sampler: RateSampler
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: EMA | None, sampler: RateSampler
 ) -> dict[str, Tensor]:
     """Every tensor that a run needs to go on: the live ones, so that loading into them restores the run."""
     tensors = {}
@@ -178,7 +178,7 @@ def retain(newest: Path, config: CheckpointConfig) -> None:
                 if step_of(old) < step_of(newest) and not stays(old):
                     remove(old)
     except OSError as error:
-        log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe(error))
+        log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe_error(error))
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -303,7 +303,17 @@ def read_meta(folder: Path) -> dict:
         if found != size:
             state = "missing" if found is None else f"{found:,} bytes instead of {size:,}"
             raise ValueError(f"{folder / name}: {state}; the checkpoint is damaged, use another one")
-    return meta
+    return _today(meta)
+
+
+def _today(meta: dict) -> dict:
+    """Settings that an older version stored, under today's keys; keys that it did not know have their defaults."""
+    config, identity = upgrade(meta["config"]), dict(meta["identity"])
+    if "diffusion" in identity:
+        stored = upgrade({"diffusion": identity["diffusion"]})["diffusion"]
+        identity["diffusion"] = {**DiffusionConfig().model_dump(mode="json"), **stored}
+    identity["model"] = asdict(ModelShape(**identity["model"]))
+    return {**meta, "config": config, "identity": identity}
 
 
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from mdmtrain.checkpoint import formats, places, store
+from mdmtrain.checkpoint import formats, storage, store
 from mdmtrain.config import Config, validate
 from mdmtrain.data.hub import bundle
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.parallel.world import describe
+from mdmtrain.parallel.world import describe_error
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
 FACTS_FILE, INDEX_FILE = "mdmtrain.json", "model.safetensors.index.json"
@@ -46,15 +46,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     """The model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
 
-    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (places.hold) for as
+    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (storage.hold) for as
     long as the result lives.
     """
     folder = store.find(path)
-    held, meta = places.hold(folder), store.read_meta(folder)
+    held, meta = storage.hold(folder), store.read_meta(folder)
     source = store.chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = places.storage_reader(folder)
+    reader = storage.storage_reader(folder)
     with _unreadable(folder):
         index = reader.read_metadata()
         reader.set_up_storage_reader(index, True)
@@ -80,7 +80,7 @@ def _unreadable(folder: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")  # DCP's notes on its own internals
             yield
     except Exception as error:  # whatever unpickling meets in a damaged file
-        raise ValueError(f"cannot read checkpoint {folder}: {describe(error)[:120]}: use another one") from None
+        raise ValueError(f"cannot read checkpoint {folder}: {describe_error(error)[:120]}: use another one") from None
 
 
 def _run_facts(checkpoint: Path, step: int) -> dict:

@@ -1,4 +1,4 @@
-"""Which positions are masked: one row of uniforms per slot, one masked row per view (VARIANCE.md sections 1, 4, 5).
+"""Which positions are masked: one row of uniforms per slot, one masked row per view (mathematics.md sections 1, 4, 5).
 
 Every law is written in terms of the same uniforms U in [0, 1), one per position, so a pair of views shares its noise:
 that is what makes MIRROR antithetic. An independent second draw would not be MIRROR. `eligible`, bool [B, L], says

@@ -1,4 +1,4 @@
-"""The training objective: clean rows and noise in, masked rows and loss weights out (VARIANCE.md).
+"""The training objective: clean rows and noise in, masked rows and loss weights out (mathematics.md).
 
     l(x0, t, M) = 1/(P t) sum_i M_i CE_i        P eligible positions, masking rate t, masked set M
 
@@ -24,18 +24,18 @@ from mdmtrain.diffusion.weighting import Omega
 
 
 @dataclass(frozen=True)
-class Draws:
+class MaskingRates:
     """What the slots of a global batch drew, or some of them."""
 
     rates: np.ndarray  # float64 [n], t
     density: np.ndarray  # float64 [n], p(t) relative to uniform
 
-    def at(self, slots: np.ndarray) -> "Draws":
-        return Draws(self.rates[slots], self.density[slots])
+    def at(self, slots: np.ndarray) -> "MaskingRates":
+        return MaskingRates(self.rates[slots], self.density[slots])
 
 
 @dataclass(frozen=True)
-class Corruption:
+class MaskedBatch:
     """One micro-batch as the model sees it. K masked positions in B rows of L tokens."""
 
     noisy: Tensor  # int64 [B, L], mask_id at masked positions; the views of a slot are neighbours
@@ -44,19 +44,19 @@ class Corruption:
     weights: Tensor  # float32 [K], weight of each position's cross-entropy in the loss
     unit: Tensor  # float32 [K], its weight in l: 1/(P t), or 1/k where the count was drawn; neither p nor omega
 
-    def to(self, device: torch.device) -> "Corruption":
+    def to(self, device: torch.device) -> "MaskedBatch":
         """Copy to the device; from pinned memory where it is a GPU, so that the host goes on without waiting."""
         tensors = (getattr(self, field.name) for field in fields(self))
         if device.type == "cuda":
             tensors = (tensor.pin_memory() for tensor in tensors)
-        return Corruption(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return MaskedBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 @dataclass(frozen=True)
-class Law:
+class ForwardProcess:
     """How one step draws rates and masks and weighs them: configuration, sampler and weighting as they stand.
 
-    Pure: every method is a function of its arguments. A new density makes a new Law.
+    Pure: every method is a function of its arguments. A new density makes a new ForwardProcess.
     """
 
     config: DiffusionConfig
@@ -64,17 +64,17 @@ class Law:
     omega: Omega
     delimiters: Tensor | None = None  # bool [vocabulary], isad's listed tokens
 
-    def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> Draws:
+    def draw(self, seed: int, step: int, slots: int, blocks: int = 1) -> MaskingRates:
         """Rates of all slots of a step, the same on every rank. `blocks`: ranks, used by `strata: rank` alone."""
         return self.rates_at(strata.uniforms(seed, step, slots, self.config.strata, blocks=blocks))
 
-    def rates_at(self, u: np.ndarray) -> Draws:
+    def rates_at(self, u: np.ndarray) -> MaskingRates:
         """The rates that uniforms on [0, 1) stand for: float64 [n]."""
         if self.config.schedule == "cosine":
-            return Draws(*draw_cosine(u, self.config.eps))
-        return Draws(*self.density.draw(u))
+            return MaskingRates(*draw_cosine(u, self.config.eps))
+        return MaskingRates(*self.density.draw(u))
 
-    def row_cells(self, draws: Draws) -> np.ndarray:
+    def row_cells(self, draws: MaskingRates) -> np.ndarray:
         """The sampler's cell that each row's rate lies in: int64 [slots * views], the views of a slot side by side."""
         rates = draws.rates
         if self.config.views == "complement":
@@ -83,7 +83,9 @@ class Law:
             rates = rates.repeat(2)
         return self.density.cell(rates)
 
-    def corrupt(self, ids: Tensor, eligible: Tensor, uniforms: Tensor, draws: Draws, mask_id: int) -> Corruption:
+    def corrupt(
+        self, ids: Tensor, eligible: Tensor, uniforms: Tensor, draws: MaskingRates, mask_id: int
+    ) -> MaskedBatch:
         """Mask a micro-batch on the host, where the number of masked positions costs no device synchronisation.
 
         ids: int64 [S, L] of S slots; eligible: bool [S, L], positions that may be masked; uniforms: float32 [S, L];
@@ -105,7 +107,9 @@ class Law:
 
     # ---- Bernoulli masks, each position by itself with probability t
 
-    def _weighed_by_rate(self, ids: Tensor, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _weighed_by_rate(
+        self, ids: Tensor, U: np.ndarray, E: np.ndarray, draws: MaskingRates
+    ) -> tuple[list, list, list]:
         """Weight omega(t)/(p(t) t), and what pairs make of it."""
         t, P = draws.rates[:, None], np.maximum(E.sum(axis=1, keepdims=True), 1)
         weight = self.omega(t) / draws.density[:, None]
@@ -129,7 +133,7 @@ class Law:
         once = 2.0 * weight / np.minimum(1.0, 2.0 * t) * np.where(first & second, 0.5, 1.0)
         return [first, second], [once, once], [unit] * 2
 
-    def _weighed_by_count(self, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _weighed_by_count(self, U: np.ndarray, E: np.ndarray, draws: MaskingRates) -> tuple[list, list, list]:
         """omega_k / (q(k) k) for a row with k masks: the mean of the rate weight given the count (Rao-Blackwell)."""
         masked = masks.bernoulli(U, draws.rates, E)
         counts, P = masked.sum(axis=1), E.sum(axis=1)
@@ -137,7 +141,7 @@ class Law:
 
     # ---- the number of masks itself is drawn
 
-    def _counted(self, U: np.ndarray, E: np.ndarray, draws: Draws) -> tuple[list, list, list]:
+    def _counted(self, U: np.ndarray, E: np.ndarray, draws: MaskingRates) -> tuple[list, list, list]:
         """k = ceil(t P) of P positions, uniformly; for a pair of complements k is drawn on 0 .. P."""
         P = E.sum(axis=1)
         if self.config.views == "complement":
@@ -197,12 +201,12 @@ def omega_at(config: DiffusionConfig, progress: float) -> Omega:
     return Omega(name, config.bell, *rate_range(config), anneal)
 
 
-def plain_law(config: DiffusionConfig, delimiters: Tensor | None = None) -> Law:
-    """The law of a run's first step: uniform rates."""
-    return Law(config, uniform_density(*rate_range(config), config.bins), omega_at(config, 0.0), delimiters)
+def plain_process(config: DiffusionConfig, delimiters: Tensor | None = None) -> ForwardProcess:
+    """The forward process of a run's first step: uniform rates."""
+    return ForwardProcess(config, uniform_density(*rate_range(config), config.bins), omega_at(config, 0.0), delimiters)
 
 
-def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.ndarray, mask_id: int) -> Corruption:
+def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.ndarray, mask_id: int) -> MaskedBatch:
     """Gather the masked positions. ids: int64 [B, L]; masked: bool [B, L]; weights, units: float64 [B, L] or [B, 1]."""
     flat = torch.from_numpy(masked)
     positions = flat.flatten().nonzero().squeeze(1)
@@ -210,12 +214,12 @@ def assemble(ids: Tensor, masked: np.ndarray, weights: np.ndarray, units: np.nda
     def gather(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.broadcast_to(values, masked.shape)[masked].astype(np.float32))
 
-    return Corruption(
+    return MaskedBatch(
         ids.masked_fill(flat, mask_id), positions, ids.flatten()[positions], gather(weights), gather(units)
     )
 
 
-def next_token(ids: Tensor, eligible: Tensor) -> Corruption:
+def next_token(ids: Tensor, eligible: Tensor) -> MaskedBatch:
     """The autoregressive reference: nothing is masked, and each eligible position is predicted from those before it.
 
     ids: int64 [B, L]; eligible: bool [B, L]. The first position cannot be predicted; the weight, eligible positions
@@ -227,10 +231,10 @@ def next_token(ids: Tensor, eligible: Tensor) -> Corruption:
     predicted = known.sum(dim=1).clamp(min=1)
     rows = positions // ids.shape[1]
     weights, units = (eligible.sum(dim=1) / predicted)[rows], (1 / predicted)[rows]
-    return Corruption(ids, positions, ids.flatten()[positions + 1], weights, units)
+    return MaskedBatch(ids, positions, ids.flatten()[positions + 1], weights, units)
 
 
-def corrupt_counted(ids: Tensor, eligible: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> Corruption:
+def corrupt_counted(ids: Tensor, eligible: Tensor, uniforms: Tensor, u: np.ndarray, mask_id: int) -> MaskedBatch:
     """Evaluation noise: the number of masked positions itself is drawn, so no rate is cut off at eps.
 
     k = floor(u P) + 1 of the P eligible positions, uniformly; each masked one weighs P/k, that is: the row's value
@@ -250,23 +254,23 @@ def _interleave(views: list[np.ndarray]) -> np.ndarray:
     return np.stack(np.broadcast_arrays(*views), axis=1).reshape(-1, views[0].shape[-1]) if len(views) > 1 else views[0]
 
 
-def row_losses(ce: Tensor, corruption: Corruption) -> Tensor:
+def row_losses(ce: Tensor, masked_batch: MaskedBatch) -> Tensor:
     """sum_i weight_ij CE_ij of each row: float32 [B], from the cross-entropies [K] of the masked positions."""
-    return _row_sums(corruption.weights * ce, corruption)
+    return _row_sums(masked_batch.weights * ce, masked_batch)
 
 
-def row_statistics(ce: Tensor, corruption: Corruption, target: str) -> Tensor:
-    """P-POTS' statistic of each row, without p and omega: float32 [B] (VARIANCE.md section 3).
+def row_statistics(ce: Tensor, masked_batch: MaskedBatch, target: str) -> Tensor:
+    """P-POTS' statistic of each row, without p and omega: float32 [B] (mathematics.md section 3).
 
     "loss": l^2. "gradient": sum_i unit_i^2 (1 - p_y,i)^2, p_y = exp(-CE) the probability of the right token: up to a
     factor between 1 and 2, and |h_i|^2, the same-token part of the head's squared gradient norm.
     """
     if target == "loss":
-        return _row_sums(corruption.unit * ce, corruption).square()
-    return _row_sums((corruption.unit * -torch.expm1(-ce)).square(), corruption)
+        return _row_sums(masked_batch.unit * ce, masked_batch).square()
+    return _row_sums((masked_batch.unit * -torch.expm1(-ce)).square(), masked_batch)
 
 
-def _row_sums(values: Tensor, corruption: Corruption) -> Tensor:
-    rows, length = corruption.noisy.shape
+def _row_sums(values: Tensor, masked_batch: MaskedBatch) -> Tensor:
+    rows, length = masked_batch.noisy.shape
     sums = torch.zeros(rows, dtype=torch.float32, device=values.device)
-    return sums.index_add(0, corruption.positions // length, values)
+    return sums.index_add(0, masked_batch.positions // length, values)

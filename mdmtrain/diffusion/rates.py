@@ -1,7 +1,8 @@
 """Samplers of the masking rate t: from a stratified uniform to (t, density), and the fit of P-POTS.
 
-Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (VARIANCE.md section 1). P-POTS
-is the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training, and to gradients too (section 3).
+Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (mathematics.md section 1).
+P-POTS is the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training, and to gradients too
+(section 3).
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdmtrain.config import DiffusionConfig
-from mdmtrain.diffusion.objective import Law, omega_at, rate_range
+from mdmtrain.diffusion.objective import ForwardProcess, omega_at, rate_range
 from mdmtrain.diffusion.rates import Density, fit, optimum, uniform_density
 
 
@@ -23,18 +23,18 @@ class RateSampler:
             name: torch.zeros(config.bins, dtype=torch.float64, device=device) for name in ("sums", "counts", "hits")
         }
         self.tensors = {**zeros, "p": torch.ones(config.bins, dtype=torch.float64, device=device)}
-        self._law: Law | None = None
+        self._process: ForwardProcess | None = None
 
     def fits(self, when: str) -> bool:
         """Is p fitted "online", or "once", before training?"""
         return self._config.sampler == "ppots" and self._config.when == when
 
-    def law(self, progress: float) -> Law:
+    def process(self, progress: float) -> ForwardProcess:
         """How the step at `progress` in [0, 1] of the run draws and weighs; the same object while nothing changes."""
         omega = omega_at(self._config, progress)
-        if self._law is None or self._law.omega != omega or self._law.density is not self.density:
-            self._law = Law(self._config, self.density, omega, self._delimiters)
-        return self._law
+        if self._process is None or self._process.omega != omega or self._process.density is not self.density:
+            self._process = ForwardProcess(self._config, self.density, omega, self._delimiters)
+        return self._process
 
     def add(self, statistic_sums: Tensor, counts: np.ndarray, skipped: Tensor) -> None:
         """One step's statistics, summed over ranks: float64 [bins] on the device; counts: rows per bin. No wait.
@@ -67,7 +67,7 @@ class RateSampler:
     def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Edges, mean statistic and omega of the cells: that of the last step, as annealing moves p with it."""
         sums, counts = self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
-        edges, now = self.density.edges, self._law or self.law(0.0)
+        edges, now = self.density.edges, self._process or self.process(0.0)
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
         return edges, means, now.omega((edges[:-1] + edges[1:]) / 2)
 

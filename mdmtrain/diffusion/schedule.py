@@ -1,4 +1,4 @@
-"""The cosine noise schedule, as what it is: a sampler of the masking rate (VARIANCE.md section 1).
+"""The cosine noise schedule, as what it is: a sampler of the masking rate (mathematics.md section 1).
 
 The target is always the average over rates t ~ U[eps, 1] of the loss weighted by 1/t. A schedule m(s) with s uniform
 draws rates with density p(t) ~ 1/m'(s) relative to that uniform; the importance weight 1/p brings the target back. The

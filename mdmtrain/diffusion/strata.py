@@ -1,4 +1,4 @@
-"""One stratification of a whole global batch (VARIANCE.md section 6; arXiv 2511.18159, StraTS, taken across ranks).
+"""One stratification of a whole global batch (mathematics.md section 6; arXiv 2511.18159, StraTS, taken across ranks).
 
 Every rank computes the same uniforms for all slots of a step from (seed, step): nothing is communicated, and nothing
 depends on the number of ranks, the micro-batch or the point of resume.

@@ -1,4 +1,4 @@
-"""Where the loss's variance comes from: masking pattern (A), masking rate (B), data (C) (VARIANCE.md section 2).
+"""Where the loss's variance comes from: masking pattern (A), masking rate (B), data (C) (mathematics.md section 2).
 
 With g(x0, t) = E_M[y | x0, t]:  Var(y) = A + B + C,  A = E[Var_M(y | x0, t)],  B = E_x0[Var_t g],  C = Var_x0(E_t g),
 and B = B_t + B_int with B_t = Var_t(E_x0 g), what stratified rates remove.
@@ -7,16 +7,16 @@ and B = B_t + B_int with B_t = Var_t(E_x0 g), what stratified rates remove.
 import numpy as np
 
 from mdmtrain.diffusion import noise
-from mdmtrain.diffusion.objective import Draws, Law
+from mdmtrain.diffusion.objective import ForwardProcess, MaskingRates
 
 
-def paired_rates(law: Law, sequences: int, rates: int, bits: np.random.Philox) -> Draws:
+def paired_rates(process: ForwardProcess, sequences: int, rates: int, bits: np.random.Philox) -> MaskingRates:
     """Independent rates for each two neighbouring sequences: [sequences * rates], those of a sequence together."""
     u = noise.uniforms(bits, sequences // 2 * rates).astype(np.float64).reshape(-1, rates)
-    return law.rates_at(u.repeat(2, axis=0).flatten())
+    return process.rates_at(u.repeat(2, axis=0).flatten())
 
 
-def components(values: np.ndarray) -> dict[str, np.ndarray]:
+def loss_components(values: np.ndarray) -> dict[str, np.ndarray]:
     """Unbiased A, B_t, B_int and C of one row, from a nested sample: float64 [..., a, b, c] -> each [...].
 
     values: y of a sequences, b rates of each, c masks of each (a even, at least 4; b and c at least 2). All draws are

@@ -1,4 +1,4 @@
-"""The objective's weight of a masking rate, omega(t): which average over t is trained (VARIANCE.md section 8).
+"""The objective's weight of a masking rate, omega(t): which average over t is trained (mathematics.md section 8).
 
 Target: the average of omega(t) l over t uniform on [low, high], where omega itself averages to 1. omega = 1 is the
 NELBO; everything else is another objective, named so. Whatever is trained, evaluation is the NELBO.
@@ -39,7 +39,7 @@ class Omega:
         raise AssertionError(self.name)
 
     def of_count(self, P: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """omega_k of k >= 1 masked of P eligible positions: int64 [n] each; float64 [n] (VARIANCE.md section 5, COUNT).
+        """omega_k of k >= 1 masked of P eligible positions: int64 [n] each; float64 [n] (mathematics.md section 5).
 
         The average over t uniform on [low, high] of omega(t) times the density of Beta(k, P - k + 1): what omega
         becomes when the loss is seen as a function of the number of masked positions. (omega_0 is 0: no mask, no loss.)

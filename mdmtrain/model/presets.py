@@ -79,5 +79,5 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
     return shape
 
 
-def describe(shape: ModelShape) -> str:
+def describe_shape(shape: ModelShape) -> str:
     return f"{shape.parameters():,} parameters (" + ", ".join(f"{k} {v}" for k, v in asdict(shape).items()) + ")"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mdmtrain.diffusion.objective import Corruption
+from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model.attention import Attention, Mask, attention_mask, rotary_angles
 from mdmtrain.model.head import Head
 from mdmtrain.model.presets import ModelShape
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `recompute` (parallel/wrap.py sets it) holds the options of activation checkpointing; None: off."""
+    """One layer. `recompute`: options of activation checkpointing, set by parallel/parallelize.py; None: off."""
 
     def __init__(self, shape: ModelShape):
         super().__init__()
@@ -80,14 +80,14 @@ class Transformer(nn.Module):
 
 
 def masked_cross_entropy(
-    model: Transformer, corruption: Corruption, segments: Tensor | None, rows_per_slot: int
+    model: Transformer, masked_batch: MaskedBatch, segments: Tensor | None, rows_per_slot: int
 ) -> Tensor:
     """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
     if segments is not None:
         if rows_per_slot > 1:  # a copy, which is not in pinned memory
             segments = segments.repeat_interleave(rows_per_slot, dim=0)
-        segments = segments.to(corruption.noisy.device, non_blocking=True)
-    return model(corruption.noisy, corruption.positions, corruption.targets, segments)
+        segments = segments.to(masked_batch.noisy.device, non_blocking=True)
+    return model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, segments)
 
 
 def initial_std(name: str, shape: ModelShape) -> float | None:

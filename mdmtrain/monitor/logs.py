@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe, exit_at_once
+from mdmtrain.parallel.world import EARLY, WRITER_THREAD, AgreedError, Interrupted, describe_error, exit_at_once
 
 log = logging.getLogger("mdmtrain")
 WRITER_PATIENCE = 120.0  # seconds
@@ -117,9 +117,9 @@ def user_errors() -> Iterator[None]:
         log.debug("the command failed", exc_info=True)
         everywhere = isinstance(error, AgreedError) or not dist.is_initialized() or dist.get_world_size() == 1
         if not everywhere:
-            print(f"error: rank {dist.get_rank()}: {describe(error)}", file=sys.stderr, flush=True)
+            print(f"error: rank {dist.get_rank()}: {describe_error(error)}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+            print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             _let_checkpoint_finish()
             # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mdmtrain.config import Config, MonitorConfig
-from mdmtrain.parallel.world import World, describe
+from mdmtrain.parallel.world import World, describe_error
 
 
 class Profiler:
@@ -53,7 +53,7 @@ def out_of_memory(config: Config, world: World) -> Iterator[None]:
             torch.cuda.memory._dump_snapshot(str(file))
             snapshot = f"; what held it: {file}"
         raise ValueError(
-            f"out of memory ({describe(error)[:200]}): lower run.micro_batch={config.run.micro_batch} (the run stays "
-            f"the same) or parallel.head_chunk={config.parallel.head_chunk}, set parallel.recompute=full, or start "
-            f"more ranks; tools/plan_run.py says what fits{snapshot}"
+            f"out of memory ({describe_error(error)[:200]}): lower run.micro_batch={config.run.micro_batch} (the "
+            f"run stays the same) or parallel.head_chunk={config.parallel.head_chunk}, set "
+            f"parallel.activation_checkpointing=full, or start more ranks; tools/plan_run.py says what fits{snapshot}"
         ) from error

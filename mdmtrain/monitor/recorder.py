@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mdmtrain.config import Config, RunPlan
 from mdmtrain.data.order import START, Cursor
-from mdmtrain.diffusion.objective import Draws, Law
+from mdmtrain.diffusion.objective import ForwardProcess, MaskingRates
 from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATISTIC_BY_OCTILE, finite
 
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
@@ -115,14 +115,21 @@ class StepRecorder:
         self._asleep, self._awake = 0.0, now
 
     def add_step(
-        self, step: int, law: Law, draws: Draws, row_counts: np.ndarray, sums: Tensor, norm: Tensor, skipped: Tensor,
+        self,
+        step: int,
+        process: ForwardProcess,
+        draws: MaskingRates,
+        row_counts: np.ndarray,
+        sums: Tensor,
+        norm: Tensor,
+        skipped: Tensor,
         lr: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """step: number of iterations done, this one included; sums: added up over ranks."""
-        shares = law.density.masses
+        shares = process.density.masses
         if self._complement:  # a row is the first or the second view with equal probability
             shares = (shares + shares[::-1]) / 2
-        weights = law.omega(draws.rates) / draws.density
+        weights = process.omega(draws.rates) / draws.density
         effective = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
         numbers = torch.cat([sums, torch.stack([norm.double(), skipped.double()])])
         self._pending.append(_Pending(step, lr, row_counts, shares, effective, numbers))

@@ -23,7 +23,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from mdmtrain.config import RunConfig
-from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe, exit_at_once, meeting_point, reason
+from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe_error, exit_at_once, meeting_point, reason
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -77,7 +77,7 @@ class Watchdog:
         signal.set_wakeup_fd(-1)
         self._woken.send(b"\0")
         if error is not None:  # this rank will say why itself
-            self._tell(f"left {self._world.rank}", describe(error) if str(error) else repr(error))
+            self._tell(f"left {self._world.rank}", describe_error(error) if str(error) else repr(error))
         self._thread.join()
 
     def _look_on(self) -> None:

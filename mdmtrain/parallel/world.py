@@ -86,7 +86,7 @@ class World:
             try:
                 result = act()
             except (ValueError, OSError) as error:
-                failure = describe(error)
+                failure = describe_error(error)
         failures = [(rank, failure) for rank, failure in enumerate(self.gather(failure)) if failure]
         if failures:
             rank, text = failures[0]
@@ -98,7 +98,7 @@ class World:
         return result
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """A user's error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -171,7 +171,7 @@ def check_launcher() -> None:
             socket.create_connection(place, timeout=60).close()
         except OSError as error:
             where = f"{place[0]}:{place[1]}"
-            raise ValueError(f"nobody at {where}, where torchrun was ({describe(error)}): start again") from None
+            raise ValueError(f"nobody at {where}, where torchrun was ({describe_error(error)}): start again") from None
 
 
 def set_timeout(mesh: DeviceMesh, minutes: float) -> None:

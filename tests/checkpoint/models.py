@@ -15,8 +15,8 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
+from mdmtrain.parallel.parallelize import build_model, init_weights
 from mdmtrain.parallel.world import World
-from mdmtrain.parallel.wrap import build_model, init_weights
 
 SEED = 11
 BASE = dict(vocab_size=576, d_model=48, n_layers=2, n_heads=4, n_kv_heads=4, d_ff=80, init_std=0.2)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdmtrain.checkpoint.export import export
-from mdmtrain.parallel.world import describe
+from mdmtrain.parallel.world import describe_error
 from tests.checkpoint.models import SHAPES, checkpoint, in_memory
 from tests.conftest import ROOT
 from tests.test_bad_inputs import cut, edit_json, flip
@@ -233,7 +233,7 @@ def test_one_clear_line(name, good, corpus, tmp_path):
     before = lab.state()
     with pytest.raises((ValueError, OSError)) as caught:
         convert_ckpt.main([*arguments, str(lab.out)])
-    line = describe(caught.value)
+    line = describe_error(caught.value)
     assert all(word.replace("{lab}", str(tmp_path)) in line for word in words), line
     assert lab.state() == before
 

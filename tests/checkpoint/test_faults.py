@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mdmtrain import config as configuration
-from mdmtrain.checkpoint import places, store
+from mdmtrain.checkpoint import storage, store
 from mdmtrain.data.loader import Dataset, open_sources
 from tests.conftest import read_metrics
 from tests.spawn import run_world
@@ -43,7 +43,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
     from mdmtrain.parallel.world import AgreedError
 
     store.RETRY_SECONDS = (0.05, 0.05)
-    write, read, step = places._DiskWriter.write_data, Dataset.__getitems__, module.optimizer_step
+    write, read, step = storage._DiskWriter.write_data, Dataset.__getitems__, module.optimizer_step
     seen = []
     for tree, fault in runs:
         if fault == "disturb":
@@ -69,7 +69,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
             saw["steps"] += 1
             return step(*arguments)
 
-        places._DiskWriter.write_data, Dataset.__getitems__ = write_data, getitems
+        storage._DiskWriter.write_data, Dataset.__getitems__ = write_data, getitems
         module.optimizer_step = optimizer_step
         try:
             module.train(configuration.validate(tree, "test"), world)
@@ -148,7 +148,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
         (tree_of("killed"), None),
         (tree_of("elsewhere", file_url), None),
     ]
-    batch = {"run": {"global_batch": 32, "steps": 9}, "checkpoint": {"allow": ["global_batch"]}}
+    batch = {"run": {"global_batch": 32, "steps": 9}, "checkpoint": {"allow_changed": ["global_batch"]}}
     on = {"run": {"global_batch": 32}}
     second = [
         (tree_of("flipped"), None),
@@ -173,7 +173,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
     assert "Input/output error" in failed["error"] and log_of(tmp_path / "failed").count("trying once more") == 2
     assert again["steps"] == killed["steps"] == 9  # from step 3
     assert not (tmp_path / "elsewhere/checkpoints").exists()
-    assert store.find(tmp_path / "elsewhere") == places.place(f"file://{tmp_path}/elsewhere/step-00000012")
+    assert store.find(tmp_path / "elsewhere") == storage.place(f"file://{tmp_path}/elsewhere/step-00000012")
 
     # ---- again, each from the middle of a run
     assert (flipped["steps"], elsewhere["steps"]) == (6, 3)  # from the checkpoint before
@@ -185,7 +185,10 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
 
     # ---- a larger batch: the order goes on where it stood, and no noise comes twice
     refused, *changed = ([rank[n] for rank in ranks] for n in (11, 12, 13))
-    assert "its global_batch is 16, not 32" in refused[0]["error"] and "allow='[global_batch]'" in refused[0]["error"]
+    assert (
+        "its global_batch is 16, not 32" in refused[0]["error"]
+        and "allow_changed='[global_batch]'" in refused[0]["error"]
+    )
     config = configuration.validate(tree_of("calm", {"run": {"steps": 99}}), "test")
     dataset = Dataset(config, open_sources(config.data, "train"))
     slots = range(16)

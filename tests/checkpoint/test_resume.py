@@ -47,12 +47,14 @@ def test_the_cursor_follows_what_changed(small_run):
 
 
 def test_what_may_change_is_named(small_run, tmp_path, monkeypatch):
-    config = configuration.validate(small_run({"checkpoint": {"allow": ["data"]}}), "test")
+    config = configuration.validate(small_run({"checkpoint": {"allow_changed": ["data"]}}), "test")
     saved = meta(small_run, has_average=True)
     monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
     monkeypatch.setattr(resume.store, "read_meta", lambda folder: saved)
     assert resume.find_resume(config, tmp_path, IDENTITY | {"data": []}) == tmp_path
-    with pytest.raises(ValueError, match=r"its global_batch is 16, not 32: .* or checkpoint.allow='\[global_batch\]'"):
+    with pytest.raises(
+        ValueError, match=r"its global_batch is 16, not 32: .* with checkpoint.allow_changed='\[global_batch\]'"
+    ):
         resume.find_resume(config, tmp_path, IDENTITY | {"global_batch": 32})
     with pytest.raises(ValueError, match=r"its seed is None, not 5: use the settings it was trained with, or [^,]*$"):
         resume.find_resume(config, tmp_path, IDENTITY | {"seed": 5})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mdmtrain.checkpoint import places, store
+from mdmtrain.checkpoint import storage, store
 from mdmtrain.config import CheckpointConfig
 from tests.spawn import fake_world
 
@@ -16,7 +16,7 @@ def folder(home: Path, step: int, complete: bool = True) -> Path:
     (made / "weights.distcp").write_bytes(b"0" * step)
     if complete:
         meta = {"step": step, "identity": {}, "has_average": False, "config": {}}
-        sums = {"weights.distcp": places.checksum(made / "weights.distcp")}
+        sums = {"weights.distcp": storage.checksum(made / "weights.distcp")}
         store.write_marker(made, meta, sums)
     return made
 
@@ -25,7 +25,7 @@ def folder(home: Path, step: int, complete: bool = True) -> Path:
 def home(request, tmp_path) -> Path:
     """Where checkpoints may lie: on a disk, and behind fsspec."""
     where = {"disk": str(tmp_path), "memory://": f"memory://{tmp_path}", "file://": f"file://{tmp_path}"}
-    return places.place(where[request.param])
+    return storage.place(where[request.param])
 
 
 def steps(home: Path) -> list[int]:
@@ -86,4 +86,4 @@ def test_a_flipped_byte_is_found(home, caplog):
 def test_places_that_nothing_reaches():
     for place in ("nosuchstore://bucket/run", "abfs://container/run"):
         with pytest.raises(ValueError, match=f"^{place}: .*install what reaches it"):
-            places.place(place)
+            storage.place(place)

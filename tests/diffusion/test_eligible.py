@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdmtrain.diffusion.objective import Draws, corrupt_counted, next_token, row_losses, row_statistics
-from tests.diffusion.test_exact import LAWS, MASK, TABLE, L, bumpy, make_law
+from mdmtrain.diffusion.objective import MaskingRates, corrupt_counted, next_token, row_losses, row_statistics
+from tests.diffusion.test_exact import COMBINATIONS, MASK, TABLE, L, bumpy, make_process
 
 LISTED = torch.arange(10) < 1  # isad's
 ISAD = [dict(masks="independent", views=views, weights="rate", isad_tokens=(0,)) for views in ("single", "mirror")]
@@ -21,8 +21,8 @@ def name(choice):
     return "-".join(map(str, choice.values()))
 
 
-def law_of(choice, **more):
-    return make_law(bumpy if "schedule" not in choice else None, 0.8, LISTED if "isad_tokens" in choice else None,
+def process_of(choice, **more):
+    return make_process(bumpy if "schedule" not in choice else None, 0.8, LISTED if "isad_tokens" in choice else None,
                     **{"objective": "bell", **choice, **more})  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def noise_of(rows, length, seed, eligible):
     return uniforms * eligible
 
 
-@pytest.mark.parametrize("choice", [*LAWS, *ISAD], ids=name)
+@pytest.mark.parametrize("choice", [*COMBINATIONS, *ISAD], ids=name)
 def test_only_the_number_of_eligible_positions_counts_and_not_where_they_are(choice):
     """A row with a scattered set is corrupted as the row of its eligible positions alone, view by view."""
     rows, length = 400, 9
@@ -39,13 +39,13 @@ def test_only_the_number_of_eligible_positions_counts_and_not_where_they_are(cho
     eligible = torch.from_numpy(generator.random((rows, length)) < generator.choice([0, 0.3, 0.7, 1], (rows, 1)))
     assert set(eligible.sum(dim=1).tolist()) == set(range(length + 1))
     ids = torch.from_numpy(generator.integers(0, 3, (rows, length)))
-    uniforms, law = noise_of(rows, length, 2, eligible), law_of(choice)
-    drawn, views = law.draw(3, 0, rows), law.config.rows_per_slot
-    here = law.corrupt(ids, eligible, uniforms, drawn, MASK)
+    uniforms, process = noise_of(rows, length, 2, eligible), process_of(choice)
+    drawn, views = process.draw(3, 0, rows), process.config.rows_per_slot
+    here = process.corrupt(ids, eligible, uniforms, drawn, MASK)
 
     order = (~eligible).long().argsort(dim=1, stable=True)  # eligible positions to the front, in their order
     gather = lambda values: values.gather(1, order)  # noqa: E731
-    there = law.corrupt(gather(ids), gather(eligible), gather(uniforms), drawn, MASK)
+    there = process.corrupt(gather(ids), gather(eligible), gather(uniforms), drawn, MASK)
     masked = (here.noisy == MASK).view(rows, views, length)
     assert not (masked & ~eligible[:, None]).any() and masked.any()
     moved = masked.gather(2, order[:, None].expand(-1, views, -1))
@@ -63,22 +63,24 @@ def test_only_the_number_of_eligible_positions_counts_and_not_where_they_are(cho
 # ---- the target: sum over rows of P_j l_j, over the constant N L
 
 
-def exact(law, eligible):
+def exact(process, eligible):
     """sum_k omega_k c_k of one row, the masked set among its eligible positions: what sum_i weight_i CE_i must have."""
     places, total = np.flatnonzero(eligible), 0.0
     for k in range(1, len(places) + 1):
         sets = [list(chosen) for chosen in combinations(places, k)]
         mean = np.mean([TABLE[sum(1 << i for i in chosen), chosen].mean() for chosen in sets])
-        total += float(law.omega.of_count(np.array([len(places)]), np.array([k]))[0]) * mean
+        total += float(process.omega.of_count(np.array([len(places)]), np.array([k]))[0]) * mean
     return total
 
 
-def step_loss(law, step, change=None, seen=SETS, slots=240):
+def step_loss(process, step, change=None, seen=SETS, slots=240):
     """The step's loss as a trainer has it: over N rows of L positions, whatever is eligible in them."""
-    views = law.config.rows_per_slot
+    views = process.config.rows_per_slot
     eligible, seen = SETS.repeat(slots // 4, 1), seen.repeat(slots // 4, 1)
     uniforms = torch.from_numpy(np.random.default_rng(step).random((slots, L), dtype=np.float32))
-    c = law.corrupt(torch.zeros_like(uniforms, dtype=torch.int64), seen, uniforms, law.draw(1, step, slots), MASK)
+    c = process.corrupt(
+        torch.zeros_like(uniforms, dtype=torch.int64), seen, uniforms, process.draw(1, step, slots), MASK
+    )
     masked = (c.noisy == MASK).numpy()
     ce = torch.tensor(TABLE[masked @ 2 ** np.arange(L)]).flatten()[c.positions].float()
     if change is not None:
@@ -90,11 +92,11 @@ def z_score(values, expected):
     return (np.mean(values) - expected) / (np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-@pytest.mark.parametrize("choice", LAWS, ids=name)
+@pytest.mark.parametrize("choice", COMBINATIONS, ids=name)
 def test_rows_of_different_p_have_their_token_mean_over_a_constant(choice):
-    law = law_of(choice)
-    expected = sum(exact(law, row) for row in SETS.numpy()) / (len(SETS) * L)
-    assert abs(z_score([step_loss(law, step) for step in range(60)], expected)) < 5
+    process = process_of(choice)
+    expected = sum(exact(process, row) for row in SETS.numpy()) / (len(SETS) * L)
+    assert abs(z_score([step_loss(process, step) for step in range(60)], expected)) < 5
 
 
 def over_the_masked_count(c, ce, eligible):
@@ -124,18 +126,18 @@ COUNTED = dict(masks="counted", views="single", weights="rate")
 @pytest.mark.parametrize(
     ("choice", "change", "seen"),
     [
-        pytest.param(LAWS[0], None, EVERYWHERE, id="the prompt masked too"),
-        pytest.param(LAWS[0], over_the_masked_count, SETS, id="over the masked count"),
-        pytest.param(LAWS[0], over_the_eligible_count, SETS, id="over the eligible count"),
-        pytest.param(LAWS[0], mean_of_row_means, SETS, id="every row its own mean"),
+        pytest.param(COMBINATIONS[0], None, EVERYWHERE, id="the prompt masked too"),
+        pytest.param(COMBINATIONS[0], over_the_masked_count, SETS, id="over the masked count"),
+        pytest.param(COMBINATIONS[0], over_the_eligible_count, SETS, id="over the eligible count"),
+        pytest.param(COMBINATIONS[0], mean_of_row_means, SETS, id="every row its own mean"),
         pytest.param(COUNT, outside_the_set_left_out, EVERYWHERE, id="count: P over all positions"),
         pytest.param(COUNTED, outside_the_set_left_out, EVERYWHERE, id="counted: P over all positions"),
     ],
 )
 def test_wrong_sets_and_normalisations_are_rejected(choice, change, seen):
-    law = law_of(choice)
-    expected = sum(exact(law, row) for row in SETS.numpy()) / (len(SETS) * L)
-    assert abs(z_score([step_loss(law, step, change, seen) for step in range(60)], expected)) > 6
+    process = process_of(choice)
+    expected = sum(exact(process, row) for row in SETS.numpy()) / (len(SETS) * L)
+    assert abs(z_score([step_loss(process, step, change, seen) for step in range(60)], expected)) > 6
 
 
 # ---- T10: SyRM's P = 5, response and listed prompt tokens
@@ -150,15 +152,15 @@ def test_t10_variance_of_syrm_at_a_rate():
     cross_entropy = np.random.default_rng(3).gamma(2.0, 1.0, (n, length)) * np.linspace(0.3, 2, n)[:, None]
     of_set = cross_entropy[:, eligible.numpy()]
     cov = np.cov(of_set.T, bias=True)
-    law = make_law()
+    process = make_process()
     for t in (0.1, 0.45, 0.9):
         states = torch.from_numpy(np.array(list(product([True, False], repeat=P))))
         uniforms = torch.zeros(len(states), length)
         uniforms[:, eligible] = torch.where(states, t / 2, (1 + t) / 2)
         chance = np.prod(np.where(states, t, 1 - t), axis=1)
-        at = Draws(np.full(len(states), t), np.ones(len(states)))
+        at = MaskingRates(np.full(len(states), t), np.ones(len(states)))
         ids = torch.arange(length).repeat(len(states), 1)
-        c = law.corrupt(ids, eligible.repeat(len(states), 1), uniforms, at, 99)
+        c = process.corrupt(ids, eligible.repeat(len(states), 1), uniforms, at, 99)
         losses = np.stack([row_losses(torch.tensor(ce).float()[c.targets], c).double().numpy() for ce in cross_entropy])
 
         def variance(P, chance=chance, losses=losses):
@@ -191,7 +193,7 @@ def test_evaluation_noise_is_the_any_order_nelbo_of_the_set():
         masked = (c.noisy == 9).numpy()
         assert not masked[:, ~eligible.numpy()].any()
         ce = torch.tensor(TABLE[masked @ 2 ** np.arange(L)]).flatten()[c.positions].float()
-        exact_nelbo = exact(make_law(masks="counted"), eligible.numpy())
+        exact_nelbo = exact(make_process(masks="counted"), eligible.numpy())
         assert row_losses(ce, c).double().mean().item() == pytest.approx(exact_nelbo, rel=1e-6)
 
 

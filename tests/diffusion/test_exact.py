@@ -1,8 +1,9 @@
 """Expectations and variances without simulation: every rate (quadrature) and every masked set (enumeration).
 
-Everything goes through `Law.corrupt`, `row_losses` and `row_statistics` as a step does. Uniforms matter only through
-the side of q and 1 - q that they lie on, so a position has three states, and L positions 3^L; drawn counts depend on
-the order of the uniforms alone. With rates by Gauss-Legendre between the sampler's breaks, an expectation is exact.
+Everything goes through `ForwardProcess.corrupt`, `row_losses` and `row_statistics` as a step does. A uniform
+matters only by the side of q and 1 - q on which it lies, so a position has three states, and L positions 3^L; drawn
+counts depend on the order of the uniforms alone. With rates by Gauss-Legendre between the
+sampler's breaks, an expectation is exact.
 """
 
 from itertools import combinations, pairwise, permutations, product
@@ -15,7 +16,15 @@ from pydantic import ValidationError
 from scipy import stats
 
 from mdmtrain.config import DiffusionConfig
-from mdmtrain.diffusion.objective import Corruption, Draws, Law, omega_at, rate_range, row_losses, row_statistics
+from mdmtrain.diffusion.objective import (
+    ForwardProcess,
+    MaskedBatch,
+    MaskingRates,
+    omega_at,
+    rate_range,
+    row_losses,
+    row_statistics,
+)
 from mdmtrain.diffusion.rates import Density, fit, uniform_density
 from mdmtrain.diffusion.schedule import draw_cosine
 
@@ -31,11 +40,11 @@ def bumpy(low, high, cells=CELLS):
     return Density(np.linspace(low, high, cells + 1), p / p.mean())
 
 
-def make_law(density=None, anneal_at=1.0, delimiters=None, **choice):
+def make_process(density=None, anneal_at=1.0, delimiters=None, **choice):
     """density: None for the uniform one, or a function of the range; anneal_at: progress of the run."""
     config = DiffusionConfig(**{"eps": EPS, "bins": CELLS, "strata": "none", **choice})
     low, high = rate_range(config)
-    return Law(
+    return ForwardProcess(
         config,
         density(low, high) if density else uniform_density(low, high, CELLS),
         omega_at(config, anneal_at),
@@ -51,30 +60,30 @@ def leading(P, rows, length):
 # ---- enumeration
 
 
-def nodes_of(law, breaks):
+def nodes_of(process, breaks):
     """(draws, probability of each): quadrature over the sampler's uniform, between the breaks of t."""
-    low, high = rate_range(law.config)
-    breaks = np.unique(np.clip(np.concatenate([law.density.edges, breaks, [low, high]]), low, high))
-    if law.config.schedule == "cosine":
+    low, high = rate_range(process.config)
+    breaks = np.unique(np.clip(np.concatenate([process.density.edges, breaks, [low, high]]), low, high))
+    if process.config.schedule == "cosine":
         first = np.arcsin(low)
         at = (np.arcsin(breaks) - first) / (np.pi / 2 - first)
     else:
-        at = law.density.cdf(breaks)
+        at = process.density.cdf(breaks)
     u = np.concatenate([a + (b - a) * (NODES + 1) / 2 for a, b in pairwise(at)])
     du = np.concatenate([(b - a) * DT / 2 for a, b in pairwise(at)])
-    return Draws(*(draw_cosine(u, low) if law.config.schedule == "cosine" else law.density.draw(u))), du
+    return MaskingRates(*(draw_cosine(u, low) if process.config.schedule == "cosine" else process.density.draw(u))), du
 
 
-def enumerate_uniforms(law, ids, drawn, P):
+def enumerate_uniforms(process, ids, drawn, P):
     """All that can happen to the P first positions: uniforms [nodes, states, len(ids)] and probabilities."""
     length = len(ids)
-    if law.config.masks == "counted":
+    if process.config.masks == "counted":
         U = np.zeros((len(drawn.rates), factorial(P), length))
         U[:, :, :P] = (np.array(list(permutations(range(P)))) + 0.5) / P
         return U, np.full(U.shape[:2], 1 / factorial(P))
     q = np.repeat(drawn.rates[:, None], length, axis=1)
-    if law.delimiters is not None:
-        q = np.where(law.delimiters[ids].numpy(), np.minimum(1, q + law.config.isad_delta), q)
+    if process.delimiters is not None:
+        q = np.where(process.delimiters[ids].numpy(), np.minimum(1, q + process.config.isad_delta), q)
     edge = np.stack([0 * q, np.minimum(q, 1 - q), np.maximum(q, 1 - q), 0 * q + 1], axis=-1)  # [nodes, L, 4]
     middle, mass = (edge[..., 1:] + edge[..., :-1]) / 2, np.diff(edge, axis=-1)
     states = np.array(list(product(range(3), repeat=P)))
@@ -83,28 +92,28 @@ def enumerate_uniforms(law, ids, drawn, P):
     return U, np.prod(np.stack([mass[:, i, states[:, i]] for i in range(P)]), axis=0)
 
 
-def outcomes(law, ids, P, ce, reweigh=None, breaks=(), drawn=None, du=None):
+def outcomes(process, ids, P, ce, reweigh=None, breaks=(), drawn=None, du=None):
     """(value of each outcome, its probability): sum_i weight_i CE_i averaged over the views; float64 [nodes, states].
 
     ce(masked bool [B, L]) -> [B, L]. drawn, du: given rates and their probabilities (default: equal).
     """
-    edges, views = law.density.edges, law.config.rows_per_slot
+    edges, views = process.density.edges, process.config.rows_per_slot
     if drawn is None:
-        kinks = [0.5, 1 - law.config.isad_delta, 0.5 - law.config.isad_delta]
+        kinks = [0.5, 1 - process.config.isad_delta, 0.5 - process.config.isad_delta]
         kinks += [*(1 - edges), *np.arange(P + 1) / P, *np.arange(P + 2) / (P + 1)]
-        drawn, du = nodes_of(law, np.array([*kinks, *breaks]))
+        drawn, du = nodes_of(process, np.array([*kinks, *breaks]))
     elif du is None:
         du = np.full(len(drawn.rates), 1 / len(drawn.rates))
-    U, states = enumerate_uniforms(law, ids, drawn, P)
+    U, states = enumerate_uniforms(process, ids, drawn, P)
     n, s, _ = U.shape
-    corruption = law.corrupt(
+    masked_batch = process.corrupt(
         ids.repeat(n * s, 1), leading(P, n * s, len(ids)), torch.from_numpy(U.reshape(n * s, -1).astype(np.float32)),
-        Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
+        MaskingRates(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
     )  # fmt: skip
     if reweigh is not None:
-        corruption = reweigh(corruption, drawn.density.repeat(s * views))
-    table = torch.tensor(ce((corruption.noisy == MASK).numpy()))
-    losses = row_losses(table.flatten()[corruption.positions].float(), corruption)
+        masked_batch = reweigh(masked_batch, drawn.density.repeat(s * views))
+    table = torch.tensor(ce((masked_batch.noisy == MASK).numpy()))
+    losses = row_losses(table.flatten()[masked_batch.positions].float(), masked_batch)
     return losses.double().numpy().reshape(n, s, views).mean(axis=2), states * du[:, None]
 
 
@@ -112,8 +121,8 @@ def from_table(masked):
     return TABLE[masked @ 2 ** np.arange(L)]
 
 
-def expectation(law, P, reweigh=None):
-    values, probability = outcomes(law, IDS, P, from_table, reweigh)
+def expectation(process, P, reweigh=None):
+    values, probability = outcomes(process, IDS, P, from_table, reweigh)
     assert probability.sum() == pytest.approx(1, abs=1e-12)
     return float((values * probability).sum())
 
@@ -148,7 +157,7 @@ def target(choice, P, uncut=False):
 
 
 VIEWS = ("single", "mirror", "mirror_dedup", "complement")
-LAWS = [
+COMBINATIONS = [
     *(dict(masks="independent", views=views, weights="rate") for views in VIEWS),
     dict(masks="independent", views="single", weights="count"),
     *(dict(masks="counted", views=views, weights=weights) for views in VIEWS for weights in ("rate", "count")),
@@ -168,27 +177,27 @@ def names(choice):
     ("choice", "density"),
     [
         pytest.param(choice, density, id=names(choice) + ("-fitted" if density else ""))
-        for choice, density in product(LAWS, (None, bumpy))
+        for choice, density in product(COMBINATIONS, (None, bumpy))
         if not (density and "schedule" in choice)  # the cosine schedule is a sampler itself
     ],
 )
-def test_every_law_has_exactly_its_target(choice, density):
+def test_every_combination_has_exactly_its_target(choice, density):
     """Full rows and padded ones, under every weighting, annealed half way too."""
     for objective, P in product(OBJECTIVES, (L, 3)):
-        law = make_law(density, 0.8, **choice, **objective)
-        assert expectation(law, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
+        process = make_process(density, 0.8, **choice, **objective)
+        assert expectation(process, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
 
 
 def test_the_targets_themselves():
     """They meet at the any-order chain rule as eps vanishes, and differ before."""
     choice = dict(masks="independent", views="single", objective="nelbo")
     assert abs(target(choice, L) / target(choice, L, uncut=True) - 1) > 0.01
-    assert expectation(make_law(eps=1e-9), L) == pytest.approx(target(choice, L, uncut=True), rel=1e-4)
+    assert expectation(make_process(eps=1e-9), L) == pytest.approx(target(choice, L, uncut=True), rel=1e-4)
 
 
 def reweighted(new_weights):
     def reweigh(c, density):
-        return Corruption(c.noisy, c.positions, c.targets, new_weights(c, density), c.unit)
+        return MaskedBatch(c.noisy, c.positions, c.targets, new_weights(c, density), c.unit)
 
     return reweigh
 
@@ -211,7 +220,7 @@ def twice_in_both(c, density):
 def uncut(c, density):
     """omega_k = 1 with rates cut at eps."""
     k = counts_per_row(c)[c.positions // L].numpy()
-    return c.weights / torch.from_numpy(make_law(weights="count").omega.of_count(L, k)).float()
+    return c.weights / torch.from_numpy(make_process(weights="count").omega.of_count(L, k)).float()
 
 
 WRONG = {
@@ -232,35 +241,35 @@ WRONG = {
 def test_wrong_weights_miss_the_target_by_far_more_than_the_tolerance(name):
     choice, wrong = WRONG[name]
     choice = {"masks": "independent", "views": "single", "weights": "rate", "objective": "nelbo", **choice}
-    law, right = make_law(bumpy, **choice), target(choice, L)
-    assert expectation(law, L, reweighted(lambda c, density: c.weights)) == pytest.approx(right, rel=3e-6)
-    assert abs(expectation(law, L, reweighted(wrong)) / right - 1) > 5e-3
+    process, right = make_process(bumpy, **choice), target(choice, L)
+    assert expectation(process, L, reweighted(lambda c, density: c.weights)) == pytest.approx(right, rel=3e-6)
+    assert abs(expectation(process, L, reweighted(wrong)) / right - 1) > 5e-3
 
 
 def test_a_clamped_loss_is_rejected():
-    law = make_law()
-    values, probability = outcomes(law, IDS, L, from_table)
+    process = make_process()
+    values, probability = outcomes(process, IDS, L, from_table)
     right = target(dict(masks="independent", views="single", objective="nelbo"), L)
     assert abs((np.minimum(values, 10 * L) * probability).sum() / right - 1) > 0.01
 
 
 def test_a_cut_support_is_rejected():
     """Rates in [1/30, 29/30] with weights as if they were uniform on [eps, 1]."""
-    law = make_law(eps=1e-3)
-    cut = Law(law.config, uniform_density(1 / 30, 29 / 30, CELLS), law.omega)
+    process = make_process(eps=1e-3)
+    cut = ForwardProcess(process.config, uniform_density(1 / 30, 29 / 30, CELLS), process.omega)
     drawn = cut.density.draw((np.arange(64) + 0.5) / 64)
-    values, probability = outcomes(cut, IDS, L, from_table, drawn=Draws(*drawn))
+    values, probability = outcomes(cut, IDS, L, from_table, drawn=MaskingRates(*drawn))
     right = target(dict(masks="counted", views="single", objective="nelbo"), L)
     assert abs((values * probability).sum() / right - 1) > 5e-3
-    assert expectation(law, L) == pytest.approx(right, rel=5e-3)
+    assert expectation(process, L) == pytest.approx(right, rel=5e-3)
 
 
 def test_rounded_counts_are_rejected():
     """k = round(t P) with weight 1/k: short of half the weight of k = P, and too much of none at all."""
-    law = make_law(masks="counted")
+    process = make_process(masks="counted")
     t = (np.arange(1000) + 0.5) / 1000
     k = np.maximum(np.round(t * L), 1)
-    values, probability = outcomes(law, IDS, L, from_table, drawn=Draws((k - 0.5) / L, np.ones(1000)))
+    values, probability = outcomes(process, IDS, L, from_table, drawn=MaskingRates((k - 0.5) / L, np.ones(1000)))
     right = target(dict(masks="counted", views="single", objective="nelbo"), L)
     assert abs((values * probability).sum() / right - 1) > 0.01
 
@@ -277,18 +286,18 @@ def test_isad_is_biased_where_context_matters_and_only_there(choice):
     listed[0] = True
     mu = np.array([4.0, 1, 2, 3, 0.5])
     for objective, density in product(OBJECTIVES, (None, bumpy) if choice["schedule"] == "linear" else (None,)):
-        law = make_law(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
-        values, probability = outcomes(law, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
+        process = make_process(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
+        values, probability = outcomes(process, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
         assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
         right = target(dict(masks="independent", views="single", **objective), L)
-        assert abs(expectation(law, L) / right - 1) > 0.01
+        assert abs(expectation(process, L) / right - 1) > 0.01
 
 
 def test_ar_is_the_mean_cross_entropy_of_the_next_token():
     """Nothing is masked; a row of P tokens has P - 1 targets, whose mean stands for all P."""
-    law, ids = make_law(objective="ar"), torch.stack([IDS, IDS])
+    process, ids = make_process(objective="ar"), torch.stack([IDS, IDS])
     eligible = torch.cat([leading(L, 1, L), leading(3, 1, L)])
-    c = law.corrupt(ids, eligible, torch.zeros(2, L), Draws(np.ones(2), np.ones(2)), MASK)
+    c = process.corrupt(ids, eligible, torch.zeros(2, L), MaskingRates(np.ones(2), np.ones(2)), MASK)
     assert torch.equal(c.noisy, ids) and c.positions.tolist() == [0, 1, 2, 3, L, L + 1]
     assert c.targets.tolist() == [*IDS[1:].tolist(), *IDS[1:3].tolist()]
     found = row_losses(torch.arange(1.0, 7.0), c).tolist()
@@ -302,24 +311,26 @@ def copy_pair(masked):
 
 def test_t9_isad_in_closed_form():
     listed = torch.tensor([True, False])
-    law, at = make_law(delimiters=listed, isad_tokens=(0,)), Draws(np.array([0.3]), np.ones(1))
-    values, probability = outcomes(law, torch.tensor([0, 1]), 2, lambda m: np.array([[4.0, 1.0]] * len(m)), drawn=at)
+    process, at = make_process(delimiters=listed, isad_tokens=(0,)), MaskingRates(np.array([0.3]), np.ones(1))
+    values, probability = outcomes(
+        process, torch.tensor([0, 1]), 2, lambda m: np.array([[4.0, 1.0]] * len(m)), drawn=at
+    )
     mean = (values / 2 * probability).sum()
     assert mean == pytest.approx(2.5, rel=1e-6)
     assert ((values / 2) ** 2 * probability).sum() - mean**2 == pytest.approx(4.583333, rel=1e-5)
 
-    values, probability = outcomes(law, torch.tensor([0, 1]), 2, copy_pair, drawn=at)
+    values, probability = outcomes(process, torch.tensor([0, 1]), 2, copy_pair, drawn=at)
     assert (values / 2 * probability).sum() == pytest.approx(1.2, rel=1e-6)  # the truth is .9: the bias
-    values, probability = outcomes(make_law(), torch.tensor([0, 1]), 2, copy_pair, drawn=at)
+    values, probability = outcomes(make_process(), torch.tensor([0, 1]), 2, copy_pair, drawn=at)
     assert (values / 2 * probability).sum() == pytest.approx(0.9, rel=1e-6)
 
 
 # ---- variances, section 9
 
 
-def one_position(law, breaks=()):
+def one_position(process, breaks=()):
     """(E[w | t], E[w^2 | t], probability of t) of the weight w that one position ends up with, over both views."""
-    values, probability = outcomes(law, torch.tensor([0]), 1, lambda masked: np.ones(masked.shape), breaks=breaks)
+    values, probability = outcomes(process, torch.tensor([0]), 1, lambda masked: np.ones(masked.shape), breaks=breaks)
     du = probability.sum(axis=1)
     return (values * probability).sum(axis=1) / du, (values**2 * probability).sum(axis=1) / du, du
 
@@ -328,9 +339,9 @@ FINE = np.geomspace(EPS, 1, 60)
 M2, MEAN = 2.2925, 1.25  # of T1's mu
 
 
-def weight_variance(law):
+def weight_variance(process):
     """E_t Var(w | t). The mean of w at each rate is 1 where p is: no masking-rate noise without context."""
-    mean, square, du = one_position(law, FINE)
+    mean, square, du = one_position(process, FINE)
     return float((square - mean**2) @ du)
 
 
@@ -341,9 +352,9 @@ def test_t1_totals(views, total):
     """E[s^2] m2 / L * Var(w) + Var(s) mubar^2. An independent second view would have half of single's A: .776303."""
     mu = np.array([0.2, 0.5, 1, 1, 2, 3, 0.7, 1.6])
     assert (mu**2).mean() == pytest.approx(M2, abs=1e-9) and mu.mean() == pytest.approx(MEAN)
-    law = make_law(views=views)
-    assert one_position(law)[0] == pytest.approx(1.0, rel=1e-6)
-    found = 1.25 * M2 / 8 * weight_variance(law) + 0.25 * MEAN**2
+    process = make_process(views=views)
+    assert one_position(process)[0] == pytest.approx(1.0, rel=1e-6)
+    found = 1.25 * M2 / 8 * weight_variance(process) + 0.25 * MEAN**2
     assert found == pytest.approx(total, abs=2e-6)
 
 
@@ -352,19 +363,19 @@ def test_t1_rho(t):
     """-min(t, 1-t)/max(t, 1-t), from Var(mirror) = v/2 (1 + rho)."""
     variances = []
     for views in ("single", "mirror"):
-        at = Draws(np.array([t]), np.ones(1))
-        values, p = outcomes(make_law(views=views), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+        at = MaskingRates(np.array([t]), np.ones(1))
+        values, p = outcomes(make_process(views=views), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
         variances.append((values**2 * p).sum() - (values * p).sum() ** 2)
     assert 2 * variances[1] / variances[0] - 1 == pytest.approx(-min(t, 1 - t) / max(t, 1 - t), abs=1e-5)
 
 
 def test_one_weight_for_a_pair_of_complements_has_less_variance_than_1_over_p():
     """2/(p(t) + p(1-t)): the mean of 1/p given the pair. Both have the target; only one is ours."""
-    law = make_law(bumpy, views="complement")
-    mirrored = law.density.at(1 - nodes_of(law, 1 - law.density.edges)[0].rates)
-    drawn, du = nodes_of(law, 1 - law.density.edges)
+    process = make_process(bumpy, views="complement")
+    mirrored = process.density.at(1 - nodes_of(process, 1 - process.density.edges)[0].rates)
+    drawn, du = nodes_of(process, 1 - process.density.edges)
     ours = 2 / (drawn.density + mirrored)
-    values, probability = outcomes(law, IDS, L, from_table, drawn=drawn, du=du)
+    values, probability = outcomes(process, IDS, L, from_table, drawn=drawn, du=du)
     alone = values * (1 / drawn.density / ours)[:, None]
     assert (alone * probability).sum() == pytest.approx((values * probability).sum(), rel=1e-6)
     assert (values**2 * probability).sum() < 0.99 * (alone**2 * probability).sum()
@@ -374,49 +385,49 @@ def test_one_weight_for_a_pair_of_complements_has_less_variance_than_1_over_p():
 def test_statistics_know_neither_sampler_nor_weighting(name):
     """A refit or an annealed weighting would otherwise make the running sums a mixture of scales."""
 
-    def moment(law, t):
-        at = Draws(np.array([t]), law.density.at(np.array([t])))
-        U, states = enumerate_uniforms(law, IDS, at, L)
+    def moment(process, t):
+        at = MaskingRates(np.array([t]), process.density.at(np.array([t])))
+        U, states = enumerate_uniforms(process, IDS, at, L)
         n = U.shape[1]
-        c = law.corrupt(
+        c = process.corrupt(
             IDS.repeat(n, 1), leading(L, n, L), torch.from_numpy(U[0].astype(np.float32)),
-            Draws(at.rates.repeat(n), at.density.repeat(n)), MASK,
+            MaskingRates(at.rates.repeat(n), at.density.repeat(n)), MASK,
         )  # fmt: skip
         ce = torch.tensor(from_table((c.noisy == MASK).numpy())).flatten()[c.positions].float()
         return float(row_statistics(ce, c, name).numpy() @ states[0])
 
     for t in (0.1, 0.8):
-        plain = moment(make_law(), t)
-        assert moment(make_law(bumpy, objective="bell"), t) == pytest.approx(plain, rel=1e-6)
-        assert moment(make_law(bumpy, objective="plain", weights="count"), t) == pytest.approx(plain, rel=1e-6)
+        plain = moment(make_process(), t)
+        assert moment(make_process(bumpy, objective="bell"), t) == pytest.approx(plain, rel=1e-6)
+        assert moment(make_process(bumpy, objective="plain", weights="count"), t) == pytest.approx(plain, rel=1e-6)
 
 
 def test_each_row_is_counted_in_the_cell_of_its_own_rate():
-    rates = Draws(np.array([0.07, 0.3, 0.52]), np.ones(3))
+    rates = MaskingRates(np.array([0.07, 0.3, 0.52]), np.ones(3))
     for views, expected in (
         ("single", rates.rates),
         ("mirror", rates.rates.repeat(2)),
         ("complement", [0.07, 0.93, 0.3, 0.7, 0.52, 0.48]),
     ):
-        law = make_law(views=views)
-        assert law.row_cells(rates).tolist() == law.density.cell(np.array(expected)).tolist()
+        process = make_process(views=views)
+        assert process.row_cells(rates).tolist() == process.density.cell(np.array(expected)).tolist()
 
 
-def moments_by_cell(law, target, probabilities=(1.0,), cross_entropy=(0.0,)):
+def moments_by_cell(process, target, probabilities=(1.0,), cross_entropy=(0.0,)):
     """E[statistic | cell] of rows of two positions, tokens iid: what a run's bins converge to."""
-    drawn, du = nodes_of(law, np.array([0.5]))
-    U, states = enumerate_uniforms(law, torch.tensor([0, 0]), drawn, 2)
+    drawn, du = nodes_of(process, np.array([0.5]))
+    U, states = enumerate_uniforms(process, torch.tensor([0, 0]), drawn, 2)
     n, s, _ = U.shape
     total, ce = np.zeros((n, s)), torch.tensor(cross_entropy)
     for pair in product(range(len(probabilities)), repeat=2):
-        c = law.corrupt(
+        c = process.corrupt(
             torch.tensor(pair).repeat(n * s, 1), leading(2, n * s, 2),
             torch.from_numpy(U.reshape(-1, 2).astype(np.float32)),
-            Draws(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
+            MaskingRates(drawn.rates.repeat(s), drawn.density.repeat(s)), MASK,
         )  # fmt: skip
         chance = probabilities[pair[0]] * probabilities[pair[1]]
         total += chance * row_statistics(ce[c.targets].float(), c, target).double().numpy().reshape(n, s)
-    cell = law.density.cell(drawn.rates)
+    cell = process.density.cell(drawn.rates)
     weight = (states * total).sum(axis=1) * du
     return np.bincount(cell, weight) / np.bincount(cell, du)
 
@@ -424,18 +435,18 @@ def moments_by_cell(law, target, probabilities=(1.0,), cross_entropy=(0.0,)):
 def test_t2_the_fit_to_exact_moments_is_the_optimum():
     """L = 1, CE = 1: 1/t is the second moment, and the variance falls from 2.153402 to 1.671629."""
     edges = np.linspace(EPS, 1, 513)
-    law = make_law(lambda low, high: uniform_density(low, high, 512))
-    _, square, du = one_position(law)
+    process = make_process(lambda low, high: uniform_density(low, high, 512))
+    _, square, du = one_position(process)
     assert square @ du - 1 == pytest.approx(2.153402, abs=2e-5)
     middles = (edges[1:] + edges[:-1]) / 2
     best = fit(edges, 1 / middles, np.ones(512), 1e-9, "histogram")
-    mean, square, du = one_position(make_law(lambda low, high: best))
+    mean, square, du = one_position(make_process(lambda low, high: best))
     assert mean @ du == pytest.approx(1.0, rel=1e-6)
     assert square @ du - 1 == pytest.approx(1.671629, abs=2e-5)
     # Any other sampler has more: t^-1, uniform, and the inverse of the optimum.
     for power in (-1.0, 0.0, 0.5):
         other = fit(edges, middles ** (2 * power), np.ones(512), 1e-9, "histogram")
-        _, square, du = one_position(make_law(lambda low, high, other=other: other))
+        _, square, du = one_position(make_process(lambda low, high, other=other: other))
         assert square @ du - 1 > 1.67163 + 1e-3
 
 
@@ -443,15 +454,15 @@ PI = (0.4, 0.2, 0.15, 0.1, 0.1, 0.05)
 
 
 def test_t7_the_gradient_statistic_asks_for_the_inverse_root():
-    law = make_law(lambda low, high: uniform_density(low, high, 64))
-    edges, middles = law.density.edges, (law.density.edges[1:] + law.density.edges[:-1]) / 2
+    process = make_process(lambda low, high: uniform_density(low, high, 64))
+    edges, middles = process.density.edges, (process.density.edges[1:] + process.density.edges[:-1]) / 2
     ce = [-float(np.log(p)) for p in PI]
-    gradient = moments_by_cell(law, "gradient", probabilities=PI, cross_entropy=ce)
+    gradient = moments_by_cell(process, "gradient", probabilities=PI, cross_entropy=ce)
     inverse = np.log(edges[1:] / edges[:-1]) / np.diff(edges)  # mean of 1/t in each cell
     np.testing.assert_allclose(gradient, inverse / 2 * sum(p * (1 - p) ** 2 for p in PI), rtol=1e-5)
     fitted = fit(edges, gradient, np.ones(64), 1e-9, "histogram")
     assert np.polyfit(np.log(middles), np.log(fitted.p), 1)[0] == pytest.approx(-0.5, abs=0.01)
-    loss = moments_by_cell(law, "loss", probabilities=PI, cross_entropy=ce)
+    loss = moments_by_cell(process, "loss", probabilities=PI, cross_entropy=ce)
     flat = fit(edges, loss, np.ones(64), 1e-9, "histogram")
     assert fitted.p.max() / fitted.p.min() > 1.3 * flat.p.max() / flat.p.min()  # the two targets are not the same
 
@@ -461,23 +472,23 @@ def test_t7_trace_of_the_gradient_covariance():
     spread = (1 - sum(p * p for p in PI)) / 8
     traces = []
     for views in ("single", "mirror"):
-        _, square, du = one_position(make_law(views=views), FINE)
+        _, square, du = one_position(make_process(views=views), FINE)
         traces.append(spread * float(square @ du))
     assert traces == pytest.approx([0.297602, 0.167989], abs=2e-6)
     assert 2 * traces[1] / traces[0] == pytest.approx(1.1289, abs=1e-4)  # at equal compute MIRROR loses
     for t, expected in ((0.1, 0.94375), (0.5, 0.18875), (1.0, 0.094375)):
-        at = Draws(np.array([t]), np.ones(1))
-        values, p = outcomes(make_law(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+        at = MaskingRates(np.array([t]), np.ones(1))
+        values, p = outcomes(make_process(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
         assert spread * (values**2 * p).sum() == pytest.approx(expected, rel=1e-6)
 
 
 def test_t4_copy_pair():
     """t ~ U[0, 1]: E[l^2 | t] = 9 at every rate, so P-POTS changes nothing; A = 6, B = .75."""
     pair, edges = torch.tensor([0, 1]), np.linspace(0, 1, 9)
-    drawn, du = nodes_of(make_law(eps=1e-9), np.geomspace(1e-6, 1, 60))
+    drawn, du = nodes_of(make_process(eps=1e-9), np.geomspace(1e-6, 1, 60))
     results = []
     for views in ("single", "mirror"):
-        y, probability = outcomes(make_law(eps=1e-9, views=views), pair, 2, copy_pair, drawn=drawn, du=du)
+        y, probability = outcomes(make_process(eps=1e-9, views=views), pair, 2, copy_pair, drawn=drawn, du=du)
         results.append([(power * probability).sum(axis=1) / du for power in (y / 2, (y / 2) ** 2)])
     (mean, square), (mirror_mean, mirror_square) = results
     pattern, rate = (square - mean**2) @ du, mean**2 @ du - (mean @ du) ** 2
@@ -492,11 +503,11 @@ def test_t4_copy_pair():
 
 def test_t4d_mirror_can_double_the_noise():
     """A loss that is high for one of two positions masked, at t = .5: rho = +1. Not monotone in the masked set."""
-    at, pair = Draws(np.array([0.5]), np.ones(1)), torch.tensor([0, 1])
+    at, pair = MaskingRates(np.array([0.5]), np.ones(1)), torch.tensor([0, 1])
     variances = []
     for views in ("single", "mirror"):
         values, p = outcomes(
-            make_law(views=views), pair, 2, lambda m: np.ones(m.shape) * (m.sum(1, keepdims=True) == 1), drawn=at
+            make_process(views=views), pair, 2, lambda m: np.ones(m.shape) * (m.sum(1, keepdims=True) == 1), drawn=at
         )
         variances.append((values**2 * p).sum() - (values * p).sum() ** 2)
     assert variances[1] == pytest.approx(variances[0], rel=1e-6) and variances[0] > 0
@@ -507,15 +518,17 @@ def test_t12_a_fixed_count_against_bernoulli():
     mu = np.array([0.2, 0.5, 1, 1, 2, 3, 0.7, 1.6])
     sets = np.array([[i not in chosen for i in range(8)] for chosen in combinations(range(8), 2)], dtype=np.float32)
     U = torch.from_numpy(sets * 0.5 + np.arange(8, dtype=np.float32) / 100)
-    law = make_law(masks="counted")
+    process = make_process(masks="counted")
     n = len(sets)
-    c = law.corrupt(torch.arange(8).repeat(n, 1), leading(8, n, 8), U, Draws(np.full(n, 0.25), np.ones(n)), 99)
+    c = process.corrupt(
+        torch.arange(8).repeat(n, 1), leading(8, n, 8), U, MaskingRates(np.full(n, 0.25), np.ones(n)), 99
+    )
     assert ((c.noisy == 99).numpy() == (sets == 0)).all()
     y = row_losses(torch.from_numpy(mu).float()[c.targets], c).double().numpy() / 8
     assert y.mean() == pytest.approx(MEAN, rel=1e-6) and y.var() == pytest.approx(0.312857, abs=2e-6)
     bernoulli = (1 - 0.25) / (0.25 * 8) * M2
-    at = Draws(np.array([0.25]), np.ones(1))
-    values, p = outcomes(make_law(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
+    at = MaskingRates(np.array([0.25]), np.ones(1))
+    values, p = outcomes(make_process(), torch.tensor([0]), 1, lambda m: np.ones(m.shape), drawn=at)
     assert M2 / 8 * ((values**2 * p).sum() - 1) == pytest.approx(bernoulli, rel=1e-5)
     assert bernoulli == pytest.approx(0.859687, abs=1e-6)
 
@@ -523,7 +536,7 @@ def test_t12_a_fixed_count_against_bernoulli():
 # ---- T3 and T14: the loss depends on the masks through their number
 
 
-def by_count(law, drawn, P=16):
+def by_count(process, drawn, P=16):
     """(y of k masks, P(k | t)) for T3's model: float64 [nodes, P + 1]."""
     n = len(drawn.rates)
     k = np.tile(np.arange(P + 1), n)
@@ -531,26 +544,26 @@ def by_count(law, drawn, P=16):
     low, high = np.minimum(t, 0.999999) / 2, (1 + t) / 2
     U = np.where(np.arange(P)[None, :] < k[:, None], low[:, None], high[:, None]).astype(np.float32)
     U = np.where((t == 1)[:, None], low[:, None], U)
-    c = law.corrupt(
+    c = process.corrupt(
         torch.zeros(len(k), P, dtype=torch.int64), leading(P, len(k), P), torch.from_numpy(U),
-        Draws(t, drawn.density.repeat(P + 1)), 1,
+        MaskingRates(t, drawn.density.repeat(P + 1)), 1,
     )  # fmt: skip
     shown = (c.noisy == 1).sum(dim=1)
     y = row_losses((1 + 4 * (shown - 1) / (P - 1)).float()[c.positions // P], c).double().numpy().reshape(n, -1) / P
-    if law.config.masks == "counted":
+    if process.config.masks == "counted":
         return y, np.full((n, P + 1), 1 / (P + 1))  # the count is a function of t
     return y, stats.binom.pmf(np.arange(P + 1), P, drawn.rates[:, None])
 
 
-def step_variance(law, slots, change=None):
+def step_variance(process, slots, change=None):
     """(N times the variance of a step of N stratified slots, the same for independent ones, the mean)."""
     strata = np.arange(slots + 1) / slots
-    kinks = law.density.cdf(np.concatenate([law.density.edges, np.geomspace(1e-3, 1, 40), np.arange(17) / 16]))
+    kinks = process.density.cdf(np.concatenate([process.density.edges, np.geomspace(1e-3, 1, 40), np.arange(17) / 16]))
     at = np.unique(np.concatenate([strata, kinks]))
     at = at[(at >= 0) & (at <= 1)]
     u = np.concatenate([a + (b - a) * (NODES + 1) / 2 for a, b in pairwise(at)])
     du = np.concatenate([(b - a) * DT / 2 for a, b in pairwise(at)])
-    y, probability = by_count(law, Draws(*law.density.draw(u)))
+    y, probability = by_count(process, MaskingRates(*process.density.draw(u)))
     y = y if change is None else change(y)
     stratum = np.minimum((u * slots).astype(int), slots - 1)
     mean = np.bincount(stratum, (y * probability).sum(axis=1) * du) * slots
@@ -558,8 +571,8 @@ def step_variance(law, slots, change=None):
     return (square - mean**2).mean(), square.mean() - mean.mean() ** 2, mean.mean()
 
 
-def t3_law(density=None, **choice):
-    return make_law(density, **{"eps": 1e-3, **choice})
+def t3_process(density=None, **choice):
+    return make_process(density, **{"eps": 1e-3, **choice})
 
 
 def t3_second_moment(cells=1000):
@@ -573,29 +586,29 @@ def t3_second_moment(cells=1000):
 
 def test_t3_step_variances():
     """n Var: iid 2.9115, StraTS 1.5812, P-POTS 2.0176, both 1.8484 (N = 64)."""
-    stratified, iid, mean = step_variance(t3_law(), 64)
+    stratified, iid, mean = step_variance(t3_process(), 64)
     assert (stratified, iid, mean) == pytest.approx((1.58118, 2.91152, 3.002), abs=1e-4)
     edges, square = t3_second_moment()
     best = fit(edges, square, np.ones(1000), 1e-9, "histogram")
-    stratified, iid, mean = step_variance(t3_law(lambda low, high: best), 64)
+    stratified, iid, mean = step_variance(t3_process(lambda low, high: best), 64)
     assert (stratified, iid, mean) == pytest.approx((1.8484, 2.0176, 3.002), abs=1e-3)
-    assert step_variance(t3_law(lambda low, high: best), 1024)[0] == pytest.approx(1.8466, abs=1e-3)
+    assert step_variance(t3_process(lambda low, high: best), 1024)[0] == pytest.approx(1.8466, abs=1e-3)
 
 
 def test_t14_counts():
     """Cut counts keep the mean and lose variance; uncut ones are biased here; counted ones have none to lose."""
-    law = t3_law(weights="count")
-    stratified, iid, mean = step_variance(law, 64)
+    process = t3_process(weights="count")
+    stratified, iid, mean = step_variance(process, 64)
     assert mean == pytest.approx(3.002, abs=1e-4)
     assert stratified < 1.58118 and iid < 2.91152
-    factor = np.append(0.0, 1 / law.omega.of_count(16, np.arange(1, 17)))
-    stratified, iid, mean = step_variance(law, 64, lambda y: y * factor)
+    factor = np.append(0.0, 1 / process.omega.of_count(16, np.arange(1, 17)))
+    stratified, iid, mean = step_variance(process, 64, lambda y: y * factor)
     assert (stratified, iid) == pytest.approx((0.25487, 2.15690), abs=1e-4)
     assert mean == pytest.approx(3.0, abs=1e-5)  # the exact NELBO: another target than the rates' 3.002
-    assert step_variance(t3_law(masks="counted"), 64)[:3] == pytest.approx((0.0, 1.51111, 3.0), abs=1e-5)
+    assert step_variance(t3_process(masks="counted"), 64)[:3] == pytest.approx((0.0, 1.51111, 3.0), abs=1e-5)
 
 
-def t3_pairs(law, drawn, P=16):
+def t3_pairs(process, drawn, P=16):
     """(y of both views, probability): float64 [nodes, triples, 2] and [nodes, triples] for T3's model.
 
     Three states of a position, counted: multinomial; each view's loss from its own number of masks.
@@ -608,9 +621,9 @@ def t3_pairs(law, drawn, P=16):
     state = np.array([[0] * a + [1] * b + [2] * c for a, b, c in triples])
     U = middle[:, state].reshape(-1, P).astype(np.float32)
     rows = len(U)
-    c = law.corrupt(
+    c = process.corrupt(
         torch.zeros(rows, P, dtype=torch.int64), leading(P, rows, P), torch.from_numpy(U),
-        Draws(drawn.rates.repeat(len(triples)), np.ones(rows)), 1,
+        MaskingRates(drawn.rates.repeat(len(triples)), np.ones(rows)), 1,
     )  # fmt: skip
     k = (c.noisy == 1).sum(dim=1)
     y = row_losses((1 + 4 * (k - 1) / 15).float()[c.positions // P], c).double().numpy() / P
@@ -619,14 +632,14 @@ def t3_pairs(law, drawn, P=16):
 
 def test_t3_mirror():
     """Total 1.842479; rho(.25, .5, .75) = -.3144, -.9582, -.3297. Independent views would have rho 0 at every rate."""
-    law = t3_law(views="mirror")
-    drawn, du = nodes_of(law, np.concatenate([np.geomspace(1e-3, 1, 60), [0.5]]))
-    y, probability = t3_pairs(law, drawn)
+    process = t3_process(views="mirror")
+    drawn, du = nodes_of(process, np.concatenate([np.geomspace(1e-3, 1, 60), [0.5]]))
+    y, probability = t3_pairs(process, drawn)
     mean = (y.mean(axis=2) * probability).sum(axis=1)
     square = (y.mean(axis=2) ** 2 * probability).sum(axis=1)
     assert mean @ du == pytest.approx(3.002, abs=1e-4)
     assert square @ du - (mean @ du) ** 2 == pytest.approx(1.842479, abs=2e-4)
-    y, probability = t3_pairs(law, Draws(np.array([0.25, 0.5, 0.75]), np.ones(3)))
+    y, probability = t3_pairs(process, MaskingRates(np.array([0.25, 0.5, 0.75]), np.ones(3)))
     centred = y - (y * probability[..., None]).sum(axis=1, keepdims=True)
     first, second, both = (
         (centred[..., a] * centred[..., b] * probability).sum(axis=1) for a, b in ((0, 0), (1, 1), (0, 1))
@@ -637,10 +650,10 @@ def test_t3_mirror():
 def test_t15_rows_of_4096_positions():
     """CE = 1: variances of a row .001444, .0000880 and .003359, by the exact law of the number of masks."""
     P = 4096
-    law = make_law(eps=1e-3, weights="count")
+    process = make_process(eps=1e-3, weights="count")
     k = np.arange(P + 1)
-    q, every = law.count_probability(np.full(P + 1, P), k), np.full(P, P)
-    omega = np.append(0.0, law.omega.of_count(every, k[1:]))
+    q, every = process.count_probability(np.full(P + 1, P), k), np.full(P, P)
+    omega = np.append(0.0, process.omega.of_count(every, k[1:]))
     assert q.sum() == pytest.approx(1, abs=1e-9)
     by_rate = (np.log(1e3) / (1 - 1e-3) - 1) / P  # E_t of (1 - t)/(P t)
     found = {"rate": by_rate}
@@ -650,9 +663,11 @@ def test_t15_rows_of_4096_positions():
         found[name] = value**2 @ q - (value @ q) ** 2
     assert found == pytest.approx({"rate": 0.001444, "cut": 0.0000880, "uncut": 0.003359}, rel=0.02)
     # The weights that a step is given are these.
-    at, U = Draws(np.array([0.01]), np.ones(1)), torch.zeros(1, P) + (torch.arange(P) >= 40)
+    at, U = MaskingRates(np.array([0.01]), np.ones(1)), torch.zeros(1, P) + (torch.arange(P) >= 40)
     for choice, weight in (({"weights": "count"}, omega[40] / (q[40] * 40)), ({}, 1 / 0.01)):
-        c = make_law(eps=1e-3, **choice).corrupt(torch.zeros(1, P, dtype=torch.int64), leading(P, 1, P), U * 0.9, at, 1)
+        c = make_process(eps=1e-3, **choice).corrupt(
+            torch.zeros(1, P, dtype=torch.int64), leading(P, 1, P), U * 0.9, at, 1
+        )
         assert len(c.positions) == 40 and c.weights.tolist() == pytest.approx([weight] * 40, rel=1e-5)
 
 
@@ -687,8 +702,14 @@ def is_tested(choice):
     """Has one of the tests above its target? (They go through OBJECTIVES and a fitted density by themselves.)"""
     if choice["objective"] == "ar":
         return True
-    laws = [dict(masks="independent", weights="rate", **law) for law in ISAD] if choice["isad_tokens"] else LAWS
-    return any(all(choice[key] == value for key, value in {"schedule": "linear", **law}.items()) for law in laws)
+    listed = (
+        [dict(masks="independent", weights="rate", **process) for process in ISAD]
+        if choice["isad_tokens"]
+        else COMBINATIONS
+    )
+    return any(
+        all(choice[key] == value for key, value in {"schedule": "linear", **process}.items()) for process in listed
+    )
 
 
 def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
@@ -700,6 +721,6 @@ def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
             legal += 1
             assert is_tested(choice), choice
         else:
-            with pytest.raises(ValidationError, match=r"law|is itself a sampler|is there already|masks nothing"):
+            with pytest.raises(ValidationError, match=r"goes with|is there already"):
                 DiffusionConfig(**choice)
     assert legal > 100

@@ -1,4 +1,4 @@
-"""The estimators against exact answers: a model small enough to enumerate, and the closed forms of VARIANCE.md.
+"""The estimators against exact answers: a model small enough to enumerate, and the closed forms of mathematics.md.
 
 The table model's cross-entropy is an arbitrary function of the position, its token and everything visible.
 """
@@ -15,7 +15,7 @@ from scipy import stats
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
-from mdmtrain.diffusion.objective import Draws, corrupt_counted, plain_law, row_losses
+from mdmtrain.diffusion.objective import MaskingRates, corrupt_counted, plain_process, row_losses
 
 V, L, MASK = 3, 4, 3
 EPS = 0.05
@@ -27,10 +27,10 @@ ELIGIBLE = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()  # th
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(40)
 
 
-def table_ce(corruption):
+def table_ce(masked_batch):
     """The table model's cross-entropies, [K]."""
-    code = (corruption.noisy * (V + 1) ** torch.arange(L)).sum(dim=1)
-    return TABLE[code[corruption.positions // L], corruption.positions % L, corruption.targets]
+    code = (masked_batch.noisy * (V + 1) ** torch.arange(L)).sum(dim=1)
+    return TABLE[code[masked_batch.positions // L], masked_batch.positions % L, masked_batch.targets]
 
 
 def enumerate_masks(row, length):
@@ -58,11 +58,11 @@ def exact_any_order(row, length):
 
 
 def step_rates(config, seed, step, slots):
-    return plain_law(config).draw(seed, step, slots)
+    return plain_process(config).draw(seed, step, slots)
 
 
 def corrupt(ids, eligible, uniforms, drawn, mask_id):
-    return plain_law(DiffusionConfig()).corrupt(ids, eligible, uniforms, drawn, mask_id)
+    return plain_process(DiffusionConfig()).corrupt(ids, eligible, uniforms, drawn, mask_id)
 
 
 def everywhere(ids):
@@ -72,7 +72,7 @@ def everywhere(ids):
 
 def weighed(rates, importance):
     """Rates with given importance weights."""
-    return Draws(rates, 1 / importance)
+    return MaskingRates(rates, 1 / importance)
 
 
 def z_score(values, expected):
@@ -84,20 +84,20 @@ def z_score(values, expected):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("law", ["global", "none"])
-def test_training_estimator_has_its_exact_expectation(schedule, law):
-    config = DiffusionConfig(eps=EPS, schedule=schedule, strata=law)
+@pytest.mark.parametrize("kind", ["global", "none"])
+def test_training_estimator_has_its_exact_expectation(schedule, kind):
+    config = DiffusionConfig(eps=EPS, schedule=schedule, strata=kind)
     slots, steps = 48, 400
     ids, eligible = ROWS.repeat(slots // 3, 1), ELIGIBLE.repeat(slots // 3, 1)
     right, wrong = [], {name: [] for name in WRONG_NORMALISATIONS}
     for step in range(steps):
         drawn = step_rates(config, 3, step, slots)
         uniforms = torch.from_numpy(noise.position_uniforms(3, step, np.arange(slots), L))
-        corruption = corrupt(ids, eligible, uniforms, drawn, MASK)
-        losses = row_losses(table_ce(corruption), corruption)
+        masked_batch = corrupt(ids, eligible, uniforms, drawn, MASK)
+        losses = row_losses(table_ce(masked_batch), masked_batch)
         right.append(float(losses.double().sum()) / (slots * L))
         for name, normalise in WRONG_NORMALISATIONS.items():
-            wrong[name].append(normalise(losses, corruption, drawn, slots))
+            wrong[name].append(normalise(losses, masked_batch, drawn, slots))
     expected = sum(exact_cut(row, int(n)) for row, n in zip(ROWS, ELIGIBLE.sum(1), strict=True)) / (3 * L)
     assert abs(z_score(right, expected)) < 5
     for name, values in wrong.items():
@@ -127,23 +127,23 @@ def zeros(rows, length):
     return ids, everywhere(ids)
 
 
-@pytest.mark.parametrize("law", ["global", "none"])
-def test_counted_estimator_is_the_exact_any_order_nelbo(law):
+@pytest.mark.parametrize("kind", ["global", "none"])
+def test_counted_estimator_is_the_exact_any_order_nelbo(kind):
     rows, steps = 16, 600
     ids = torch.cat([ROWS[:2].repeat(rows // 2, 1)])
     values, no_cut, rounded = [], [], []
     for step in range(steps):
-        u = strata.uniforms(5, step, rows, law, Stream.EVALUATION)
+        u = strata.uniforms(5, step, rows, kind, Stream.EVALUATION)
         uniforms = torch.from_numpy(noise.position_uniforms(5, step, np.arange(rows), L, Stream.EVALUATION))
-        corruption = corrupt_counted(ids, everywhere(ids), uniforms, u, MASK)
-        losses = row_losses(table_ce(corruption), corruption)
+        masked_batch = corrupt_counted(ids, everywhere(ids), uniforms, u, MASK)
+        losses = row_losses(table_ce(masked_batch), masked_batch)
         values.append(float(losses.double().mean()) / L)
-        counts = np.bincount((corruption.positions // L).numpy(), minlength=rows)
+        counts = np.bincount((masked_batch.positions // L).numpy(), minlength=rows)
         no_cut.append(float((losses.numpy() * counts / L).mean()) / L)  # the mean CE over all positions: 1/k missing
-        corruption = corrupt_counted(
+        masked_batch = corrupt_counted(
             ids, everywhere(ids), uniforms, np.maximum(np.round(u * L) - 1, 0) / L, MASK
         )  # k = round(u L)
-        rounded.append(float(row_losses(table_ce(corruption), corruption).double().mean()) / L)
+        rounded.append(float(row_losses(table_ce(masked_batch), masked_batch).double().mean()) / L)
     expected = np.mean([exact_any_order(row, L) for row in ROWS[:2]])
     assert abs(z_score(values, expected)) < 5
     assert abs(z_score(no_cut, expected)) > 10
@@ -176,13 +176,13 @@ def test_counted_masks_are_uniform_among_sets_of_their_size():
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_counts_are_k_of_one_to_length_and_weigh_length_over_k(u, length):
     uniforms = torch.from_numpy(noise.position_uniforms(0, 0, np.arange(1), length))
-    corruption = corrupt_counted(*zeros(1, length), uniforms, np.array([u]), 7)
-    k = len(corruption.positions)
+    masked_batch = corrupt_counted(*zeros(1, length), uniforms, np.array([u]), 7)
+    k = len(masked_batch.positions)
     assert 1 <= k <= length and (k - 1) / length <= u + 1e-12 and u < k / length + 1e-12
-    assert corruption.weights.tolist() == pytest.approx([length / k] * k, rel=1e-6)
+    assert masked_batch.weights.tolist() == pytest.approx([length / k] * k, rel=1e-6)
 
 
-# ---- variances, in closed form (VARIANCE.md section 9)
+# ---- variances, in closed form (mathematics.md section 9)
 
 
 def bulk(rows, length, seed):
@@ -195,9 +195,9 @@ def values_of(rates, uniforms, ce):
     """(1/L) row_losses of context-free or count-dependent models; ce(corruption, masked per row) -> [K]."""
     rows, length = uniforms.shape
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    corruption = corrupt(ids, everywhere(ids), uniforms, weighed(rates, np.ones(rows)), 1)
-    counts = torch.bincount(corruption.positions // length, minlength=rows)
-    return row_losses(ce(corruption, counts), corruption).double().numpy() / length
+    masked_batch = corrupt(ids, everywhere(ids), uniforms, weighed(rates, np.ones(rows)), 1)
+    counts = torch.bincount(masked_batch.positions // length, minlength=rows)
+    return row_losses(ce(masked_batch, counts), masked_batch).double().numpy() / length
 
 
 def half_square(a, b):
@@ -256,16 +256,16 @@ def test_t3_pattern_and_rate_noise():
     assert_within(half_square(first, t3_values(rates[1], uniforms[1])), 1.580854 + 1.330668)
 
 
-@pytest.mark.parametrize(("law", "expected"), [("none", 2.9115), ("global", 1.5812)])
-def test_t3_variance_of_a_step(law, expected):
+@pytest.mark.parametrize(("kind", "expected"), [("none", 2.9115), ("global", 1.5812)])
+def test_t3_variance_of_a_step(kind, expected):
     """N Var of the mean of N = 64 rows: strata take out what the rate alone explains."""
     rows, steps = 64, 4000
-    config = DiffusionConfig(eps=1e-3, strata=law)
+    config = DiffusionConfig(eps=1e-3, strata=kind)
     rates = np.concatenate([step_rates(config, 4, step, rows).rates for step in range(steps)])
     means = t3_values(rates, bulk(rows * steps, 16, 5)).reshape(steps, rows).mean(axis=1)
     squares = rows * (means - means.mean()) ** 2
     assert_within((squares.mean(), squares.std() / np.sqrt(steps)), expected)
-    other = {"none": 1.5812, "global": 2.9115}[law]
+    other = {"none": 1.5812, "global": 2.9115}[kind]
     assert abs(squares.mean() - other) > 10 * squares.std() / np.sqrt(steps)
 
 
@@ -273,12 +273,12 @@ def test_t14_counted_strata_leave_no_variance_where_the_count_says_all():
     """T3's model, P = 16, N = 64: every k four times, so every batch gives exactly 3; independent ones vary."""
     rows = 64
 
-    def mean(step, law):
-        u = strata.uniforms(7, step, rows, law, Stream.EVALUATION)
-        corruption = corrupt_counted(*zeros(rows, 16), bulk(rows, 16, step), u, 1)
-        counts = torch.bincount(corruption.positions // 16, minlength=rows)
-        ce = 1 + 4 * (counts[corruption.positions // 16] - 1) / 15
-        return float(row_losses(ce, corruption).double().mean()) / 16
+    def mean(step, kind):
+        u = strata.uniforms(7, step, rows, kind, Stream.EVALUATION)
+        masked_batch = corrupt_counted(*zeros(rows, 16), bulk(rows, 16, step), u, 1)
+        counts = torch.bincount(masked_batch.positions // 16, minlength=rows)
+        ce = 1 + 4 * (counts[masked_batch.positions // 16] - 1) / 15
+        return float(row_losses(ce, masked_batch).double().mean()) / 16
 
     assert [mean(step, "global") for step in range(20)] == pytest.approx([3.0] * 20, abs=1e-6)
     independent = np.array([mean(step, "none") for step in range(2000)])
@@ -291,12 +291,12 @@ def test_rows_without_a_mask_occur_as_often_as_they_must():
     rows, eps = 40_000, 0.05
     drawn = step_rates(DiffusionConfig(eps=eps, strata="none"), 6, 0, rows)
     ids = torch.zeros(rows, L, dtype=torch.int64)
-    corruption = corrupt(ids, everywhere(ids), bulk(rows, L, 6), drawn, MASK)
-    empty = np.bincount((corruption.positions // L).numpy(), minlength=rows) == 0
+    masked_batch = corrupt(ids, everywhere(ids), bulk(rows, L, 6), drawn, MASK)
+    empty = np.bincount((masked_batch.positions // L).numpy(), minlength=rows) == 0
     expected = (1 - eps) ** (L + 1) / (L + 1) / (1 - eps)
     assert abs(empty.mean() - expected) < 4.5 * np.sqrt(expected * (1 - expected) / rows)
     assert empty.mean() > 0.1  # an implementation that forces a mask into every row has none
-    losses = row_losses(torch.ones(len(corruption.positions)), corruption)
+    losses = row_losses(torch.ones(len(masked_batch.positions)), masked_batch)
     assert len(losses) == rows and (losses[torch.from_numpy(empty)] == 0).all()
 
 
@@ -320,7 +320,7 @@ def micro_batches(draw):
 def test_corruption_against_a_naive_loop(batch):
     ids, eligible, uniforms, drawn = batch
     untouched = ids.clone()
-    corruption = corrupt(*batch, mask_id=50)
+    masked_batch = corrupt(*batch, mask_id=50)
     positions, targets, weights = [], [], []
     noisy = ids.clone()
     for b in range(len(ids)):
@@ -331,48 +331,51 @@ def test_corruption_against_a_naive_loop(batch):
                 weights.append(1 / drawn.density[b] / drawn.rates[b])
                 noisy[b, i] = 50
     assert torch.equal(ids, untouched)
-    assert torch.equal(corruption.noisy, noisy)
-    assert corruption.positions.tolist() == positions and corruption.positions.dtype == torch.int64
-    assert corruption.targets.tolist() == targets and corruption.targets.dtype == torch.int64
-    assert corruption.weights.tolist() == pytest.approx(weights, rel=1e-6) and corruption.weights.dtype == torch.float32
+    assert torch.equal(masked_batch.noisy, noisy)
+    assert masked_batch.positions.tolist() == positions and masked_batch.positions.dtype == torch.int64
+    assert masked_batch.targets.tolist() == targets and masked_batch.targets.dtype == torch.int64
+    assert (
+        masked_batch.weights.tolist() == pytest.approx(weights, rel=1e-6)
+        and masked_batch.weights.dtype == torch.float32
+    )
 
 
 @given(batch=micro_batches())
 @settings(deadline=None, derandomize=True, max_examples=100)
 def test_row_losses_against_a_naive_loop(batch):
-    corruption = corrupt(*batch, mask_id=50)
+    masked_batch = corrupt(*batch, mask_id=50)
     rows, length = batch[0].shape
-    ce = torch.linspace(0.1, 9, len(corruption.positions))
+    ce = torch.linspace(0.1, 9, len(masked_batch.positions))
     expected = [0.0] * rows
     for position, weight, value in zip(
-        *(x.tolist() for x in (corruption.positions, corruption.weights, ce)), strict=True
+        *(x.tolist() for x in (masked_batch.positions, masked_batch.weights, ce)), strict=True
     ):
         expected[position // length] += weight * value
-    losses = row_losses(ce, corruption)
+    losses = row_losses(ce, masked_batch)
     assert losses.dtype == torch.float32 and losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_row_losses_carry_the_gradient_of_every_weight():
     ids, uniforms = torch.zeros(4, 16, dtype=torch.int64), bulk(4, 16, 9)
     drawn = weighed(np.array([0.3, 1e-3, 0.7, 1.0]), np.array([1.0, 1.0, 2.0, 0.5]))
-    corruption = corrupt(ids, everywhere(ids), uniforms, drawn, 1)
-    ce = torch.rand(len(corruption.positions), requires_grad=True)
-    row_losses(ce, corruption).sum().backward()
-    assert torch.equal(ce.grad, corruption.weights)
+    masked_batch = corrupt(ids, everywhere(ids), uniforms, drawn, 1)
+    ce = torch.rand(len(masked_batch.positions), requires_grad=True)
+    row_losses(ce, masked_batch).sum().backward()
+    assert torch.equal(ce.grad, masked_batch.weights)
 
 
 def test_a_batch_without_any_mask_is_legal():
     ids = torch.zeros(2, 5, dtype=torch.int64)
-    corruption = corrupt(ids, ~everywhere(ids), bulk(2, 5, 0), weighed(np.ones(2), np.ones(2)), 1)
-    assert len(corruption.positions) == len(corruption.targets) == len(corruption.weights) == 0
-    assert row_losses(torch.zeros(0), corruption).tolist() == [0, 0]
+    masked_batch = corrupt(ids, ~everywhere(ids), bulk(2, 5, 0), weighed(np.ones(2), np.ones(2)), 1)
+    assert len(masked_batch.positions) == len(masked_batch.targets) == len(masked_batch.weights) == 0
+    assert row_losses(torch.zeros(0), masked_batch).tolist() == [0, 0]
 
 
 def test_a_rate_of_one_masks_everything():
     """Uniforms never reach 1."""
     ids = torch.zeros(3, 999, dtype=torch.int64)
-    corruption = corrupt(ids, everywhere(ids), bulk(3, 999, 1), weighed(np.ones(3), np.ones(3)), 1)
-    assert len(corruption.positions) == 3 * 999
+    masked_batch = corrupt(ids, everywhere(ids), bulk(3, 999, 1), weighed(np.ones(3), np.ones(3)), 1)
+    assert len(masked_batch.positions) == 3 * 999
 
 
 def test_rates_of_a_step_are_those_of_its_slots_wherever_they_are_computed():

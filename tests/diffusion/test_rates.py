@@ -123,7 +123,7 @@ def test_it_waits_for_enough_rows_then_fits_past_steps():
     np.testing.assert_allclose(p, 0.8 * raw / raw.mean() + 0.2)
     assert (sampler.density.p == 1).all(), "a fit counts from the next step on"
     sampler.use(p)
-    assert (sampler.law(0.0).density.p == p).all()
+    assert (sampler.process(0.0).density.p == p).all()
 
 
 def test_old_statistics_fade_and_the_weighting_enters_the_fit():
@@ -162,7 +162,7 @@ def test_a_restored_sampler_draws_the_same():
     for name, tensor in one.tensors.items():
         other.tensors[name].copy_(tensor)
     other.restored()
-    assert one.law(0.5).draw(0, 7, 64).rates.tobytes() == other.law(0.5).draw(0, 7, 64).rates.tobytes()
+    assert one.process(0.5).draw(0, 7, 64).rates.tobytes() == other.process(0.5).draw(0, 7, 64).rates.tobytes()
 
 
 # ---- law 1 of DESIGN.md: one run, however its slots are dealt out
@@ -182,8 +182,8 @@ def simulate(config, ranks, micro, resume_at, alone=False):
             for name, tensor in tensors.items():
                 sampler.tensors[name].copy_(tensor)
             sampler.restored()
-        law = sampler.law(step / STEPS)
-        draws = law.draw(7, step, SLOTS, ranks)
+        process = sampler.process(step / STEPS)
+        draws = process.draw(7, step, SLOTS, ranks)
         noisy, parts = np.empty((SLOTS, LENGTH * config.rows_per_slot), dtype=np.int64), []
         for rank in range(ranks):
             sums = torch.zeros(config.bins, dtype=torch.float64)
@@ -191,13 +191,13 @@ def simulate(config, ranks, micro, resume_at, alone=False):
                 slots = np.arange(first, first + micro)
                 uniforms = torch.from_numpy(noise.position_uniforms(7, step, slots, LENGTH))
                 drawn, eligible = draws.at(slots), torch.ones(micro, LENGTH, dtype=torch.bool)
-                corruption = law.corrupt(IDS[slots], eligible, uniforms, drawn, mask_id=9)
-                ce = 1 + torch.sin(corruption.targets + corruption.weights)
-                cells = torch.from_numpy(law.row_cells(drawn))
-                sums.index_add_(0, cells, row_statistics(ce, corruption, config.target).double())
-                noisy[slots] = corruption.noisy.reshape(micro, -1)
+                masked_batch = process.corrupt(IDS[slots], eligible, uniforms, drawn, mask_id=9)
+                ce = 1 + torch.sin(masked_batch.targets + masked_batch.weights)
+                cells = torch.from_numpy(process.row_cells(drawn))
+                sums.index_add_(0, cells, row_statistics(ce, masked_batch, config.target).double())
+                noisy[slots] = masked_batch.noisy.reshape(micro, -1)
             parts.append(sums)
-        counts = np.bincount(law.row_cells(draws), minlength=config.bins)
+        counts = np.bincount(process.row_cells(draws), minlength=config.bins)
         sampler.add(parts[-1] if alone else sum(parts), counts, torch.tensor(0.0))
         if sampler.due(step + 1):
             sampler.use(sampler.fitted())

@@ -10,8 +10,8 @@ from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
 
 
-def draw(seed, step, count, law="global"):
-    return strata.uniforms(seed, step, count, law)
+def draw(seed, step, count, kind="global"):
+    return strata.uniforms(seed, step, count, kind)
 
 
 def stratum(u, count):
@@ -62,18 +62,18 @@ def test_golden_values():
     assert (draw(17, 3, 4, "none") * 2**24).astype(int).tolist() == [11914492, 3206753, 1955316, 6865378]
 
 
-def test_unknown_law_is_refused():
+def test_unknown_kind_is_refused():
     with pytest.raises(AssertionError):
         draw(0, 0, 4, "blocks")
 
 
-@pytest.mark.parametrize("law", ["global", "none"])
-def test_steps_seeds_and_streams_draw_anew(law):
-    draws = [draw(seed, step, 64, law) for seed in (0, 1) for step in (0, 1, 2)]
-    draws.append(strata.uniforms(0, 0, 64, law, Stream.EVALUATION))
+@pytest.mark.parametrize("kind", ["global", "none"])
+def test_steps_seeds_and_streams_draw_anew(kind):
+    draws = [draw(seed, step, 64, kind) for seed in (0, 1) for step in (0, 1, 2)]
+    draws.append(strata.uniforms(0, 0, 64, kind, Stream.EVALUATION))
     assert len({values.tobytes() for values in draws}) == len(draws)
-    assert draws[0].tobytes() == draw(0, 0, 64, law).tobytes()
-    if law == "global":  # a new jitter in the old order is not a new stratification
+    assert draws[0].tobytes() == draw(0, 0, 64, kind).tobytes()
+    if kind == "global":  # a new jitter in the old order is not a new stratification
         assert len({tuple(stratum(values, 64)) for values in draws}) == len(draws)
 
 
@@ -113,7 +113,7 @@ def test_no_two_slots_keep_their_distance(many_steps):
         assert len(np.unique((shifted[:, other] - shifted[:, 0]) % SLOTS)) == 1
 
 
-# ---- what it is worth: VARIANCE.md section 9, T6, T6g, T14
+# ---- what it is worth: mathematics.md section 9, T6, T6g, T14
 
 
 def variance_and_error(x):
@@ -168,17 +168,17 @@ def test_strata_by_rank_are_each_its_own_and_cost_what_they_cost():
 def test_t6b_what_strata_leave_is_the_data():
     """g = 1 + (5 + 3z) t, z ~ N(0, 1), n = 64: n Var is 5.0833 without strata, 3.0005 with."""
     z = np.random.default_rng(0).standard_normal((3000, 64))
-    for law, expected in (("none", 5.0833), ("global", 3.0005)):
-        u = np.stack([draw(9, step, 64, law) for step in range(3000)])
+    for kind, expected in (("none", 5.0833), ("global", 3.0005)):
+        u = np.stack([draw(9, step, 64, kind) for step in range(3000)])
         assert_variance(np.sqrt(64) * (1 + (5 + 3 * z) * u).mean(axis=1), expected)
 
 
-def imbalance(law, repeats):
+def imbalance(kind, repeats):
     """Masked tokens of the busiest of 64 ranks over the mean, 8 rows of 1,024 tokens each; one value per repeat."""
     generator = np.random.default_rng(0)
     ratios = []
     for step in range(repeats):
-        rates = 1e-3 + (1 - 1e-3) * law(4, step, 512)
+        rates = 1e-3 + (1 - 1e-3) * kind(4, step, 512)
         tokens = generator.binomial(1024, rates).reshape(64, 8).sum(axis=1)
         ratios.append(tokens.max() / tokens.mean())
     return np.array(ratios)
@@ -203,7 +203,8 @@ def test_t14_masked_tokens_are_balanced_over_ranks():
     oracle = imbalance(owen, repeats)
     independent = imbalance(lambda seed, step, count: draw(seed, step, count, "none"), repeats)
     permuted = imbalance(shuffled, repeats)
-    # VARIANCE.md's 1.035 is scipy's Sobol sequence, whose linear scrambling is slightly smoother; Owen's gives 1.048.
+    # The 1.035 of mathematics.md is scipy's Sobol sequence, whose linear scrambling is slightly smoother: Owen's
+    # gives 1.048.
     assert matches(spread, 1.048) and matches(oracle, 1.048)
     assert matches(independent, 1.47, 0.005)
     assert matches(permuted, 1.47, 0.005)  # stratified as a whole, yet as unbalanced as independent draws

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.sweep import Curve, Run, compare, interval, main, plan, read_curve, tokens_to_reach
+from launchers.sweep import Curve, Run, compare, interval, main, planned_runs, read_curve, tokens_to_reach
 from mdmtrain import config as configuration
 from tests.conftest import ROOT, write_config
 
@@ -50,7 +50,9 @@ def write_run(run: Run, nelbo: list[float]) -> Run:
 def test_comparison_is_paired_by_seed(small_run, tmp_path):
     tree = small_run({"optim": {"lr": 1e-3, "schedule": "wsd", "decay_fraction": 0.2}, "eval": {"every": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
-    runs = plan([base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep")
+    runs = planned_runs(
+        [base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep"
+    )
     assert [(run.cell.arm, run.seed) for run in runs[:4]] == [
         ("standard", 0), ("strats", 0), ("standard", 1), ("strats", 1)
     ]  # fmt: skip
@@ -69,7 +71,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
 
 def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):
     base = str(write_config(small_run(), tmp_path / "config.yaml"))
-    run = plan([base], ["standard"], [0], [], tmp_path / "sweep")[0]
+    run = planned_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0]
     write_run(run, [])
     values = [("a", 4, 5.0), ("b", 4, 3.0), ("a", 8, 4.0), ("b", 8, None)]
     lines = [json.dumps({"step": s, "split": f"validation/{k}", "nelbo": v}) + "\n" for k, s, v in values]

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdmtrain import config
-from mdmtrain.diffusion.objective import Draws, plain_law
+from mdmtrain.diffusion.objective import MaskingRates, plain_process
 from mdmtrain.monitor.metrics import BY_OCTILE, COMPONENTS, DENSITY, HISTOGRAM, OCTILES, MetricsLog
 from mdmtrain.monitor.recorder import StepRecorder, finite
 from tests.conftest import WALL_CLOCK
@@ -168,8 +168,12 @@ def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0):
 
 def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0, pair=None, others=0.0):
     """As the loop does it: micro-steps of two rows."""
-    sums, law, drawn = recorder.new_sums(), plain_law(config.DiffusionConfig(eps=EPS)), Draws(rates, np.ones(ROWS))
-    cells = law.row_cells(drawn)
+    sums, process, drawn = (
+        recorder.new_sums(),
+        plain_process(config.DiffusionConfig(eps=EPS)),
+        MaskingRates(rates, np.ones(ROWS)),
+    )
+    cells = process.row_cells(drawn)
     for k in range(0, ROWS, 2):
         two = slice(k, k + 2)
         mine = torch.tensor(losses[two])
@@ -178,7 +182,7 @@ def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=
     if pair is not None:
         recorder.add_pair(sums, torch.tensor(pair))
     sums += others  # of other ranks
-    recorder.add_step(step, law, drawn, counts, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
+    recorder.add_step(step, process, drawn, counts, sums, torch.tensor(norm), torch.tensor(skipped), 0.25)
     return sums
 
 
@@ -215,11 +219,11 @@ def test_a_record_is_the_naive_sum():
 
 def test_octiles_have_eight_equal_parts_and_closed_ends():
     edges = EPS + (1 - EPS) * np.arange(OCTILES + 1) / OCTILES
-    law = plain_law(config.DiffusionConfig(eps=EPS))
+    process = plain_process(config.DiffusionConfig(eps=EPS))
     middles, ends = (edges[1:] + edges[:-1]) / 2, np.array([EPS, 1.0, EPS * (1 - 1e-15)])
 
     def octile(rates):
-        return (law.row_cells(Draws(rates, np.ones(len(rates)))) // (BINS // OCTILES)).tolist()
+        return (process.row_cells(MaskingRates(rates, np.ones(len(rates)))) // (BINS // OCTILES)).tolist()
 
     assert octile(middles) == list(range(8))
     assert octile(ends) == [0, 7, 0]  # a rate of 1 is in the last, not in a ninth; eps rounded down is in the first
@@ -281,7 +285,7 @@ def test_finite_turns_what_json_cannot_say_into_null(value):
 
 
 def test_the_control_variate_keeps_the_mean_and_is_quieter():
-    """T8 of docs/VARIANCE.md: y = 1 + 5t; without the mean of each cell the curve varies less."""
+    """T8 of mathematics.md: y = 1 + 5t; without the mean of each cell the curve varies less."""
     recorder, generator = make_recorder(), np.random.default_rng(1)
     for step in range(1, 3001):
         rates = EPS + (1 - EPS) * generator.random(ROWS)

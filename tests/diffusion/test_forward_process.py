@@ -1,4 +1,4 @@
-"""Every legal way to draw and weigh masks has the expectation that it names, and the variances of docs/VARIANCE.md.
+"""Every legal way to draw and weigh masks has the expectation that it names, and the variances of mathematics.md.
 
 The model is a table: the cross-entropy of each position given the masked set and the sequence, arbitrary numbers. So
 every target is a finite sum, and nothing that depends on context can hide.
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.diffusion import noise
-from mdmtrain.diffusion.objective import Draws, Law, omega_at, rate_range, row_losses
+from mdmtrain.diffusion.objective import ForwardProcess, MaskingRates, omega_at, rate_range, row_losses
 from mdmtrain.diffusion.rates import Density, uniform_density
 
 L, MASK, EPS = 5, 9, 0.05
@@ -21,7 +21,7 @@ SEQUENCES = 3
 IDS = torch.tensor([[0, 1, 2, 0, 1], [2, 2, 0, 1, 0], [1, 0, 0, 2, 2]])
 TABLE = torch.from_numpy(np.random.default_rng(4).gamma(2.0, 1.0, (SEQUENCES, 2**L, L)))
 TABLE *= torch.tensor([1.0 + subset.bit_count() for subset in range(2**L)])[None, :, None]  # fewer visible, harder
-LAWS = [
+COMBINATIONS = [
     *(("independent", views, "rate") for views in ("single", "mirror", "mirror_dedup", "complement")),
     ("independent", "single", "count"),
     *(("counted", views, "rate") for views in ("single", "mirror", "mirror_dedup", "complement")),
@@ -45,7 +45,7 @@ BY_COUNT = [0.0] + [
 ]
 
 
-def make_law(masks, views, weights, objective="nelbo", anneal=0.0, uniform=True, strata="global", **more):
+def make_process(masks, views, weights, objective="nelbo", anneal=0.0, uniform=True, strata="global", **more):
     config = DiffusionConfig(
         eps=EPS, masks=masks, views=views, weights=weights, objective=objective, strata=strata, bins=16,
         anneal_fraction=anneal, **more,
@@ -54,35 +54,35 @@ def make_law(masks, views, weights, objective="nelbo", anneal=0.0, uniform=True,
     if not uniform:
         p = np.linspace(2.0, 0.4, 16) * np.random.default_rng(1).uniform(0.7, 1.3, 16)
         density = Density(density.edges, p / (p * np.diff(density.edges)).sum() * np.ptp(density.edges))
-    return Law(config, density, omega_at(config, 0.8))
+    return ForwardProcess(config, density, omega_at(config, 0.8))
 
 
-def target(law):
+def target(process):
     """(1/P) sum_k omega_k c_k, omega_k averaged over the rates by quadrature, not by the code's closed forms."""
-    low, high = rate_range(law.config)
+    low, high = rate_range(process.config)
     nodes, width = np.polynomial.legendre.leggauss(400)
     t, dt = low + (high - low) * (nodes + 1) / 2, width / 2
     k = np.arange(L + 1)[:, None]
     binomial = np.array([1, 5, 10, 10, 5, 1])[:, None] * t**k * (1 - t) ** (L - k)  # P(K = k | t)
     per_rate = (binomial * np.array(BY_COUNT)[:, None] * k / L).sum(axis=0) / t  # E[l | t]
-    return float((law.omega(t) * per_rate) @ dt)
+    return float((process.omega(t) * per_rate) @ dt)
 
 
-def run(law, step, slots, reweigh=lambda corruption, drawn, views: corruption.weights, seed=3):
+def run(process, step, slots, reweigh=lambda masked_batch, drawn, views: masked_batch.weights, seed=3):
     """The step's loss, exactly as a trainer has it: weighted sum over rows / (rows * L)."""
     ids = IDS.repeat(slots // SEQUENCES, 1)
-    drawn = law.draw(seed, step, slots, blocks=4)
+    drawn = process.draw(seed, step, slots, blocks=4)
     uniforms = torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.POSITIONS, step), slots * L))
-    corruption = law.corrupt(ids, everywhere(ids), uniforms.view(slots, L), drawn, MASK)
-    views = law.config.rows_per_slot
-    weights = reweigh(corruption, drawn, views)
-    masked = (corruption.noisy == MASK).long()
+    masked_batch = process.corrupt(ids, everywhere(ids), uniforms.view(slots, L), drawn, MASK)
+    views = process.config.rows_per_slot
+    weights = reweigh(masked_batch, drawn, views)
+    masked = (masked_batch.noisy == MASK).long()
     code = (masked * 2 ** torch.arange(L)).sum(dim=1)
     sequence = torch.arange(slots).remainder(SEQUENCES).repeat_interleave(views)
-    ce = TABLE[sequence, code].flatten()[corruption.positions].float()
-    per_row = torch.zeros(len(masked)).index_add(0, corruption.positions // L, weights * ce)
-    if weights is corruption.weights:
-        torch.testing.assert_close(per_row, row_losses(ce, corruption))
+    ce = TABLE[sequence, code].flatten()[masked_batch.positions].float()
+    per_row = torch.zeros(len(masked)).index_add(0, masked_batch.positions // L, weights * ce)
+    if weights is masked_batch.weights:
+        torch.testing.assert_close(per_row, row_losses(ce, masked_batch))
     return float(per_row.double().sum()) / (slots * views * L)
 
 
@@ -90,29 +90,30 @@ def z_score(values, expected):
     return (np.mean(values) - expected) / (np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-@pytest.mark.parametrize(("masks", "views", "weights"), LAWS)
+@pytest.mark.parametrize(("masks", "views", "weights"), COMBINATIONS)
 @pytest.mark.parametrize("uniform", [True, False])
-def test_every_legal_law_has_its_target(masks, views, weights, uniform):
+def test_every_legal_combination_has_its_target(masks, views, weights, uniform):
     for (objective, anneal), strata in product(OBJECTIVES, ("global", "none", "rank")):
-        law = make_law(masks, views, weights, objective, anneal, uniform, strata)
-        steps = [run(law, step, 240) for step in range(60)]
-        assert abs(z_score(steps, target(law))) < 5, (objective, anneal, strata)
+        process = make_process(masks, views, weights, objective, anneal, uniform, strata)
+        steps = [run(process, step, 240) for step in range(60)]
+        assert abs(z_score(steps, target(process))) < 5, (objective, anneal, strata)
 
 
-def drop_density(corruption, drawn, views):
+def drop_density(masked_batch, drawn, views):
     """1/p forgotten."""
     return (
-        corruption.weights * torch.from_numpy(drawn.density).float().repeat_interleave(views)[corruption.positions // L]
+        masked_batch.weights
+        * torch.from_numpy(drawn.density).float().repeat_interleave(views)[masked_batch.positions // L]
     )
 
 
-def mean_over_rows_with_a_mask(corruption, drawn, views):
-    rows = len(corruption.noisy)
-    return corruption.weights * rows / len((corruption.positions // L).unique())
+def mean_over_rows_with_a_mask(masked_batch, drawn, views):
+    rows = len(masked_batch.noisy)
+    return masked_batch.weights * rows / len((masked_batch.positions // L).unique())
 
 
-def clamp(corruption, drawn, views):
-    return corruption.weights.clamp(max=4.0)
+def clamp(masked_batch, drawn, views):
+    return masked_batch.weights.clamp(max=4.0)
 
 
 @pytest.mark.parametrize(
@@ -121,21 +122,21 @@ def clamp(corruption, drawn, views):
 )
 def test_wrong_weights_are_rejected(views, wrong):
     """The defects of section 10: 1/p dropped (also in the mirror path), rows without a mask left out, clamping."""
-    law = make_law("independent", views, "rate", uniform=False)
-    steps = [run(law, step, 240, wrong) for step in range(200)]
-    assert abs(z_score(steps, target(law))) > 5
+    process = make_process("independent", views, "rate", uniform=False)
+    steps = [run(process, step, 240, wrong) for step in range(200)]
+    assert abs(z_score(steps, target(process))) > 5
 
 
 def test_the_count_law_is_a_law_and_the_counts_follow_it():
-    for masks, views, weights in LAWS:
+    for masks, views, weights in COMBINATIONS:
         for uniform in (True, False):
-            law = make_law(masks, views, weights, uniform=uniform)
-            q = law.count_probability(L, np.arange(L + 1))
+            process = make_process(masks, views, weights, uniform=uniform)
+            q = process.count_probability(L, np.arange(L + 1))
             assert q.sum() == pytest.approx(1.0, abs=1e-12)
-            drawn = law.draw(1, 0, 60_000)
+            drawn = process.draw(1, 0, 60_000)
             U = torch.from_numpy(noise.uniforms(noise.philox(1, noise.Stream.POSITIONS, 0), 60_000 * L)).view(-1, L)
-            corruption = law.corrupt(torch.zeros_like(U, dtype=torch.int64), everywhere(U), U, drawn, MASK)
-            first = (corruption.noisy[:: law.config.rows_per_slot] == MASK).sum(dim=1)
+            masked_batch = process.corrupt(torch.zeros_like(U, dtype=torch.int64), everywhere(U), U, drawn, MASK)
+            first = (masked_batch.noisy[:: process.config.rows_per_slot] == MASK).sum(dim=1)
             share = np.bincount(first.numpy(), minlength=L + 1) / 60_000
             assert np.abs(share - q).max() < 5 * np.sqrt(0.25 / 60_000)
 
@@ -159,30 +160,30 @@ ILLEGAL = [
 
 
 @pytest.mark.parametrize("choice", ILLEGAL)
-def test_combinations_without_a_law_are_refused(choice):
-    with pytest.raises(ValidationError, match=r"law|sampler|anneal|masks nothing"):
+def test_combinations_without_an_estimator_are_refused(choice):
+    with pytest.raises(ValidationError, match=r"goes with|anneal"):
         DiffusionConfig(**choice)
 
 
 # ---- variances in closed form, section 9
 
 
-def context_free(law, mu, rows, seed=0, scale=False, isad=None):
+def context_free(process, mu, rows, seed=0, scale=False, isad=None):
     """Values of `rows` slots of a model whose cross-entropies do not depend on context: float64 [rows], per token."""
     mu = torch.as_tensor(mu)
     length = len(mu)
-    drawn = law.draw(seed, 0, rows)
+    drawn = process.draw(seed, 0, rows)
     U = torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.POSITIONS, 0), rows * length)).view(
         rows, length
     )
     ids = torch.arange(length).repeat(rows, 1)
-    corruption = law.corrupt(ids, everywhere(ids), U, drawn, 99)
-    views = law.config.rows_per_slot
+    masked_batch = process.corrupt(ids, everywhere(ids), U, drawn, 99)
+    views = process.config.rows_per_slot
     s = torch.ones(rows)
     if scale:
         s = 0.5 + (torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.ORDER, 0), rows)) < 0.5).float()
-    ce = mu.float()[corruption.targets] * s.repeat_interleave(views)[corruption.positions // length]
-    return row_losses(ce, corruption).view(rows, views).mean(dim=1).double().numpy() / length
+    ce = mu.float()[masked_batch.targets] * s.repeat_interleave(views)[masked_batch.positions // length]
+    return row_losses(ce, masked_batch).view(rows, views).mean(dim=1).double().numpy() / length
 
 
 def assert_variance(values, expected, sigmas=5):
@@ -196,7 +197,7 @@ ROWS = 200_000
 
 
 def iid(masks="independent", views="single", weights="rate"):
-    return make_law(masks, views, weights, strata="none")
+    return make_process(masks, views, weights, strata="none")
 
 
 def test_t1_mirror_and_dedup():
@@ -209,15 +210,15 @@ def test_t1_mirror_and_dedup():
     assert abs(z_score(dedup, 1.25)) < 5 and abs(z_score(mirror, 1.25)) < 5
 
 
-def views_at(t, law_views, rows=40_000, independent=False):
+def views_at(t, views, rows=40_000, independent=False):
     """The two views' values at a fixed rate: float64 [rows, 2]."""
-    law = iid(views=law_views)
+    process = iid(views=views)
     values = []
     for view in (0, 1):
         seed = 5 + view * independent
         U = torch.from_numpy(noise.uniforms(noise.philox(seed, noise.Stream.POSITIONS, 0), rows * 8)).view(rows, 8)
-        drawn = Draws(np.full(rows, t), np.ones(rows))
-        c = law.corrupt(torch.arange(8).repeat(rows, 1), everywhere(U), U, drawn, 99)
+        drawn = MaskingRates(np.full(rows, t), np.ones(rows))
+        c = process.corrupt(torch.arange(8).repeat(rows, 1), everywhere(U), U, drawn, 99)
         values.append(row_losses(torch.from_numpy(MU).float()[c.targets], c).view(rows, 2)[:, view].numpy())
     return np.stack(values, axis=1)
 
@@ -236,7 +237,7 @@ def test_t2_ppots_reaches_its_optimum():
     edges = np.linspace(EPS, 1, 1001)
     p = ((edges[:-1] + edges[1:]) / 2) ** -0.5
     p /= p.mean()
-    best = Law(config, Density(edges, p), omega_at(config, 0.0))
+    best = ForwardProcess(config, Density(edges, p), omega_at(config, 0.0))
     assert_variance(context_free(iid(), [1.0], ROWS), 2.153402)
     assert_variance(context_free(best, [1.0], ROWS), 1.671629)
 
@@ -244,11 +245,13 @@ def test_t2_ppots_reaches_its_optimum():
 def test_t9_isad_is_unbiased_without_context_only():
     table = torch.zeros(100, dtype=torch.bool)
     table[0] = True
-    law = Law(DiffusionConfig(isad_tokens=(0,), isad_delta=0.2), uniform_density(1e-3, 1), iid().omega, table)
+    process = ForwardProcess(
+        DiffusionConfig(isad_tokens=(0,), isad_delta=0.2), uniform_density(1e-3, 1), iid().omega, table
+    )
     rows = 100_000
     U = torch.from_numpy(noise.uniforms(noise.philox(0, noise.Stream.POSITIONS, 0), rows * 2)).view(rows, 2)
-    c = law.corrupt(
-        torch.tensor([[0, 1]]).repeat(rows, 1), everywhere(U), U, Draws(np.full(rows, 0.3), np.ones(rows)), 99
+    c = process.corrupt(
+        torch.tensor([[0, 1]]).repeat(rows, 1), everywhere(U), U, MaskingRates(np.full(rows, 0.3), np.ones(rows)), 99
     )
     values = row_losses(torch.tensor([4.0, 1.0])[c.targets], c).double().numpy() / 2
     assert_variance(values, 4.583333)
@@ -264,22 +267,22 @@ def test_t14_counting():
     """CE_i = 1 + 4 (K-1)/15 on 16 positions, 64 strata: N Var of the step loss. Counted: nothing is left at all."""
     length, slots = 16, 64
 
-    def steps(law, count):
+    def steps(process, count):
         values = []
         for step in range(count):
-            drawn = law.draw(2, step, slots)
+            drawn = process.draw(2, step, slots)
             U = torch.from_numpy(noise.position_uniforms(2, step, np.arange(slots), length))
-            c = law.corrupt(torch.zeros(slots, length, dtype=torch.int64), everywhere(U), U, drawn, 1)
+            c = process.corrupt(torch.zeros(slots, length, dtype=torch.int64), everywhere(U), U, drawn, 1)
             k = (c.noisy == 1).sum(dim=1)
             ce = (1 + 4 * (k - 1) / 15)[c.positions // length]
             values.append(float(row_losses(ce, c).double().sum()) / (slots * length) * np.sqrt(slots))
         return np.array(values)
 
     config = DiffusionConfig(eps=1e-3)
-    rate = Law(config, uniform_density(1e-3, 1.0), omega_at(config, 0))
+    rate = ForwardProcess(config, uniform_density(1e-3, 1.0), omega_at(config, 0))
     assert_variance(steps(rate, 1500), 1.58118)
     config = DiffusionConfig(masks="counted")
-    counted = Law(config, uniform_density(0.0, 1.0), omega_at(config, 0))
+    counted = ForwardProcess(config, uniform_density(0.0, 1.0), omega_at(config, 0))
     values = steps(counted, 50)
     assert np.abs(values / np.sqrt(slots) - 3.0).max() < 1e-6  # the exact NELBO, every step
 
@@ -288,11 +291,11 @@ def test_t15_count_weights_do_not_starve():
     """P = 4,096, eps = 1e-3, CE = 1: the cut law has less variance than rate weights, the uncut one would have more."""
     length, rows = 4096, 3000
     config = DiffusionConfig(eps=1e-3, weights="count", strata="none")
-    law = Law(config, uniform_density(1e-3, 1.0), omega_at(config, 0))
-    drawn = law.draw(0, 0, rows)
+    process = ForwardProcess(config, uniform_density(1e-3, 1.0), omega_at(config, 0))
+    drawn = process.draw(0, 0, rows)
     counts = np.random.default_rng(0).binomial(length, drawn.rates)
     used = counts > 0
-    q, omega = law.count_probability(length, counts[used]), law.omega.of_count(length, counts[used])
+    q, omega = process.count_probability(length, counts[used]), process.omega.of_count(length, counts[used])
     cut, uncut, rate = (np.zeros(rows) for _ in range(3))
     cut[used] = omega / q / length
     uncut[used] = 1 / q / length

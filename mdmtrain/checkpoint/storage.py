@@ -15,7 +15,7 @@ from typing import IO
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
-from mdmtrain.parallel.world import describe, writing
+from mdmtrain.parallel.world import describe_error, writing
 
 
 def place(text: str) -> Path:
@@ -29,7 +29,7 @@ def place(text: str) -> Path:
         _ = found.fs  # made here, so that what is missing is said here
         return found
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{text}: {describe(error)}: install what reaches it, or choose another place") from None
+        raise ValueError(f"{text}: {describe_error(error)}: install what reaches it, or choose another place") from None
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def storage_errors(where: Path) -> Iterator[None]:
     except (ValueError, OSError):
         raise
     except Exception as error:
-        raise OSError(f"{where}: {describe(error)}") from error
+        raise OSError(f"{where}: {describe_error(error)}") from error
 
 
 def remove(folder: Path) -> None:
@@ -109,7 +109,7 @@ class _OwnErrors:
         except Exception as error:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             # It goes to the other ranks, and what a library raises may not survive pickling.
-            raise cause if isinstance(cause, OSError) else OSError(describe(cause)) from None
+            raise cause if isinstance(cause, OSError) else OSError(describe_error(cause)) from None
 
 
 class _DiskWriter(_OwnErrors, dcp.FileSystemWriter):

@@ -121,7 +121,7 @@ def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, comp
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
     """Numbers per token: (kept by all blocks for the backward pass, what a block that computes its own again adds)."""
-    mode, every = config.parallel.recompute, config.parallel.recompute_every
+    mode, every = config.parallel.activation_checkpointing, config.parallel.recompute_every
     whole = saved_per_token(shape, "none", composed_norms=composed_norms)
     if mode == "selective":
         recomputed, least = -(-shape.n_layers // every), saved_per_token(shape, "full")
@@ -221,7 +221,7 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     d = shape.d_model  # a block's input, which is always kept
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
     again["budget"] = max(0.0, (ops - budget) / (ops - d))
-    return 3 * (blocks + head), (3 + again[config.parallel.recompute]) * blocks + 4 * head
+    return 3 * (blocks + head), (3 + again[config.parallel.activation_checkpointing]) * blocks + 4 * head
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
@@ -261,11 +261,11 @@ def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
     rows = config.run.global_batch // gpus
     micros = [2**n for n in range(int(log2(config.run.micro_batch)), -1, -1) if rows % 2**n == 0]
     offloads, copies = dict.fromkeys([config.parallel.offload, True]), dict.fromkeys([config.parallel.replicate, 1])
-    recomputes = dict.fromkeys([config.parallel.recompute, "ops", "full"])
+    recomputes = dict.fromkeys([config.parallel.activation_checkpointing, "ops", "full"])
     for offload, recompute, micro, replicate in product(offloads, recomputes, micros, copies):
-        changes = {"offload": offload, "recompute": recompute, "replicate": replicate, "shard": None}
+        changes = {"offload": offload, "activation_checkpointing": recompute, "replicate": replicate, "shard": None}
         run = config.run.model_copy(update={"micro_batch": micro})
-        words = f"parallel.recompute={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
+        words = f"parallel.activation_checkpointing={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
         words += " parallel.offload=true" if offload else ""
         words += " parallel.shard=null" if config.parallel.shard else ""
         parallel = config.parallel.model_copy(update=changes)

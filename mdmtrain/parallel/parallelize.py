@@ -21,7 +21,7 @@ from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
 from mdmtrain.parallel.world import AgreedError, World
 
-# What recompute=ops keeps: the products and the attention, which take most of the time and little of the memory.
+# What activation_checkpointing=ops keeps: products and attention, which take most of the time, little of the memory.
 _aten = torch.ops.aten
 KEPT = [
     _aten.mm.default,
@@ -75,7 +75,7 @@ def set_up_compiler(config: ParallelConfig) -> None:
     import torch._dynamo.config
     import torch._functorch.config
 
-    budget = config.recompute_budget if config.recompute == "budget" else 1.0
+    budget = config.recompute_budget if config.activation_checkpointing == "budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = MOST_GRAPHS  # at 8, its default, a block compiled as one graph raises
 
@@ -95,7 +95,7 @@ def data_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
 def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
     """Options of torch.utils.checkpoint for a block, or None where it keeps its activations."""
     plain = {"preserve_rng_state": False}  # nothing in a block is random
-    match config.recompute:
+    match config.activation_checkpointing:
         case "none" | "budget":  # the compiler's partition of a block's graph follows the budget
             return None
         case "full":
@@ -104,7 +104,7 @@ def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
             return plain if layer % config.recompute_every == 0 else None
         case "ops":
             return {**plain, "context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
-    raise AssertionError(config.recompute)
+    raise AssertionError(config.activation_checkpointing)
 
 
 class GraphCount:

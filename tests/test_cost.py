@@ -9,11 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdmtrain import config as configuration
-from mdmtrain import observed, plan
+from mdmtrain import cost, observed
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.parallel.wrap import recompute_options, set_up_compiler
+from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
 
@@ -34,18 +34,20 @@ def config_of(parallel: dict, **run):
 @pytest.mark.parametrize("name", PRESETS)
 def test_groups_add_up_to_the_model(name):
     shape = ModelShape(vocab_size=1000, **PRESETS[name])
-    assert plan.sizes(shape).total == shape.parameters()
+    assert cost.sizes(shape).total == shape.parameters()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("parallel", [{}, {"replicate": 2}, {"reshard_after_forward": False, "recompute": "full"}])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"replicate": 2}, {"reshard_after_forward": False, "activation_checkpointing": "full"}]
+)
 def test_traffic_is_what_the_engine_sends(tied, parallel):
     """To the byte, where every dimension divides. Leaving out the backward pass' gathering would be far off."""
     config, shape = config_of(parallel), ModelShape(**SHAPE, tied_embeddings=tied)
-    planned = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=1)
+    planned = cost.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=1)
     traced = observed.traced_traffic(config, shape, 8)
     assert {kind: sent for kind, sent in planned.items() if sent} == traced
-    twice = plan.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=2)
+    twice = cost.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=2)
     assert twice["all_gather"] == 2 * planned["all_gather"] and twice["all_reduce"] == planned["all_reduce"]
 
 
@@ -56,7 +58,7 @@ def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None
     """
     model, kept = Transformer(shape, 1 << 20), {}
     more = {} if budget is None else {"compile": True, "recompute_budget": budget}
-    parallel = ParallelConfig(recompute=recompute, **more)
+    parallel = ParallelConfig(activation_checkpointing=recompute, **more)
     for index, layer in enumerate(model.layers):
         layer.recompute = recompute_options(parallel, index)
         if parallel.compile:
@@ -86,7 +88,7 @@ def test_activations_are_what_autograd_keeps(change):
         two, six = (saved_numbers(shape, mode) for shape in shapes)
         # On the CPU a norm is composed of products and keeps its input twice; statistics are a few numbers a token.
         composed = {"none": 2 * 64 + 2 + 4, "full": 0}[mode]
-        assert (six - two) / 4 == plan.saved_per_token(shapes[0], mode) + composed
+        assert (six - two) / 4 == cost.saved_per_token(shapes[0], mode) + composed
 
 
 def test_a_budget_is_kept():
@@ -94,25 +96,25 @@ def test_a_budget_is_kept():
     shapes = [ModelShape(**{**SHAPE, "n_layers": layers}) for layers in (1, 3)]
     for budget in (0.0, 0.5):
         one, three = (saved_numbers(shape, "budget", budget) for shape in shapes)
-        planned = plan.saved_per_token(shapes[0], "budget", budget)
+        planned = cost.saved_per_token(shapes[0], "budget", budget)
         assert 0.75 * planned <= (three - one) / 2 <= planned
     set_up_compiler(ParallelConfig())
 
 
 def test_offloaded_states_leave_the_gpu_for_its_host():
-    shape, gpu, assumed = ModelShape(**SHAPE), plan.GPUS["h100"], plan.Assumptions()
-    here, there = (plan.cost(config_of({"offload": o}), shape, 4, gpu, assumed) for o in (False, True))
+    shape, gpu, assumed = ModelShape(**SHAPE), cost.GPUS["h100"], cost.Assumptions()
+    here, there = (cost.cost(config_of({"offload": o}), shape, 4, gpu, assumed) for o in (False, True))
     assert there.host_bytes == 5 * 4 * shape.parameters() / 4  # parameter, gradient, its pair, two moments
     assert here.host_bytes == 0 and here.memory_total - there.memory_total > 0.8 * there.host_bytes
     # Two micro-steps: in float32, blocks and embedding come twice, head and norm once; gradients go.
-    block, matrix = plan.sizes(shape).block * 3, 64 * 64
+    block, matrix = cost.sizes(shape).block * 3, 64 * 64
     assert there.traffic["host"] == 4 * 2 * (2 * block + 2 * matrix + (matrix + 64) + shape.parameters()) / 4
     assert there.step_seconds > here.step_seconds
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_flops_are_those_of_the_model(recompute):
-    config, shape = config_of({"recompute": recompute}), ModelShape(**SHAPE)
+    config, shape = config_of({"activation_checkpointing": recompute}), ModelShape(**SHAPE)
     model = Transformer(shape, 16)  # the head in chunks: it recomputes its logits
     for index, layer in enumerate(model.layers):
         layer.recompute = recompute_options(config.parallel, index)
@@ -121,7 +123,7 @@ def test_flops_are_those_of_the_model(recompute):
     positions = torch.arange(rows * length // 2)
     with FlopCounterMode(display=False) as counter:
         model(ids, positions, ids.flatten()[positions]).sum().backward()
-    _, run = plan.step_flops(shape, config, masked=0.5)
+    _, run = cost.step_flops(shape, config, masked=0.5)
     # What the planner counts and the counter does not: attention (no formula for the CPU's kernel) and the weights of
     # the norms. What it leaves out: recomputation stops before a block's last product, whose output nothing needs.
     passes, tokens = (4 if recompute == "full" else 3), rows * length
@@ -133,11 +135,11 @@ def test_flops_are_those_of_the_model(recompute):
 
 MEMORY_CASES = [
     ({}, {}),
-    ({}, {"recompute": "ops"}),
-    ({}, {"recompute": "full"}),
-    ({}, {"recompute": "selective"}),
-    ({"tied_embeddings": True}, {"recompute": "full"}),
-    ({"vocab_size": 2048, "n_kv_heads": 1}, {"recompute": "full", "reshard_after_forward": False}),
+    ({}, {"activation_checkpointing": "ops"}),
+    ({}, {"activation_checkpointing": "full"}),
+    ({}, {"activation_checkpointing": "selective"}),
+    ({"tied_embeddings": True}, {"activation_checkpointing": "full"}),
+    ({"vocab_size": 2048, "n_kv_heads": 1}, {"activation_checkpointing": "full", "reshard_after_forward": False}),
 ]
 
 
@@ -159,15 +161,15 @@ def test_memory_is_what_the_allocator_hands_out(ranks):
     worst = 0.0
     for case, measured in zip(MEMORY_CASES, run_world(measure_memory, ranks)[0], strict=True):
         config, shape = memory_case(*case, ranks)
-        planned = plan.memory(shape, config, ranks, 8, plan.Assumptions(), composed_norms=True)
+        planned = cost.memory(shape, config, ranks, 8, cost.Assumptions(), composed_norms=True)
         for kind in ("parameters", "gradients", "optimizer"):
             assert planned[kind] == measured[kind], (case, kind)
         assert planned["activations"] == pytest.approx(measured["activations"], rel=0.01), case
         there = planned["gathered"] + planned["activations"]
-        for kind in plan.WORK:
+        for kind in cost.WORK:
             assert there + planned[kind] == pytest.approx(measured[kind], rel=0.1), (case, kind)
-        most = max(measured[kind] for kind in plan.WORK)
-        worst = max(worst, (there + sum(planned[kind] for kind in plan.WORK)) / most - 1)
+        most = max(measured[kind] for kind in cost.WORK)
+        worst = max(worst, (there + sum(planned[kind] for kind in cost.WORK)) / most - 1)
     assert worst > 0.2
 
 
@@ -194,7 +196,12 @@ def test_plan_of_8b(tmp_path):
 
 
 def test_what_does_not_fit_gets_a_proposal_that_does(tmp_path):
-    config = ["configs/8b.yaml", "model.vocab_size=126464", "parallel.recompute=none", "run.micro_batch=4"]
+    config = [
+        "configs/8b.yaml",
+        "model.vocab_size=126464",
+        "parallel.activation_checkpointing=none",
+        "run.micro_batch=4",
+    ]
     out = tmp_path / "plan.json"
     tight = command(*config, "--gpus", "8,7", "--gpu", "h100", "--json", str(out))
     result = json.loads(out.read_text())

@@ -8,11 +8,12 @@ is keyed by rank, so any number of ranks can read what any other number wrote. T
 
 import json
 import logging
+import math
 import textwrap
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
@@ -47,6 +48,7 @@ FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
+NO_SCORES: Mapping[int, float] = {}
 HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # waiting heals none
 log = logging.getLogger("mdmtrain")
 # DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
@@ -92,13 +94,14 @@ class Streaming(DefaultSavePlanner):
 
 def save(
     home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
-    world: World, copies: dict[str, Tensor] | None = None,
+    world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove those that are not to be kept. A collective.
 
-    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. An attempt that failed is
-    made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last one
-    failed on any; what was complete before stays complete.
+    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. scores: the validation
+    NELBO after a step, of those that were evaluated, for checkpoint.keep_best; needed on rank 0. An attempt that failed
+    is made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last
+    one failed on any; what was complete before stays complete.
     """
     folder = home / f"step-{step:08d}"
     for pause in (*RETRY_SECONDS, None):
@@ -114,7 +117,7 @@ def save(
                 log.warning("%s (trying once more in %g s)", error, pause)
             time.sleep(pause)
     if world.is_main:
-        retain(folder, config)
+        retain(folder, config, scores)
     return folder
 
 
@@ -159,26 +162,32 @@ def _own_checksum(meta: dict) -> str:
     return f"{zlib.crc32(json.dumps(meta).encode()):08x}"
 
 
-def retain(newest: Path, config: CheckpointConfig) -> None:
+def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] = NO_SCORES) -> None:
     """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written.
 
-    What cannot be removed is a warning: the run must not stop for it.
+    scores: see `save`. What cannot be removed is a warning: the run must not stop for it.
     """
 
     def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        return old in last or (for_good and (old / "meta.json").exists()) or held(old)
+        return old in last or old in best or (for_good and (old / "meta.json").exists()) or held(old)
 
     try:
         with storage_errors(newest.parent):
             # Later steps are of a future that was given up (damaged, passed over on resuming): they are not counted.
             until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
-            last = until[-config.keep_last :]
+            last, best = until[-config.keep_last :], best_of(until, scores)[: config.keep_best or 0]
             for old in newest.parent.glob(FOLDERS):
                 if step_of(old) < step_of(newest) and not stays(old):
                     remove(old)
     except OSError as error:
         log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe_error(error))
+
+
+def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
+    """The checkpoints that have a finite score, best (lowest) first; of equals the older one."""
+    scored = [folder for folder in folders if math.isfinite(scores.get(step_of(folder), math.inf))]
+    return sorted(scored, key=lambda folder: (scores[step_of(folder)], step_of(folder)))
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -61,7 +61,7 @@ class _StandardStream(io.FileIO):
                 raise OSError(error.errno, f"cannot write: {error.strerror}", self.title) from None
             if not self._said and log.isEnabledFor(logging.INFO):  # a record of this level goes to the file only
                 self._said = True
-                log.info("%s is gone (%s): the run continues, its lines are lost", self.title, describe(error))
+                log.info("%s is gone (%s): the run continues, its lines are lost", self.title, describe_error(error))
             return len(data)
 
 

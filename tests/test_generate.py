@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mdmtrain.generate import Sampling, never_chosen, show_step, unmask
+from mdmtrain.generate import never_chosen, show_step
+from mdmtrain.unmask import Sampling, unmask
 
 
 class Oracle:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdmtrain.checkpoint import run_folder, store
+from mdmtrain.checkpoint.loading import copy_into
 from mdmtrain.config import Config, validate
 from mdmtrain.data.order import Cursor
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.optim import learning_rate, local
+from mdmtrain.optim import learning_rate
 from mdmtrain.parallel.world import AgreedError, World
 
 log = logging.getLogger("mdmtrain")
@@ -236,7 +236,7 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     if not kept:
         raise AgreedError(f"{where}: the two vocabularies have no piece in common: start from other weights")
     for name in by_piece:
-        fill(parameters[name], resized(old[name], rows, len(pieces)))
+        copy_into(parameters[name], resized(old[name], rows, len(pieces)))
     others = "the others start at the mean row"
     return f"{folder}, resized: {kept} of {tokenizer.vocab_size} pieces keep their rows, {others}"
 
@@ -250,12 +250,3 @@ def rows_by_piece(old: list[str], new: list[str], rows: int) -> Tensor:
 def resized(old: Tensor, rows: Tensor, used: int) -> Tensor:
     """The rows [R] of a matrix [V, d]; where it is -1, the mean of its first `used` rows. Returns [R, d]."""
     return torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], old[:used].mean(dim=0))
-
-
-def fill(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(
-            whole.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    local(parameter).copy_(local(whole))

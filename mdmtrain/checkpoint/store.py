@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
@@ -35,13 +35,10 @@ from mdmtrain.checkpoint.storage import (
     storage_writer,
     write_atomically,
 )
-from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade, validate
-from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import EMA
-from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
 
 FORMAT_VERSION = 1
@@ -238,10 +235,25 @@ def home_of(run: Path) -> Path:
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         section = tree.get("checkpoint") if isinstance(tree, dict) else None
         if isinstance(section, dict) and section.get("dir"):
-            return place(section["dir"])
+            base = started_in(run, str((tree.get("run") or {}).get("dir")))
+            there = "://" not in section["dir"] and base is not None and (base / section["dir"]).is_dir()
+            return base / section["dir"] if there else place(section["dir"])
     if any(run.glob(FOLDERS)):
         return run
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+def started_in(folder: Path, run_dir: str) -> Path | None:
+    """The working directory where a run was started, from its place and its relative run.dir; None: they do not fit.
+
+    folder: the run's, or one inside it.
+    """
+    wanted = Path(run_dir).parts
+    for whole in (folder.absolute(), folder.resolve()):
+        for place_of_run in (whole, *whole.parents):
+            if not Path(run_dir).is_absolute() and place_of_run.parts[-len(wanted) :] == wanted:
+                return Path(*place_of_run.parts[: -len(wanted)])
+    return None
 
 
 def step_of(folder: Path) -> int:
@@ -280,7 +292,7 @@ def find(path: str | Path) -> Path:
     path = place(str(path))
     with storage_errors(path):
         if not path.exists():
-            raise ValueError(f"{path}: no such run or checkpoint folder: check the path")
+            raise ValueError(f"{path}: no such run, checkpoint or exported folder: check the path")
         run = (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
     if run or complete_checkpoints(path):
         folder = newest(path)
@@ -295,7 +307,10 @@ def read_meta(folder: Path) -> dict:
     """A checkpoint's meta.json, if every file has the size it was committed with. Raises ValueError."""
     marker = folder / "meta.json"
     if not marker.is_file():
-        raise ValueError(f"{folder}: not a complete checkpoint (no meta.json); name a run folder or another checkpoint")
+        raise ValueError(
+            f"{folder}: not a complete checkpoint (no meta.json) and no exported folder (no config.json): name a run, "
+            "a checkpoint or an exported folder"
+        )
     try:
         meta = json.loads(marker.read_text(encoding="utf-8"))
         version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
@@ -341,35 +356,3 @@ def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
     if weights == "average" and not meta["has_average"]:
         raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
     return "average" if weights != "raw" and meta["has_average"] else "model"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A checkpoint's model, ready to use, with what is needed to talk to it."""
-
-    folder: Path
-    model: Transformer
-    tokenizer: Tokenizer
-    config: Config
-    meta: dict
-
-
-def load_model(path: str | Path, weights: str | None, world: World) -> LoadedModel:
-    """Build and load the model of a run or checkpoint, sharded over the present ranks. A collective.
-
-    weights: "raw", "average", or None for the average where there is one. Raises AgreedError.
-    """
-    folder = world.agree(lambda: find(path), main_only=True)
-    meta = world.agree(lambda: read_meta(folder))
-    source = chosen_weights(folder, meta, weights)
-    config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
-    file = folder / TOKENIZER_FILE
-    tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
-    if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
-    elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
-    here = config.parallel.model_copy(update=elsewhere)  # any number of ranks, any torch
-    model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
-    load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
-    model.eval()
-    return LoadedModel(folder, model, tokenizer, config.model_copy(update={"parallel": here}), meta)

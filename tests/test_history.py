@@ -4,6 +4,7 @@ Commands as a user gives them (tests/test_bad_inputs.py says how), each on a cop
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 from mdmtrain.checkpoint import resume, run_folder, store
+from mdmtrain.checkpoint.export import export
+from mdmtrain.checkpoint.weights import open_checkpoint
 from tests.conftest import read_metrics, write_config
 from tests.test_bad_inputs import Outcome, server, warm  # noqa: F401 (a fixture)
 
@@ -166,3 +169,53 @@ def test_rows_follow_their_pieces():
     assert rows.tolist() == [2, 0, -1, -1]
     old = torch.tensor([[0.0, 3.0], [3.0, 0.0], [6.0, 6.0], [100.0, 100.0]])  # the last is no piece's
     assert resume.resized(old, rows, 3).tolist() == [[6.0, 6.0], [0.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
+
+
+# ---- evaluate and generate on what there is
+
+
+def from_elsewhere(directory: Path, module: str, arguments: list[str], files: Path) -> Outcome:
+    """A warm command in a working directory of its own."""
+    before = os.getcwd()
+    os.chdir(directory)  # a forked process starts where the one that asks for it is
+    try:
+        return warm(module, arguments, files)
+    finally:
+        os.chdir(before)
+
+
+def results(folder: Path, directory: Path, out: Path, *options: str) -> dict:
+    done = from_elsewhere(directory, "evaluate", [str(folder), "--json", str(out), *options], out)
+    assert done.status == 0, done
+    return {**json.loads(out.read_text())["results"][0], "shown": done.out}
+
+
+def test_a_run_is_evaluated_from_anywhere_and_so_is_its_export(server, corpus, finished, tmp_path):  # noqa: F811
+    """Its data, checkpoints and run folder have relative names; the same numbers come out, digit for digit."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/corpus").symlink_to(corpus)
+    relative = ["run.dir=runs/one", "checkpoint.dir=kept/one", "data.sources=[{path: data/corpus}]", "run.steps=2"]
+    done = from_elsewhere(tmp_path, "train", [str(finished.parent / "config.yaml"), *relative], tmp_path / "train")
+    assert done.status == 0, done
+    run, away = tmp_path / "runs/one", tmp_path / "away"
+    (away / "data/corpus").mkdir(parents=True)  # has the name of the run's data, and is not it
+    here = results(run, tmp_path, tmp_path / "here.json")
+    there = results(run, away, tmp_path / "there.json")
+    assert there["nelbo"] == here["nelbo"] and there["rows"] == 8
+    export_to = run / "exports/step-00000002"
+    export(open_checkpoint(tmp_path / "kept/one/step-00000002"), "llama", export_to)
+    assert results(export_to, away, tmp_path / "export.json")["nelbo"] == here["nelbo"]
+    one = results(run, away, tmp_path / "row.json", "--rows", "1", "--estimator", "counted", "systematic")
+    assert (
+        one["nelbo_se"] is None and "inf" not in one["shown"] and "nan" not in one["shown"] and "+- ?" in one["shown"]
+    )
+    made = from_elsewhere(away, "generate", [str(export_to), "--gen-length", "4"], tmp_path / "generate")
+    assert made.status == 0 and "1 texts, " in made.out
+    moved = Path(shutil.move(export_to, tmp_path / "moved"))
+    line = from_elsewhere(away, "evaluate", [str(moved), "--weights", "raw"], tmp_path / "refused").refusal()
+    assert "is an exported folder, which has one kind of weights" in line
+    (away / "data/corpus").rmdir()
+    line = from_elsewhere(away, "evaluate", [str(moved)], tmp_path / "refused").refusal()
+    assert "its data folder data/corpus is not found: name what to evaluate with --data" in line
+    line = from_elsewhere(away, "evaluate", [str(tmp_path / "data")], tmp_path / "refused").refusal()
+    assert "name a run, a checkpoint or an exported folder" in line

@@ -79,7 +79,7 @@ def watched(world, trees: dict[str, dict]) -> dict:
         def corrupting(*arguments):
             nonlocal count
             count += 1
-            if count <= batch - 8:  # an evaluation made up before any step
+            if count <= 8 < batch:  # an evaluation made up before any step
                 time.sleep(SLOW_BATCH)
             if world.rank == 1 and count == batch:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -171,7 +171,7 @@ def test_clocks_start_with_the_first_step(two_ranks):
     folder, _ = two_ranks
     with open(folder / "stopped/metrics.jsonl", encoding="utf-8") as lines:
         (speed,) = [r["tokens_per_second"] for r in map(json.loads, lines) if r["step"] == 4 and "split" not in r]
-    assert 16 * 64 / speed < 2 * SLOW_BATCH
+    assert 16 * 64 / speed < 8 * SLOW_BATCH
 
 
 def test_the_time_left_counts_steps_alone(capsys, monkeypatch):

@@ -7,6 +7,7 @@ Read `train` from top to bottom: that is the whole run. To change what a step do
 """
 
 import gc
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -246,6 +247,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
                 "has_average": average is not None,
                 "recorder": recorder.state(),
                 "config": config.model_dump(mode="json"),
+                "working_directory": os.getcwd(),  # which relative paths in it are relative to
             }
             writer.save(step, tensors, meta, scores)
             gc.collect()

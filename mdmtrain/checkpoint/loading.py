@@ -44,7 +44,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
     tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
         raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
-    config = _usable_here(config, folder)
+    config = _usable_here(config, [Path(path), folder], meta.get("working_directory"))
     model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
     store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()
@@ -60,7 +60,7 @@ def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedMod
             "--from), or evaluate the run that it was exported from"
         )
     config = world.agree(lambda: validate(upgrade(opened.facts["config"]), str(folder)))
-    config = _usable_here(config, folder)
+    config = _usable_here(config, [folder], _recorded_directory(folder))
     tokenizer = world.agree(lambda: Tokenizer(opened.tokenizer, str(folder)))
     model = build_model(opened.shape, config.parallel, world)
     for name, parameter in model.named_parameters():
@@ -114,11 +114,14 @@ def open_any(source: Path, weights: str | None) -> Weights:
 # ---- where its data is
 
 
-def _usable_here(config: Config, folder: Path) -> Config:
-    """The configuration for any number of ranks and any torch, with its data's folders as they are found from here."""
+def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Config:
+    """The configuration for any number of ranks and any torch, with its data's folders as they are found from here.
+
+    places, recorded: see `find_data`.
+    """
     elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
     sources = tuple(
-        source.model_copy(update={"path": find_data(source.path, folder, config.run.dir)})
+        source.model_copy(update={"path": find_data(source.path, places, config.run.dir, recorded)})
         for source in config.data.sources
     )
     return config.model_copy(
@@ -129,21 +132,23 @@ def _usable_here(config: Config, folder: Path) -> Config:
     )
 
 
-def find_data(path: str, folder: Path, run_dir: str) -> str:
+def find_data(path: str, places: list[Path], run_dir: str, recorded: str | None) -> str:
     """A folder that a run calls `path`, from any working directory; `path` itself where it is nowhere.
 
-    Relative paths are relative to where training was started: what stands before run.dir in the place of the run, or
-    else what environment.json says. folder: of the run's checkpoint or export.
+    A relative path is relative to where training was started. That is what stands before run.dir in the place of the
+    run or of something in it (places); else what was recorded; else here.
     """
-    if Path(path).is_absolute() or not isinstance(folder, Path):
+    if Path(path).is_absolute():
         return path
-    bases = [store.started_in(folder, run_dir), _recorded_directory(folder), Path()]
-    return next((str(base / path) for base in bases if base is not None and (base / path).is_dir()), path)
+    bases = [store.started_in(place, run_dir) for place in places if isinstance(place, Path)]
+    bases += [Path(recorded)] if recorded else []
+    return next((str(base / path) for base in [*bases, Path()] if base is not None and (base / path).is_dir()), path)
 
 
-def _recorded_directory(folder: Path) -> Path | None:
-    environment = folder.absolute().parent.parent / "environment.json"  # RUN/checkpoints/step-N, RUN/exports/step-N
+def _recorded_directory(folder: Path) -> str | None:
+    """Where the run was started that an export lies in (RUN/exports/step-NNNNNNNN)."""
+    environment = folder.absolute().parent.parent / "environment.json"
     try:
-        return Path(json.loads(environment.read_text(encoding="utf-8"))["working_directory"])
+        return str(json.loads(environment.read_text(encoding="utf-8"))["working_directory"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

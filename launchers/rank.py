@@ -58,8 +58,9 @@ def guard(job: str) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # until training has its own handlers
-        signal.signal(number, lambda *_: os._exit(EARLY))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup; else, until training has its own handlers:
+            signal.signal(number, lambda *_: os._exit(EARLY))
     if "RANK" not in os.environ:
         from_slurm()
         if os.environ["RANK"] == "0":

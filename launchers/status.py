@@ -106,13 +106,14 @@ def run_status(run_dir: Path) -> RunStatus:
     config_file = job_folder(run_dir) / "config.yaml"
     if not config_file.is_file():
         config_file = run_dir / "config.yaml"
-    run = yaml12.parse(config_file.read_text(encoding="utf-8"), str(config_file))["run"]
+    tree = yaml12.parse(config_file.read_text(encoding="utf-8"), str(config_file))
+    run, tokens_per_step = tree["run"], tree["run"]["global_batch"] * tree["data"]["sequence_length"]
     records = last_records(run_dir / "metrics.jsonl")
     step = records[-1]["step"] if records else 0
     word = phase(run_dir, state, saved, run["steps"])
     losses = [record["nelbo"] for record in records if record["nelbo"] is not None]
     speed = records[-1]["tokens_per_second"] if records else None
-    eta = (run["steps"] - step) * records[-1]["tokens"] / step / speed if speed else None
+    eta = (run["steps"] - step) * tokens_per_step / speed if speed else None
     return RunStatus(
         str(run_dir), word, state.job if state else "", step, run["steps"], saved,
         sum(losses) / len(losses) if losses else None, speed, eta, max(0, state.starts - 1) if state else 0,

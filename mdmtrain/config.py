@@ -8,9 +8,9 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 import difflib
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from mdmtrain import yaml12
 
@@ -245,6 +245,13 @@ class ParallelConfig(Section):
         return self
 
 
+def _resume(value: object) -> str | int:
+    """One error line, where a union of types would have one for each of its members."""
+    if value in ("auto", "never") or (type(value) is int and value > 0):
+        return value
+    raise ValueError("must be auto, never, or the step of a checkpoint")
+
+
 class CheckpointConfig(Section):
     dir: str | None = Field(
         None, min_length=1, description="where they are kept: a path or an fsspec URL; null: run.dir/checkpoints"
@@ -253,14 +260,23 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
     keep_every: int | None = Field(None, gt=0, description="those of every so many steps stay for good; null: none")
     asynchronous: bool = Field(True, description="write beside the training, which waits for a copy only")
-    resume: Literal["auto", "never"] = Field(
+    keep_best: int | None = Field(
+        None, gt=0, description="so many with the lowest validation NELBO (mean over sources) stay too; null: none"
+    )
+    resume: Annotated[Literal["auto", "never"] | int, PlainValidator(_resume)] = Field(
         "auto",
-        description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
+        description="auto: resume from the newest complete checkpoint; a step: go back to the checkpoint of that step, "
+        "once; never: refuse a folder with a checkpoint",
     )
     allow_changed: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
         (), description="settings that may differ when resuming; see docs/checkpoints.md"
     )
     init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
+    resize_vocab: bool = Field(
+        False,
+        description="init_from with another vocabulary: embedding and head rows follow their pieces; pieces that the "
+        "old vocabulary lacks start at the mean row",
+    )
     export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
 
     @model_validator(mode="after")
@@ -274,6 +290,9 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
     tensorboard: bool = Field(True, description="write RUN/events")
+    record_every: int = Field(
+        1, gt=0, description="steps between training records in metrics.jsonl and TensorBoard; less takes more disk"
+    )
     probe_every: int | None = Field(
         100, ge=0, description="steps between looks at the loss's variance and the gradient's noise; 0 or null: none"
     )
@@ -304,6 +323,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "Config":
+        save, evaluate = self.checkpoint.save_every, self.eval.every
+        if self.checkpoint.keep_best is not None and save % evaluate and evaluate % save:
+            raise ValueError(
+                f"checkpoint.keep_best needs an evaluation at its checkpoints: make eval.every={evaluate} a divisor or "
+                f"a multiple of checkpoint.save_every={save}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _causal_is_ar(self) -> "Config":

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.config import EvalConfig
 from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
 from mdmtrain.data.loader import validation_rows
@@ -48,7 +49,7 @@ from mdmtrain.likelihood import (
     estimate,
 )
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, log, output_file, user_errors
+from mdmtrain.monitor.logs import CommandParser, log, output_file, survive_terminal, user_errors
 from mdmtrain.parallel.world import World, init_world
 
 BASELINE_PART = 1 << 20  # tokens read at once
@@ -73,10 +74,15 @@ class Evaluation:
     samples: int  # noise draws per row
 
     def __str__(self) -> str:
-        return (
-            f"{self.split}: NELBO {self.nelbo:.4f} +- {self.nelbo_se:.4f} nats/token, "
-            f"{self.bits_per_byte:.4f} +- {self.bits_per_byte_se:.4f} bits/byte, perplexity {self.perplexity:.2f}"
+        nelbo, bits = with_error(self.nelbo, self.nelbo_se, 4), with_error(self.bits_per_byte, self.bits_per_byte_se, 4)
+        return f"{self.split}: NELBO {nelbo} nats/token, {bits} bits/byte, perplexity {self.perplexity:.2f}" + (
+            " (errors unknown: a single row)" if self.rows == 1 else ""
         )
+
+
+def with_error(value: float, error: float, digits: int) -> str:
+    """A value with its standard error, where that is known: a single row has none."""
+    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if math.isfinite(error) else " +- ?")
 
 
 def evaluate_split(
@@ -132,7 +138,7 @@ class Material:
     details: dict = field(default_factory=dict)  # more counts, for the report
 
 
-def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: store.LoadedModel) -> Material:
+def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: LoadedModel) -> Material:
     """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
     reading = Reading(args.on_bad_record, args.format)
@@ -172,7 +178,7 @@ def _has_continuations(source: Input, reading: Reading) -> bool:
     return first is not None and bool(present(first[0], "continuation"))
 
 
-def _continuations(source: Input, name: str, reading: Reading, loaded: store.LoadedModel) -> Material:
+def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedModel) -> Material:
     """Every record's continuation, given its prefix."""
     length = loaded.config.data.sequence_length
 
@@ -260,10 +266,13 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     for column in ("", "nats/token", "bits/byte", "perplexity", *(("+- by draws", "passes") if several else ())):
         table.add_column(column, justify="left" if not column else "right")
     for one in numbers["estimators"]:
-        cells = [f"{one[unit]:.{digits}f} +- {one[unit + '_se']:.{digits}f}" for unit, digits in UNITS.items()]
+        cells = [with_error(one[unit], one[unit + "_se"], digits) for unit, digits in UNITS.items()]
         if several:
             table.add_row(
-                f"{one['estimator']} x {one['samples']}", *cells, f"{one['noise_se']:.4f}", f"{one['passes']:,}"
+                f"{one['estimator']} x {one['samples']}",
+                *cells,
+                f"{one['noise_se']:.4f}" if math.isfinite(one["noise_se"]) else "?",
+                f"{one['passes']:,}",
             )
         else:
             table.add_row("model" if one["estimator"] == NEXT_TOKEN else "model (upper bound)", *cells)
@@ -275,7 +284,9 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     for pair in numbers["comparisons"]:
         a, b = pair["between"]
         verdict = "agree" if pair["agree"] else "DISAGREE"
-        console.print(f"{a} - {b}: {pair['difference']:+.4f} +- {pair['standard_error']:.4f}: {verdict}")
+        if not math.isfinite(pair["standard_error"]):
+            verdict = "cannot be compared: more rows, or more draws"
+        console.print(f"{a} - {b}: {with_error(pair['difference'], pair['standard_error'], 4)}: {verdict}")
     if base is not None:
         better = 1 - numbers["nelbo"] / base.unigram_nats_per_token
         found = f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline"
@@ -297,7 +308,7 @@ def row_count(argument: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
-    add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
+    add("checkpoint", help="run folder (its newest checkpoint counts), checkpoint folder, or exported folder")
     inputs = (
         "prepared folders, text files, or files of JSON lines with 'text', with 'prompt' and 'response', or with "
         "'prefix' and 'continuation'; - is standard input (default: the run's)"
@@ -332,11 +343,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
-    loaded = store.load_model(args.checkpoint, args.weights, world)
+    loaded = load_model(args.checkpoint, args.weights, world)
     estimators = world.agree(lambda: choose_estimators(args, loaded))
-    paths = args.data or [source.path for source in loaded.config.data.sources]
+    paths = args.data or world.agree(lambda: own_data(loaded))
     count = args.rows or loaded.config.eval.rows
     console, results = Console(), []
+    if args.json:
+        survive_terminal()  # the results are there
     if world.is_main:
         console.print(str(loaded.folder), highlight=False)
     for path, name in zip(paths, set_names(paths, args.split), strict=True):
@@ -350,8 +363,10 @@ def main(arguments: list[str] | None = None) -> None:
         if world.is_main:
             base = None if material.stream is None else baselines(material.stream, loaded.tokenizer.decode)
             numbers = report(material, estimates, comparisons)
-            _show(numbers, base, console)
             results.append({**numbers, **(asdict(base) if base else {})})
+            if args.json:
+                write_json(args.json, {"checkpoint": str(loaded.folder), "results": results})
+            _show(numbers, base, console)
             for pair in comparisons:
                 if not pair.agree:
                     log.warning(
@@ -359,13 +374,26 @@ def main(arguments: list[str] | None = None) -> None:
                         "wrong, or has too few rows for its error to be known",
                         material.name, *pair.between, MOST_ERRORS,
                     )  # fmt: skip
-    if args.json and world.is_main:
-        numbers = {"checkpoint": str(loaded.folder), "results": results}
-        whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # as `finite` does
-        store.write_atomically(args.json, json.dumps(whole, indent=1) + "\n")
 
 
-def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> list[Estimator]:
+def write_json(file: Path, numbers: dict) -> None:
+    """Write what is known so far: what is not finite is null, as `finite` has it."""
+    whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
+    store.write_atomically(file, json.dumps(whole, indent=1) + "\n")
+
+
+def own_data(loaded: LoadedModel) -> list[str]:
+    """The folders that the model was trained on. Raises ValueError where they are not here."""
+    paths = [source.path for source in loaded.config.data.sources]
+    for path in paths:
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{loaded.folder}: its data folder {path} is not found: name what to evaluate with --data PATH"
+            )
+    return paths
+
+
+def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Estimator]:
     """What the options ask for. Raises ValueError."""
     config = loaded.config
     draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
@@ -379,7 +407,7 @@ def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> li
     ]
 
 
-def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:
+def open_split(folder: str, split: str, loaded: LoadedModel) -> PreparedSplit:
     """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
     opened = PreparedSplit(folder, split)
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import formats
 from mdmtrain.checkpoint.export import cast, export, import_checkpoint
+from mdmtrain.checkpoint.loading import open_any
 from mdmtrain.checkpoint.storage import place
-from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
+from mdmtrain.checkpoint.weights import DTYPES, Weights, open_folder
 from mdmtrain.data.lossless import ROLES
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
@@ -41,22 +42,6 @@ def byte_size(argument: str) -> int:
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{argument!r} is no size: write it as 5GB, 200MB or 1000KB")
     return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
-
-
-def open_any(source: Path, weights: str | None) -> Weights:
-    """A run, a checkpoint or an exported folder. Raises ValueError."""
-    if not (source / "config.json").is_file():
-        return open_checkpoint(source, weights)
-    if weights is not None:
-        raise ValueError(f"{source} is an exported folder, which has one kind of weights: leave out --weights")
-    try:
-        kind = json.loads((source / "config.json").read_text()).get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{source / 'config.json'}: damaged (no JSON object): get the original file") from None
-    kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
-    if kind not in kinds:
-        raise ValueError(f"{source / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
-    return open_folder(source, kinds[kind])
 
 
 # ---- the self-check

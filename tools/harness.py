@@ -14,12 +14,13 @@ from typing import Protocol
 
 import torch
 
-from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import load_model
 from mdmtrain.data.text import continuation_rows, encode_pair
-from mdmtrain.generate import Sampling, fill, never_chosen, unmask
+from mdmtrain.generate import fill, never_chosen
 from mdmtrain.likelihood import ESTIMATORS, Estimator, estimate
 from mdmtrain.monitor.logs import log, user_errors
 from mdmtrain.parallel.world import init_world
+from mdmtrain.unmask import Sampling, unmask
 
 Pair = tuple[list[int], list[int]]  # tokens that are given, bos first, and tokens that are scored
 ROWS_AT_ONCE = 64  # of similar length, so that little is padded
@@ -61,7 +62,7 @@ class Adapter:
             gen_length, steps or gen_length, block_length or gen_length, 0.0, cfg_scale, remasking, seed
         )
         self._world = init_world()
-        self._loaded = store.load_model(path, weights, self._world)
+        self._loaded = load_model(path, weights, self._world)
         if self._loaded.model.shape.causal:
             raise ValueError(f"{path} is a causal model: this adapter is for masked ones")
         self._estimator = Estimator(estimator, mc_num, seed, self._loaded.config.diffusion.eps)

@@ -15,7 +15,7 @@ from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Document, Reading, as_document, read_documents, read_records
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.generate import as_prompt
+from mdmtrain.generate import parts_around_gaps
 
 
 def read(path: Path, content: bytes, **options) -> tuple[list[str], dict[str, int]]:
@@ -149,7 +149,7 @@ def test_generate_and_prepare_find_the_same_fault(tmp_path):
     for name, (line, reason) in BAD.items():
         if not reason.startswith(("no ", "both")) and "prompt" not in name:
             (tmp_path / "a.jsonl").write_bytes(b"\n" + line)
-            for make in (as_document, as_prompt):
+            for make in (as_document, parts_around_gaps):
                 with pytest.raises(ValueError, match=rf"a.jsonl:2: {reason}|a.jsonl: a JSON array"):
                     list(read_records(open_name(tmp_path / "a.jsonl"), Reading("error", "jsonl"), make))
 
@@ -164,7 +164,7 @@ def test_generate_and_prepare_find_the_same_fault(tmp_path):
     ],
 )
 def test_what_generate_fills(record, parts):
-    assert as_prompt(record) == (record, parts)
+    assert parts_around_gaps(record) == (record, parts)
 
 
 # ---- awkward documents

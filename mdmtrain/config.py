@@ -178,7 +178,13 @@ class DiffusionConfig(Section):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
+    muon_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of Muon's matrices, on the scale of lr; null: lr"
+    )
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up; wsd: stable, then linear decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
@@ -189,6 +195,12 @@ class OptimConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="weight average per step; null: none")
+
+    @model_validator(mode="after")
+    def _has_muon(self) -> "OptimConfig":
+        if self.muon_lr is not None and self.name != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr:g} needs name=muon: set both, or leave muon_lr out")
+        return self
 
 
 class ParallelConfig(Section):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +31,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
-from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
+from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer
 
 BATCH = 1 << 18  # characters that a worker gets at once
 Progress = Callable[[str, int, int], None]  # phase, bytes of the input files done, and in all
@@ -42,7 +41,7 @@ Progress = Callable[[str, int, int], None]  # phase, bytes of the input files do
 class Options:
     """What a prepared folder is made with, besides its inputs."""
 
-    tokenizer: str | None = None  # a model file or a prepared folder; None: train one
+    tokenizer: str | None = None  # a tokenizer's file, or a folder with one; None: train one
     vocab_size: int = 32_768  # pieces of a tokenizer trained here
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
@@ -75,7 +74,8 @@ def prepare(
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
     inputs = [one if isinstance(one, Input) else open_name(one) for one in inputs]
-    made_from = _identity(inputs, options)
+    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    made_from = _identity(inputs, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["made_from"] != made_from:
@@ -91,9 +91,9 @@ def prepare(
     try:
         with staging(out) as folder:
             model = folder / MODEL_FILE
-            if options.tokenizer:
-                tokenizer = Tokenizer.load(options.tokenizer)
-                shutil.copyfile(model_file(options.tokenizer), model)
+            if given:
+                tokenizer = given
+                model.write_bytes(given.model)
             else:
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, reading, report)
@@ -106,11 +106,11 @@ def prepare(
     return Summary(out, manifest, False, reading)
 
 
-def _identity(inputs: list[Input], options: Options) -> str:
+def _identity(inputs: list[Input], options: Options, tokenizer: Tokenizer | None) -> str:
     stats = [one.identity() for one in inputs]
     settings = asdict(options)
-    if options.tokenizer:
-        settings["tokenizer"] = hashlib.sha256(model_file(options.tokenizer).read_bytes()).hexdigest()
+    if tokenizer:
+        settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
 
@@ -154,10 +154,16 @@ def _start_worker(model: Path) -> None:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], int | None]:
-    """bos + tokens + eos, and where in them the response starts, if there is a prompt."""
-    # By itself, so that a response starts with a token of its own, as it does when it is generated.
-    before = [tokenizer.bos_id, *tokenizer.encode(document.prompt or "")]
-    tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
+    """bos + tokens + eos, and where in them the response starts, if there is a prompt.
+
+    Raises ValueError naming the file and the line of a text that the tokenizer would change.
+    """
+    try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
+        before = [tokenizer.bos_id, *tokenizer.encode(document.prompt or "")]
+        tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
+    except TextChanged as error:
+        line = document.line if document.record else document.line + error.line - 1
+        raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave it out") from None
     return tokens, None if document.prompt is None else len(before)
 
 

@@ -156,7 +156,7 @@ def _start_worker(model: Path) -> None:
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], int | None]:
     """bos + tokens + eos, and where in them the response starts, if there is a prompt.
 
-    Raises ValueError naming file and line of a text that the tokenizer would not give back as it is.
+    Raises ValueError naming the file and the line of a text that the tokenizer would change.
     """
     try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
         before = [tokenizer.bos_id, *tokenizer.encode(document.prompt or "")]

@@ -28,6 +28,8 @@ class State:
     began_at: int = 0  # step of the newest checkpoint when the ranks last started
     last_error: str = ""
     log: str = ""  # what the ranks print
+    cluster: str = ""  # of the job, where it is not this machine's own (--clusters)
+    submitit: str = ""  # folder of the job's pickles
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,13 @@ def processes_of(cluster: Cluster, run_dir: Path, program: str) -> list[int]:
     return [pid for pid in found if parent(pid) not in found]  # a rank's guard is a child of the rank
 
 
+def supervisor_of(cluster: Cluster, run_dir: Path) -> int:
+    """The process that submitit started in the batch step of a run's job."""
+    words = f"submitit.core._submit\0{run_dir}/job/submitit\0".encode()
+    (found,) = (pid for pid in cluster.processes() if words in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -117,8 +124,7 @@ class Disturbance:
         os.kill(random.choice(processes_of(self.cluster, self.run_dir, "rank.py")), signal.SIGKILL)
 
     def kill_batch_step(self) -> None:
-        (supervisor,) = processes_of(self.cluster, self.run_dir, "supervise.py")
-        os.kill(supervisor, signal.SIGKILL)
+        os.kill(supervisor_of(self.cluster, self.run_dir), signal.SIGKILL)
 
     def preempt(self) -> None:
         self.cluster.run(

@@ -124,12 +124,7 @@ def job_parameters(launches: Sequence[Launch], folder: Path | None = None, at_on
     if o.gpus_per_node and not set(extra) & set(GPU_OPTIONS):
         extra["gres"] = f"gpu:{o.gpus_per_node}"
     named = {name: getattr(o, name) for name in ("mem", "partition", "account", "qos", "constraint", "exclude", "time")}
-    for key, value in [*named.items(), *extra.items()]:
-        if isinstance(value, str) and any(character in value for character in "\\\n\r"):
-            raise ValueError(f"--{key}: {value!r}: sbatch cannot read backslashes and line ends: choose another value")
-    for run in [*runs, str(folder)]:
-        if bad := next((mark for mark in ("%j", "%t", "%A", "%a", "\\", "\n", "\r") if mark in run), None):
-            raise ValueError(f"run.dir={run!r}: sbatch and submitit replace {bad!r} in a path: choose another run.dir")
+    refuse_what_sbatch_cannot_read([*runs, str(folder)], {**named, **extra})
     return {
         "job_name": folder.name,
         "cpus_per_task": o.cpus,
@@ -142,6 +137,17 @@ def job_parameters(launches: Sequence[Launch], folder: Path | None = None, at_on
         "setup": setup_lines(o, runs, max(1, o.cpus - config.data.workers)),
         "additional_parameters": extra,
     }
+
+
+def refuse_what_sbatch_cannot_read(folders: list[str], options: dict) -> None:
+    for folder in folders:
+        if bad := next((mark for mark in ("%j", "%t", "%A", "%a", "\\", "\n", "\r") if mark in folder), None):
+            raise ValueError(
+                f"run.dir={folder!r}: sbatch and submitit replace {bad!r} in a path: choose another run.dir"
+            )
+    for key, value in options.items():
+        if isinstance(value, str) and any(character in value for character in "\\\n\r"):
+            raise ValueError(f"--{key}: {value!r}: sbatch cannot read backslashes and line ends: choose another value")
 
 
 def setup_lines(options: argparse.Namespace, runs: list[str], threads: int) -> list[str]:

@@ -174,6 +174,15 @@ def supervise(run_dir: Path) -> dict:
     return asdict(state)
 
 
+def show_log_to_submitit(log: str) -> None:
+    """Link submitit's name of the log to the log in RUN/logs, so that `job.stdout()` reads it."""
+    import submitit  # here, because rank.py imports this module without need of it
+
+    link = submitit.JobEnvironment().paths.stdout
+    if not os.path.lexists(link):
+        link.symlink_to(log)
+
+
 def one_start(run_dir: Path) -> State:
     """Start the ranks once, wait for their end, and do what follows from it."""
     # What Slurm sends to the batch step too is meant for the ranks. (A handler, because they would inherit SIG_IGN.)
@@ -183,8 +192,9 @@ def one_start(run_dir: Path) -> State:
     os.chdir(launch["directory"])  # the job script has entered the copy of the code, to import it
     options, most = launch["options"], launch["options"]["max_crashes"]
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    state = replace(read_state(run_dir), job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"],
-                    log=os.readlink("/proc/self/fd/1"))  # fmt: skip
+    log = os.readlink("/proc/self/fd/1")
+    show_log_to_submitit(log)
+    state = replace(read_state(run_dir), job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"], log=log)
     state = begin(state, newest_step(run_dir), most)
     write_state(run_dir, state)
     if state.phase == "failed":

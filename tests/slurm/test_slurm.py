@@ -268,6 +268,7 @@ def test_a_submitit_script_of_ones_own(cluster, corpus, tmp_path):
         f"does not requeue the job: resume it with python -m launchers.status resume {run_dir}" in result["last_error"]
     )
     assert f"start 1 of {run_dir}" in job.stdout() and "stopped at step" in job.stdout()
+    cluster.wait_for(lambda: not cluster.run("squeue", "-h", "--name=own"), "an empty queue", LONG)
     status.resume(run_dir, ["--dry-run"])
 
 

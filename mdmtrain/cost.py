@@ -106,17 +106,17 @@ def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, comp
     A budget is taken as a share of what a block without compilation keeps beyond its input; torch takes it of what the
     compiler would keep by itself, which is less.
     """
-    d, kv, ff = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ff
+    d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
         case "full":
             return d  # the block's input
         case "ops":  # the input, and the outputs of products and attention
-            return d + (d + 2 * kv) + d + d + 2 * ff + d
+            return d + (q + 2 * kv) + q + d + 2 * ff + d
         case "budget":
             return d + budget * (saved_per_token(shape, "none") - d)
     # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
     norms = 2 * d + 6 if composed_norms else 0
-    return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff + norms
+    return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + 4 * ff + norms
 
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
@@ -214,7 +214,7 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = sizes(shape).blocks * sizes(shape).block
-    attention = 4 * length * shape.d_model * shape.n_layers / (2 if shape.causal else 1)
+    attention = 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
     blocks = tokens * (2 * matrices + attention)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
     budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))

@@ -81,7 +81,7 @@ def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None
     return sum(size for size, _ in kept.values()) / 4 / ids.numel()
 
 
-@pytest.mark.parametrize("change", [{}, {"d_ff": 320}, {"n_kv_heads": 4}])
+@pytest.mark.parametrize("change", [{}, {"d_ff": 320}, {"n_kv_heads": 4}, {"head_dim": 24}])
 def test_activations_are_what_autograd_keeps(change):
     shapes = [ModelShape(**{**SHAPE, **change, "n_layers": layers}) for layers in (2, 6)]
     for mode in ("none", "full"):

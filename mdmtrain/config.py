@@ -7,12 +7,32 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 
 import difflib
 import json
+import os
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdmtrain import yaml12
+
+
+def expand_path(text: str) -> str:
+    """A configured path with `~`, `$NAME` and `${NAME}` replaced.
+
+    Raises ValueError where a name has no value: nothing else would tell the user before a folder of that name appears.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if "$" in path:
+        unset = re.findall(r"\$\{?(\w+)", path)
+        problem = f"environment variable {unset[0]} is not set" if unset else "'$' must start an environment variable"
+        raise ValueError(f"{text}: {problem}: set it, or write the path out")
+    if path.startswith("~"):
+        raise ValueError(f"{text}: no home folder is known for {path.split('/')[0]}: write the path out")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):
@@ -20,7 +40,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str = Field(min_length=1, description="run folder: configuration, metrics, checkpoints, logs")
+    dir: PathText = Field(min_length=1, description="run folder: configuration, metrics, checkpoints, logs")
     seed: int = Field(0, ge=0, lt=2**63, description="key of every random number of the run")
     steps: int = Field(gt=0, description="optimizer steps in the whole run")
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
@@ -54,7 +74,7 @@ class ModelConfig(Section):
 
 
 class DataSource(Section):
-    path: str = Field(min_length=1, description="folder written by tools/prepare_data.py")
+    path: PathText = Field(min_length=1, description="folder written by tools/prepare_data.py")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
 
 
@@ -208,7 +228,7 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    dir: str | None = Field(
+    dir: PathText | None = Field(
         None, min_length=1, description="where they are kept: a path or an fsspec URL; null: run.dir/checkpoints"
     )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
@@ -222,7 +242,7 @@ class CheckpointConfig(Section):
     allow_changed: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
         (), description="settings that may differ when resuming; see docs/checkpoints.md"
     )
-    init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
+    init_from: PathText | None = Field(None, description="run or checkpoint whose weights start a new run")
     export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
 
     @model_validator(mode="after")
@@ -401,6 +421,8 @@ def _explain(error: dict) -> str:
             return f"unknown key '{path}': {hint}"
         case "missing":
             return f"'{path}' is missing: give it in a file or as {path}=VALUE"
+        case "value_error":  # ours: it names what it is about
+            return f"'{path}': {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         case _:
             return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, got {json.dumps(error['input'])}"
 

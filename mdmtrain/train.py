@@ -18,7 +18,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
 from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, load_initial_weights, run_identity
-from mdmtrain.checkpoint.run_folder import RunLock, describe_run
+from mdmtrain.checkpoint.run_folder import RunLock, describe_run, removed_if_refused
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
@@ -307,7 +307,8 @@ def main(arguments: list[str] | None = None) -> None:
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
-    with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+    folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
+    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
         train(config, world, watch)
 
 

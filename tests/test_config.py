@@ -134,9 +134,36 @@ NUMBER_LIKE = st.from_regex(r"[0-9+.:_-]{1,6}([eE][+-]?[0-9]{1,3})?", fullmatch=
 @example(name="null")
 @settings(deadline=None, derandomize=True, max_examples=150, phases=[Phase.explicit, Phase.generate])
 def test_any_string_survives_to_yaml(name):
-    """Written by a YAML 1.1 dumper and read as 1.2, a folder called 1e3 must stay a string."""
-    loaded = built(dir=name)
+    """Written by a YAML 1.1 dumper and read as 1.2, a name called 1e3 must stay a string."""
+    tree = yaml12.parse(BASE, "BASE")
+    tree["diffusion"] = {"isad_tokens": [name]}
+    loaded = config.validate(tree, "BASE")
     assert config.validate(yaml12.parse(loaded.to_yaml(), "config.yaml"), "config.yaml") == loaded
+
+
+def test_configured_paths_are_expanded(monkeypatch):
+    """And what cannot be expanded is refused: the run would write into a folder called $SCRATCH."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("UNSET", raising=False)
+    tree = yaml12.parse(BASE, "BASE")
+    tree["run"]["dir"] = "~/runs/x"
+    tree["data"]["sources"] = [{"path": "$SCRATCH/a"}, {"path": "b/~c"}]
+    tree["checkpoint"] = {"dir": "s3://${SCRATCH}/x", "init_from": "~"}
+    loaded = config.validate(tree, "here")
+    assert loaded.run.dir == "/home/me/runs/x"
+    assert [source.path for source in loaded.data.sources] == ["/scratch/me/a", "b/~c"]
+    assert (loaded.checkpoint.dir, loaded.checkpoint.init_from) == ("s3:///scratch/me/x", "/home/me")
+    assert config.validate(yaml12.parse(loaded.to_yaml(), "stored"), "stored") == loaded
+    for text, problem in {
+        "$UNSET/x": "environment variable UNSET is not set",
+        "a/${UNSET}": "environment variable UNSET is not set",
+        "a$": "must start an environment variable",
+        "~no-such-user/x": "no home folder is known for ~no-such-user",
+    }.items():
+        with pytest.raises(ValueError, match=problem) as caught:
+            built(dir=text)
+        assert str(caught.value).startswith(f"BASE: 'run.dir': {text}: ") and "\n" not in str(caught.value)
 
 
 def test_nothing_can_be_changed_afterwards(base):

@@ -21,6 +21,7 @@ from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, lo
 from mdmtrain.checkpoint.run_folder import RunLock, describe_run, removed_if_refused
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
+from mdmtrain.config_help import HelpAction
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START
 from mdmtrain.data.tokenizer import Tokenizer
@@ -298,8 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m mdmtrain.train",
         description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
-        "Started again with the same arguments, a run goes on from its newest checkpoint.",
+        "Started again with the same arguments, a run resumes from its newest checkpoint.",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=HelpAction)
     parser.add_argument(
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )

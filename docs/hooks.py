@@ -1,16 +1,23 @@
-"""The front page of the site is README.md, so that both say the same."""
+"""Puts the files of the repository's root into the site, so that each is written once. README.md is the front page."""
 
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 
 
-def on_page_markdown(markdown: str, page, config, files) -> str:
-    """The Markdown of a page. README.md links to docs/x.md; seen from docs/ that is x.md."""
-    return README.read_text().replace("](docs/", "](") if page.file.src_uri == "index.md" else markdown
+def on_files(files, config):
+    """Add the pages. In the root they link to docs/x.md; in the site that is x.md."""
+    for name, source in PAGES.items():
+        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name, content=text))
+    return files
 
 
 def on_serve(server, config, builder):
-    """`mkdocs serve` follows changes of the README too."""
-    server.watch(str(README))
+    """`mkdocs serve` follows their changes too."""
+    for source in PAGES.values():
+        server.watch(str(ROOT / source))
     return server

@@ -59,7 +59,7 @@ lint: setup
 
 # The site in build/site. A broken link or a missing page fails.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # The page of all configuration keys, from mdmtrain/config.py.
 configuration: setup

@@ -317,7 +317,8 @@ def _today(meta: dict) -> dict:
     if "diffusion" in identity:
         stored = upgrade({"diffusion": identity["diffusion"]})["diffusion"]
         identity["diffusion"] = {**DiffusionConfig().model_dump(mode="json"), **stored}
-    identity["model"] = asdict(ModelShape(**identity["model"]))
+    if "model" in identity:
+        identity["model"] = asdict(ModelShape(**identity["model"]))
     return {**meta, "config": config, "identity": identity}
 
 

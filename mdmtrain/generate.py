@@ -10,7 +10,7 @@ bidirectional, so text before and after a gap both count, and a text may have an
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -163,27 +163,31 @@ def never_chosen(loaded: store.LoadedModel) -> list[int]:
     """Ids that no text has inside: reserved ones but for eos, and the rows that only round the vocabulary up."""
     tokenizer = loaded.tokenizer
     unused = range(tokenizer.vocab_size, loaded.model.shape.vocab_size)
-    reserved = {tokenizer.mask_id, tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}  # LLaDA's pad is its eos
-    return [*sorted(reserved), *unused]
+    return [*sorted(tokenizer.reserved - {tokenizer.eos_id}), *unused]
 
 
-def layout(parts: list[str], tokenizer: Tokenizer, gen_length: int) -> list[int]:
-    """bos, then the given parts with a gap of masks between each two."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(parts[0])]
-    for part in parts[1:]:
-        ids += [tokenizer.mask_id] * gen_length + tokenizer.encode(part)
+def layout(parts: Sequence[str | list[int]], tokenizer: Tokenizer, gen_length: int) -> list[int]:
+    """bos, then the given parts, texts or tokens, with a gap of masks between each two."""
+    encoded = [tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
+    ids = [tokenizer.bos_id, *encoded[0]]
+    for part in encoded[1:]:
+        ids += [tokenizer.mask_id] * gen_length + part
     return ids
 
 
 def fill(
     loaded: store.LoadedModel,
-    parts: list[str],
+    parts: Sequence[str | list[int]],
     sampling: Sampling,
     sample: int,
     world: World,
     on_step: OnStep | None = None,
 ) -> Filled:
-    """The text of `parts` with the model's tokens in the gaps between them. A collective."""
+    """The text of `parts` (texts or tokens) with the model's tokens in the gaps between them. A collective.
+
+    Given texts come back as they are. The tokenizer spells a part the same wherever it stands, so the spans together
+    are what the whole row of tokens spells, but for characters that the model cuts at the edge of a gap.
+    """
     tokenizer = loaded.tokenizer
     row = torch.tensor(layout(parts, tokenizer, sampling.gen_length), device=world.device)
     # A document does not end between two given parts; with nothing after the last gap it may.
@@ -195,7 +199,8 @@ def fill(
     length = ids.index(tokenizer.eos_id, first) + 1 if ended else len(ids)
     places = generated.nonzero()[0].reshape(-1, sampling.gen_length)
     gaps = [tokenizer.decode(ids[place] for place in gap if place < length) for gap in places]
-    spans = [span for pair in zip(parts, gaps, strict=False) for span in pair] + parts[-1:]
+    given = [part if isinstance(part, str) else tokenizer.decode(part) for part in parts]
+    spans = [span for pair in zip(given, gaps, strict=False) for span in pair] + given[-1:]
     return Filled(spans, ids[:length], generated[:length], ended)
 
 

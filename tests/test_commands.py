@@ -209,6 +209,7 @@ def ask_the_harness_adapter(world, path):
     scored = adapter.loglikelihood(
         requests(("import", " os\n"), ("import", " zq\u00e9 9 9 9"), (long, " x"), ("", "a"))
     )
+    longer = adapter.loglikelihood(requests(("import", long))), adapter.loglikelihood_rolling(requests((long,)))
     greedy = adapter.generate_until(requests(("import os\n", {"until": []}), (long, {"until": ["\n", "i"]})))
     rolling = adapter.loglikelihood_rolling(requests(("import os",), (long,)))
     filled = harness.fill(adapter._loaded, ["def ", ""], harness.Sampling(4, 4, 4), 0, world)
@@ -216,6 +217,7 @@ def ask_the_harness_adapter(world, path):
     rest = filled.ids[len(given) :]
     return (
         scored,
+        longer,
         rolling,
         greedy,
         adapter._is_greedy(given, rest),
@@ -225,9 +227,11 @@ def ask_the_harness_adapter(world, path):
 
 def test_the_harness_adapter(trained):
     """Without the harness, whose requests are objects with `args`. tools/harness.py was run with lm_eval by hand."""
-    [(scored, rolling, texts, greedy, other)] = run_world(ask_the_harness_adapter, 1, str(trained))
+    [(scored, longer, rolling, texts, greedy, other)] = run_world(ask_the_harness_adapter, 1, str(trained))
     (likelier, _), (less, no), (cut, _), (unconditional, _) = scored
     assert less < likelier < 0 and cut < 0 and unconditional < 0 and no is False
+    [(whole, is_greedy)], [pieces] = longer
+    assert whole == pieces and is_greedy is False, "a continuation that is longer than the model is scored in pieces"
     assert rolling[1] < rolling[0] < 0, "the longer text, in pieces"
     assert len(texts) == 2 and not set(texts[1]) & set("\ni")
     assert greedy is True and other is False, "what greedy unmasking gives, and one token of it changed"

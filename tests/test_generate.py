@@ -159,8 +159,8 @@ def test_what_watch_shows():
 
 def test_an_eos_that_is_also_the_pad_may_be_chosen():
     """As in LLaDA's tokenizer: forbidding every pad would leave texts without an end."""
-    own = SimpleNamespace(mask_id=4, pad_id=3, bos_id=1, eos_id=2, vocab_size=6)
+    own = SimpleNamespace(eos_id=2, reserved=frozenset({1, 2, 3, 4}), vocab_size=6)
     shape = SimpleNamespace(vocab_size=8)
     assert never_chosen(SimpleNamespace(tokenizer=own, model=SimpleNamespace(shape=shape))) == [1, 3, 4, 6, 7]
-    own.pad_id = own.eos_id
+    own.reserved = frozenset({1, 2, 4})
     assert never_chosen(SimpleNamespace(tokenizer=own, model=SimpleNamespace(shape=shape))) == [1, 4, 6, 7]

@@ -40,7 +40,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--tokenizer", metavar="PATH", help="use this sentencepiece model, or that of a prepared folder")
+    kind.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a sentencepiece model or "
+        "tokenizer.json file; docs/tokenizers.md says which are accepted",
+    )
     kind.add_argument(
         "--vocab-size",
         type=int,
@@ -118,6 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers} is not positive")
+    if args.tokenizer and os.path.isdir(os.path.join(args.tokenizer, "checkpoints")):
+        from mdmtrain.checkpoint import store
+
+        args.tokenizer = str(store.find(args.tokenizer))
     options = Options(args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.bad_utf8)
     inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
     percent = TextColumn("{task.percentage:>3.0f}%")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
-from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, Tokenizer, model_file
+from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer
 
 LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
 BATCH = 1 << 18  # characters that a worker gets at once
@@ -43,7 +42,7 @@ Progress = Callable[[str, int, int], None]  # phase, bytes of the input files do
 class Options:
     """What a prepared folder is made with, besides its inputs."""
 
-    tokenizer: str | None = None  # a model file or a prepared folder; None: train one
+    tokenizer: str | None = None  # a tokenizer's file, or a folder with one; None: train one
     vocab_size: int = 32_768  # pieces of a tokenizer trained here
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
@@ -69,7 +68,8 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
 
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
-    made_from = _identity(inputs, options)
+    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    made_from = _identity(inputs, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["made_from"] != made_from:
@@ -85,9 +85,9 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     try:
         with staging(out) as folder:
             model = folder / MODEL_FILE
-            if options.tokenizer:
-                tokenizer = Tokenizer.load(options.tokenizer)
-                shutil.copyfile(model_file(options.tokenizer), model)
+            if given:
+                tokenizer = given
+                model.write_bytes(given.model)
             else:
                 tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
             splits = _write_splits(inputs, folder, options, workers, skipped, report)
@@ -100,11 +100,11 @@ def prepare(inputs: list[Path], out: Path, options: Options, workers: int, progr
     return Summary(out, manifest, False, skipped)
 
 
-def _identity(inputs: list[Path], options: Options) -> str:
+def _identity(inputs: list[Path], options: Options, tokenizer: Tokenizer | None) -> str:
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     settings = asdict(options)
-    if options.tokenizer:
-        settings["tokenizer"] = hashlib.sha256(model_file(options.tokenizer).read_bytes()).hexdigest()
+    if tokenizer:
+        settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]
     return hashlib.sha256(json.dumps([FORMAT, LONGEST_TEXT, settings, stats], sort_keys=True).encode()).hexdigest()
 
@@ -115,6 +115,9 @@ def _identity(inputs: list[Path], options: Options) -> str:
 class Document(NamedTuple):
     text: str  # all of it, or the response to the prompt
     prompt: str | None = None  # never masked in training
+    file: str = ""
+    line: int = 0  # of the record in the file, or of the text's beginning
+    record: bool = False
 
     def encode(self) -> bytes:
         """What tells documents apart. Raises UnicodeError: JSON can spell half a surrogate pair, which is no text."""
@@ -130,11 +133,12 @@ def read_documents(
     None: as the first does. Raises ValueError naming the file and the line or byte of what cannot be read or is of the
     other kind; `skipped` counts what is left out.
     """
-    records = path.name.endswith((".jsonl", ".jsonl.gz"))
+    records, lines = path.name.endswith((".jsonl", ".jsonl.gz")), 0
     with open(path, "rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
         try:
             for number, content in enumerate(stream, 1) if records else _pieces(stream):
+                line, lines = number if records else lines + 1, lines + content.count(b"\n")
                 try:
                     place = f"{path}:{number}" if records else str(path)
                     document = _json_document(content, place) if records else Document(content.decode())
@@ -155,7 +159,7 @@ def read_documents(
                 if prompts != (document.prompt is not None):
                     mixed = "plain text among prompts and responses" if prompts else "a prompt among plain text"
                     raise ValueError(f"{place}: {mixed}: prepare each kind into a folder of its own")
-                yield document, raw.tell()
+                yield document._replace(file=str(path), line=line, record=records), raw.tell()
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error}): replace it or leave it out") from None
 
@@ -238,9 +242,12 @@ def _start_worker(model: Path) -> None:
 def _encode(documents: list[Document]) -> list[_Encoded]:
     encoded, dtype = [], dtype_for(_tokenizer.vocab_size)
     for document in documents:
-        # By itself, so that a response starts with a token of its own, as it does when it is generated.
-        before = [_tokenizer.bos_id, *_tokenizer.encode(document.prompt or "")]
-        tokens = np.array([*before, *_tokenizer.encode(document.text), _tokenizer.eos_id], dtype=dtype)
+        try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
+            before = [_tokenizer.bos_id, *_tokenizer.encode(document.prompt or "")]
+            tokens = np.array([*before, *_tokenizer.encode(document.text), _tokenizer.eos_id], dtype=dtype)
+        except TextChanged as error:
+            line = document.line if document.record else document.line + error.line - 1
+            raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave it out") from None
         response = None if document.prompt is None else len(before)
         encoded.append((_draw(document), len(document.text.encode()), tokens, response))
     return encoded

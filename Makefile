@@ -1,4 +1,5 @@
-# make quickstart | test | soak | study | slurm-demo | lint. Each sets itself up; run again, it changes nothing that is already there.
+# make quickstart | test | soak | study | slurm-demo | lint | docs | configuration. Each sets itself up; run again, it
+# changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
@@ -6,7 +7,7 @@ RUN := runs/quickstart
 STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,best,ar
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup corpus quickstart test soak study slurm-demo lint
+.PHONY: setup corpus quickstart test soak study slurm-demo lint docs configuration
 
 setup: .venv/.installed
 
@@ -55,3 +56,11 @@ slurm-demo: corpus
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# The site in build/site. A broken link or a missing page fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# The page of all configuration keys, from mdmtrain/config.py.
+configuration: setup
+	$(PY) -m mdmtrain.config_help --markdown > docs/configuration.md

@@ -1,8 +1,10 @@
 """The runs under a folder: where each stands, how fast it is, what was last wrong with it.
 
-python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table; FOLDER is a run or holds runs (runs)
-python -m launchers.status cancel RUN...                        stop and save; the run does not go on by itself
-python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
+    python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table; FOLDER is a run or holds runs (runs)
+    python -m launchers.status cancel RUN...                        save and stop; the run does not restart by itself
+    python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
+
+Runs are found up to three levels below FOLDER.
 """
 
 import json

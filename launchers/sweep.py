@@ -121,7 +121,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
         command = [sys.executable, "-m", "mdmtrain.train", *run.arguments]
         with open(run.dir / "output.log", "a") as output:  # its own session: Ctrl-C reaches it once, through `stop`
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={"OMP_NUM_THREADS": "1", **os.environ},
             )  # fmt: skip
         with lock:

@@ -27,9 +27,10 @@ from mdmtrain.checkpoint.resume import (
     load_initial_weights,
     run_identity,
 )
-from mdmtrain.checkpoint.run_folder import RunLock, add_to_history, describe_run
+from mdmtrain.checkpoint.run_folder import RunLock, add_to_history, describe_run, removed_if_refused
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
+from mdmtrain.config_help import HelpAction
 from mdmtrain.data.checks import describe_epochs, shared_documents
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START
@@ -335,8 +336,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m mdmtrain.train",
         description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
-        "Started again with the same arguments, a run goes on from its newest checkpoint.",
+        "Started again with the same arguments, a run resumes from its newest checkpoint.",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=HelpAction)
     parser.add_argument(
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )
@@ -345,7 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
-    with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+    folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
+    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
         train(config, world, watch)
 
 

@@ -148,11 +148,11 @@ class Lab:
         return path
 
     def state(self) -> dict[str, bytes | None]:
-        """Every file and folder here, but for a run folder's lock and logs, which say that someone tried."""
+        """Every file and folder here, but for the lock and the logs of a run folder. A new run folder counts."""
         return {
             str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(self.folder.rglob("*"))
-            if path != self.run and path.name != ".lock" and "logs" not in path.parts
+            if path.name != ".lock" and "logs" not in path.parts
         }
 
 

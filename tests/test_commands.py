@@ -107,6 +107,20 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(trained, tmp_path):
     assert json.loads(raw.read_text())["results"][0]["nelbo"] != result["nelbo"], "the average is not the raw weights"
 
 
+def test_the_variance_of_the_estimators(trained, tmp_path):
+    """tools/estimator_variance.py: every estimator targets the NELBO, so their means agree within their errors."""
+    file = tmp_path / "variance.json"
+    options = ["--rows", "2", "--mc-num", "4", "--seeds", "3", "--estimator", "counted", "systematic"]
+    command = [sys.executable, "tools/estimator_variance.py", str(trained), *options, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted, systematic = json.loads(file.read_text())["results"].values()
+    assert counted["passes"] == systematic["passes"] == 2 * 4
+    errors = math.hypot(counted["nelbo_se"], systematic["nelbo_se"])
+    assert abs(counted["nelbo"] - systematic["nelbo"]) < 5 * errors
+    assert all(row["low"] < row["pass_variance"] < row["high"] for row in (counted, systematic))
+
+
 def test_evaluation_of_other_text(trained, tmp_path):
     """All estimators at once, on text, documents and continuations; the result of two ranks is that of one."""
     text = tmp_path / "lines.txt"

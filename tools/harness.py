@@ -9,6 +9,7 @@ Arguments of --model_args: path, weights, mc_num, estimator, batch, seed, check_
 cfg_scale, remasking. One process.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -153,6 +154,9 @@ def main() -> None:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as error:
+        if {"-h", "--help"} & set(sys.argv):  # with the harness it shows all of its options
+            print(__doc__)
+            return
         raise ValueError(f"{error}: the harness is not installed here: pip install 'mdmtrain[harness]'") from None
 
     @register_model("mdmtrain")

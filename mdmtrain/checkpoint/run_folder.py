@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +47,26 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
+
+
+@contextmanager
+def removed_if_refused(folder: Path) -> Iterator[None]:
+    """Remove a new run folder where the start is refused (ValueError, OSError) before `describe_run` has filled it.
+
+    Only the lock, the logs of ranks and empty folders go: whatever else lies there stays. For one rank to call.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except (ValueError, OSError):
+        if new and not (folder / "config.yaml").exists():
+            for file in (folder / ".lock", *folder.glob("logs/rank-*.log")):
+                with suppress(OSError):
+                    file.unlink()
+            for path in (folder / "logs", *new):
+                with suppress(OSError):  # not there, or not empty
+                    path.rmdir()
+        raise
 
 
 def describe_run(folder: Path, config: Config, step: int, origin: str, ranks: int) -> None:

@@ -362,6 +362,32 @@ def test_every_configuration_that_we_ship_loads_and_resolves(path):
     resolve(config.load([str(file) for file in files]), 1)
 
 
+ARMS = [path for path in CONFIGS if path.parent.name == "arms"]
+METHODS = {
+    "strata", "schedule", "rate_low", "rate_high", "sampler", "target", "form", "when", "masks", "views", "weights",
+    "objective", "bell", "anneal_fraction", "isad_tokens", "syrm_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ARMS, ids=lambda path: path.stem)
+def test_an_arm_is_the_same_over_every_configuration(base, path):
+    """It sets every method and the optimizer. One key less, and the presets' recipe would leak into the arm."""
+    tree = yaml12.read_file(str(path))
+    assert tree.keys() == {"diffusion", "optim"} | ({"model"} if path.stem == "ar" else set())
+    assert tree["diffusion"].keys() == METHODS and tree["optim"].keys() == {"name", "muon_lr"}
+    presets = [str(file) for file in CONFIGS if file.parent.name == "configs"]
+    arms = [config.load([below, str(path)]) for below in (base, *presets)]
+    methods = [arm.diffusion.model_dump(include=METHODS) for arm in arms]
+    assert all(one == methods[0] for one in methods) and len({arm.optim.name for arm in arms}) == 1
+
+
+def test_the_standard_arm_is_the_standard_objective_with_adamw():
+    over = config.load(["configs/quickstart.yaml", "configs/arms/standard.yaml"])
+    plain = config.DiffusionConfig(strata="none")
+    assert over.diffusion == plain and over.optim.name == "adamw"
+    assert config.load(["configs/quickstart.yaml"]).diffusion.objective == "bell", "the preset trains with the recipe"
+
+
 def test_there_are_configurations_to_ship():
     assert "quickstart" in {path.stem for path in CONFIGS}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A trained model for other programs, and their models for training.
 
-  tools/convert_ckpt.py runs/quickstart --to llama --out runs/quickstart-llama     transformers loads the folder
+  tools/convert_ckpt.py runs/quickstart --to qwen3 --out runs/quickstart-qwen3     transformers loads the folder
   tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         checkpoint.init_from=runs/start
 
 SRC of --to is a run, a checkpoint or an exported folder. Memory: a few times the largest tensor. The self-check after

@@ -516,7 +516,7 @@ def test_the_lines_in_the_readme_run_as_they_stand(corpus, tmp_path):
     pytest.importorskip("transformers")
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line]) == 6
-    export(in_memory(SHAPES["tied-mha"], corpus), "llama", tmp_path / "runs/quickstart-llama")
+    export(in_memory(SHAPES["qk-norm"], corpus), "qwen3", tmp_path / "runs/quickstart-qwen3")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def add(a, b):\n    return") and "<mask>" not in done.stdout

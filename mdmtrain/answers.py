@@ -1,0 +1,161 @@
+"""How many prompts does a model answer exactly right, and how likely are the right answers?
+
+    python -m mdmtrain.answers RUN_OR_CHECKPOINT --tasks FILE.jsonl [--json FILE]
+
+FILE has 'prompt', 'response' and a 'kind' on every line, as tools/make_tasks.py writes them. Each answer is generated
+greedily. A masked diffusion model gets as many masks as the right response and its eos have tokens, and unmasks its
+most confident token at each forward pass; an autoregressive model writes as many tokens from the left. The answer is
+right if it has the same text, ended by eos.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdmtrain.checkpoint import store
+from mdmtrain.data.tasks import Task
+from mdmtrain.data.text import pad_rows, read_records
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.generate import never_chosen
+from mdmtrain.likelihood import NEXT_TOKEN, Estimator, estimate
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.parallel.world import World, init_world
+
+BATCH = 300  # prompts that are answered at once
+DRAWS = 8  # of a response's NELBO
+NOISE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a file of tasks."""
+
+    checkpoint: str
+    tasks: str  # sha256 of the file
+    accuracy: float  # share of the prompts that are answered exactly right
+    by_kind: dict[str, float]
+    nelbo: float  # nats per token of the right responses, eos included; an autoregressive model's is exact
+    nelbo_se: float  # standard error over the tasks
+    right: str  # "1" or "0" for each task
+
+
+@torch.no_grad()
+def fill_greedily(model: Transformer, ids: Tensor, open_: Tensor, segments: Tensor | None, forbidden: list[int]) -> Tensor:
+    """Replace the open positions of every row by the model's choice, one of each row at a forward pass.
+
+    ids: int64 [B, L]; open_: bool [B, L], positions to fill, which hold the mask token; segments: int [B, L], -1 at
+    pads, or None; forbidden: ids that are never chosen. A bidirectional model fills the position whose best token is
+    the most probable (`low_confidence` of generate.py at temperature 0), a causal one the leftmost, which must not be
+    the first of a row. Returns int64 [B, L]. A collective under FSDP.
+    """
+    ids, open_ = ids.clone(), open_.clone()
+    width = ids.shape[1]
+    for _ in range(int(open_.sum(dim=1).max())):
+        rows = open_.any(dim=1).nonzero().squeeze(1)
+        if model.shape.causal:
+            chosen = rows * width + open_[rows].int().argmax(dim=1)
+            asked = chosen - 1
+        else:
+            asked = open_.flatten().nonzero().squeeze(1)
+        logits = model(ids, asked, None, segments)
+        logits[:, forbidden] = -torch.inf
+        tokens = logits.argmax(dim=1)
+        if not model.shape.causal:
+            confidence = torch.full(ids.shape, -1.0, device=ids.device)
+            confidence.view(-1)[asked] = logits.softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
+            chosen = rows * width + confidence[rows].argmax(dim=1)
+            tokens = tokens[torch.searchsorted(asked, chosen)]
+        ids.view(-1)[chosen] = tokens
+        open_.view(-1)[chosen] = False
+    return ids
+
+
+def is_right(answer: list[int], response: str, tokenizer: Tokenizer) -> bool:
+    """Has the answer, up to its first eos, the text of the response? Without an eos it has no end, and is wrong."""
+    return tokenizer.eos_id in answer and tokenizer.decode(answer[: answer.index(tokenizer.eos_id)]) == response
+
+
+def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -> Score:
+    """Answer every task with the newest weights of a run (the average, where it keeps one). A collective.
+
+    Raises ValueError for a task that is longer than the rows that the model was trained on.
+    """
+    loaded = store.load_model(path, None, world)
+    tokenizer, longest = loaded.tokenizer, loaded.config.data.sequence_length
+    rows = []
+    for number, task in enumerate(tasks, 1):
+        prompt = [tokenizer.bos_id, *tokenizer.encode(task.prompt)]  # encoded apart, as data/prepare.py does
+        response = [*tokenizer.encode(task.response), tokenizer.eos_id]
+        rows.append((prompt + response, np.arange(len(prompt) + len(response)) >= len(prompt)))
+        if len(rows[-1][0]) > longest:
+            raise ValueError(
+                f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, and the model was trained "
+                f"on {longest}: leave it out"
+            )
+    padded = pad_rows(rows, tokenizer.pad_id)
+    right = []
+    for first in range(0, len(tasks), BATCH):
+        ids, open_, segments = (
+            None if part is None else part[first : first + BATCH].to(world.device) for part in padded
+        )
+        masked = ids.masked_fill(open_, tokenizer.mask_id)
+        filled = fill_greedily(loaded.model, masked, open_, segments, never_chosen(loaded))
+        for task, answer, at in zip(tasks[first : first + BATCH], filled, open_, strict=True):
+            right.append(is_right(answer[at].tolist(), task.response, tokenizer))
+    name, draws = (NEXT_TOKEN, 1) if loaded.model.shape.causal else ("counted", DRAWS)
+    found = estimate(loaded.model, padded, Estimator(name, draws, NOISE_SEED, 0.0), BATCH, tokenizer.mask_id, world)
+    kinds = np.array([task.kind for task in tasks])
+    return Score(
+        str(loaded.folder),
+        digest(tasks_file),
+        float(np.mean(right)),
+        {str(kind): float(np.mean(np.array(right)[kinds == kind])) for kind in dict.fromkeys(kinds)},
+        found.nelbo,
+        found.standard_error,
+        "".join(str(int(one)) for one in right),
+    )
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def read_tasks(file: Path) -> list[Task]:
+    """The tasks of a jsonl file. Raises ValueError naming the line that is none."""
+    if not file.is_file():
+        raise ValueError(f"--tasks {file}: no such file: make it with tools/make_tasks.py")
+    tasks = []
+    for place, record in read_records(file):
+        fields = [record.get(name) for name in ("kind", "prompt", "response")]
+        if not all(isinstance(one, str) and one for one in fields):
+            raise ValueError(f"{place}: needs 'kind', 'prompt' and 'response', strings with text in them")
+        tasks.append(Task(*fields))
+    return tasks
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(prog="python -m mdmtrain.answers", description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
+    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="jsonl: 'kind', 'prompt', 'response'")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(arguments)
+    tasks = read_tasks(args.tasks)
+    world = init_world()
+    found = score(args.checkpoint, args.tasks, tasks, world)
+    if world.is_main:
+        kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in found.by_kind.items())
+        print(f"{found.accuracy:.1%} of {len(tasks):,} answers are exactly right ({kinds})")
+        print(f"NELBO of the right responses {found.nelbo:.4f} +- {found.nelbo_se:.4f} nats/token")
+        if args.json:
+            store.write_atomically(args.json, json.dumps(asdict(found), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -257,7 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, run in starts.items():
         path = args.dir / f"{name.replace(', ', '-')}.{ANSWERS}"
         if args.report:
-            bases |= {name: found for found in [stored_score(Path(run), path, args.tasks)] if found}
+            if found := stored_score(Path(run), path, args.tasks):
+                bases[name] = found
         else:
             args.dir.mkdir(parents=True, exist_ok=True)
             bases[name] = scored(store.find(run).parent.parent, path, args.tasks, tasks, world)

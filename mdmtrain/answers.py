@@ -46,7 +46,9 @@ class Score:
 
 
 @torch.no_grad()
-def fill_greedily(model: Transformer, ids: Tensor, open_: Tensor, segments: Tensor | None, forbidden: list[int]) -> Tensor:
+def fill_greedily(
+    model: Transformer, ids: Tensor, open_: Tensor, segments: Tensor | None, forbidden: list[int]
+) -> Tensor:
     """Replace the open positions of every row by the model's choice, one of each row at a forward pass.
 
     ids: int64 [B, L]; open_: bool [B, L], positions to fill, which hold the mask token; segments: int [B, L], -1 at
@@ -95,8 +97,8 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
         rows.append((prompt + response, np.arange(len(prompt) + len(response)) >= len(prompt)))
         if len(rows[-1][0]) > longest:
             raise ValueError(
-                f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, and the model was trained "
-                f"on {longest}: leave it out"
+                f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, and the model was "
+                f"trained on {longest}: leave it out"
             )
     padded = pad_rows(rows, tokenizer.pad_id)
     right = []

@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     made = {split: make_tasks(split, number, args.seed) for split, number in sizes.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     for split, tasks in made.items():
-        records = [{"text": t.prompt + t.response + "\n"} if split == "text" else asdict(t) for t in tasks]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(json.dumps(asdict(task)) + "\n" for task in tasks)
         path = args.out / f"{split}.jsonl"
         if not path.is_file() or path.read_text(encoding="utf-8") != lines:  # what is prepared from it stays valid
             write_atomically(path, lines)

@@ -19,20 +19,23 @@ from mdmtrain.diffusion import noise
 Split = Literal["text", "train", "test"]  # pretraining, fine-tuning, scoring
 SHARES: dict[Split, float] = {"text": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
 
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+# fmt: off
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+# fmt: on
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 TABLE = 6  # pairs of a key and a value
 ASKED = 3  # keys of the table that are looked up
 LETTERS = 5  # of a string that is transformed
+SMALLEST = 3  # for pretraining: tables and strings of 3 up to the sizes above, and 1 up to ASKED keys
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "rotate": lambda letters: letters[1:] + letters[:1],
 }
-DRAWS = 26 + TABLE + TABLE  # uniforms that the greediest kind takes
+DRAWS = 26 + TABLE + TABLE + 1  # uniforms that the greediest kind takes
 FUTILE = 10_000  # draws in a row that give nothing new
 
 
@@ -53,27 +56,34 @@ def in_words(number: int) -> str:
     return TENS[tens - 2] + (f" {UNITS[unit]}" if unit else "")
 
 
-def arithmetic(u: np.ndarray) -> Task:
+def arithmetic(u: np.ndarray, size: float) -> Task:
     """The sum or the difference of two numbers below 100, the larger one first; the answer has three digits."""
     smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
     word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
     return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")
 
 
-def lookup(u: np.ndarray) -> Task:
+def lookup(u: np.ndarray, size: float) -> Task:
     """A table of letters with digits, and some of the letters: the answer is their digits, in the order asked."""
-    keys, values = some_letters(u[:26], TABLE), (u[26 : 26 + TABLE] * 10).astype(int).tolist()
-    asked = np.argsort(u[26 + TABLE :], kind="stable")[:ASKED].tolist()
+    pairs, asked = scaled(SMALLEST, TABLE, size), scaled(1, ASKED, size)
+    keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
+    chosen = np.argsort(u[26 + TABLE : 26 + TABLE + pairs], kind="stable")[:asked].tolist()
     table = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
-    prompt = f"({table}: {' '.join(keys[i] for i in asked)}):\n"
-    return Task("lookup", prompt, f"({''.join(str(values[i]) for i in asked)})")
+    prompt = f"({table}: {' '.join(keys[i] for i in chosen)}):\n"
+    return Task("lookup", prompt, f"({''.join(str(values[i]) for i in chosen)})")
 
 
-def transformation(u: np.ndarray) -> Task:
+def transformation(u: np.ndarray, size: float) -> Task:
     """Different letters, to be reversed, sorted or rotated by one place."""
-    letters, name = some_letters(u[:26], LETTERS), list(TRANSFORMATIONS)[int(u[26] * len(TRANSFORMATIONS))]
+    name = list(TRANSFORMATIONS)[int(u[26] * len(TRANSFORMATIONS))]
+    letters = some_letters(u[:26], scaled(SMALLEST, LETTERS, size))
     prompt = f"({name} {' '.join(letters)}):\n"
     return Task("transformation", prompt, f"( {' '.join(TRANSFORMATIONS[name](letters))})")
+
+
+def scaled(smallest: int, largest: int, size: float) -> int:
+    """smallest .. largest, as size goes from 0 to 1."""
+    return min(largest, smallest + int(size * (largest - smallest + 1)))
 
 
 def some_letters(u: np.ndarray, number: int) -> str:
@@ -81,7 +91,7 @@ def some_letters(u: np.ndarray, number: int) -> str:
     return "".join(ascii_lowercase[i] for i in np.argsort(u, kind="stable")[:number])
 
 
-KINDS: dict[str, Callable[[np.ndarray], Task]] = {
+KINDS: dict[str, Callable[[np.ndarray, float], Task]] = {
     "arithmetic": arithmetic,
     "lookup": lookup,
     "transformation": transformation,
@@ -98,7 +108,7 @@ def split_of(prompt: str) -> Split:
 def make_tasks(split: Split, number: int, seed: int) -> list[Task]:
     """`number` tasks of a split, the kinds in turn. The first n of a longer list are the list of n.
 
-    Those of "test" are all different; the others come as they are drawn. Raises ValueError where a kind has not so many.
+    Those of "test" are all different; the others come as they are drawn. Raises ValueError where a kind has too few.
     """
     kinds = [_of_kind(kind, split, -(-(number - i) // len(KINDS)), seed) for i, kind in enumerate(KINDS)]
     return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(number)]
@@ -114,7 +124,8 @@ def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
         if slot - newest > FUTILE:
             raise ValueError(f"there are fewer than {number:,} {kind} tasks in the {split} split: ask for fewer")
         bits = noise.philox(seed, noise.Stream.TASKS, list(KINDS).index(kind), slot)
-        task = KINDS[kind](noise.uniforms(bits, DRAWS).astype(np.float64))
+        *u, size = noise.uniforms(bits, DRAWS).astype(np.float64)
+        task = KINDS[kind](np.array(u), size if split == "text" else 1.0)
         if split_of(task.prompt) != split or (split == "test" and task.prompt in prompts):
             continue
         found.append(task)

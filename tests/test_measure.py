@@ -17,7 +17,15 @@ from mdmtrain.data.loader import Batch
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.objective import row_losses
 from mdmtrain.diffusion.rates import fit
-from mdmtrain.measure import SLOT_STEP, Bench, gradient_components, mean_interval, ratio_interval
+from mdmtrain.measure import (
+    SLOT_STEP,
+    Bench,
+    SlotNoise,
+    density_floor,
+    gradient_components,
+    mean_interval,
+    ratio_interval,
+)
 from tests.conftest import ROOT, write_config
 from tests.diffusion.test_exact import t3_second_moment
 from tests.spawn import run_world
@@ -203,3 +211,16 @@ def test_variance_report(checkpoint, tmp_path):
         done = run([sys.executable, tool, str(checkpoint), *wrong])
         lines = done.stderr.strip().splitlines()
         assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error:") and word in lines[0]
+
+
+def test_the_floor_of_a_density_is_found_from_slots_drawn_elsewhere():
+    """s2 = 1/t: .5436, from slots drawn by t^-1 with noise; without the weights p/r it would be far off."""
+    rng = np.random.default_rng(0)
+    t = 1e-3 ** rng.random(20_000)
+    weight = t * np.log(1e3) / 0.999  # uniform over the density that t was drawn with
+    square = rng.exponential(1 / t)
+    nothing = np.zeros_like(t)
+    found = density_floor(SlotNoise(nothing, nothing, t, weight, square))
+    assert found.low < 0.5436 < found.high and found.high - found.low < 0.02
+    unweighted = density_floor(SlotNoise(nothing, nothing, t, np.ones_like(t), square))
+    assert not unweighted.low < 0.5436 < unweighted.high

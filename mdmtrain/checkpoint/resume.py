@@ -74,6 +74,12 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
         raise ValueError(
             f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
         )
+    optimizer = meta["config"]["optim"].get("name", "adamw")  # checkpoints from before Muon do not say
+    if optimizer != config.optim.name:
+        raise ValueError(
+            f"cannot resume {folder}: it was trained with optim.name={optimizer}, not {config.optim.name}, whose state "
+            f"it does not hold: set optim.name={optimizer}, or start a new run.dir with checkpoint.init_from={folder}"
+        )
     return folder
 
 

@@ -186,10 +186,12 @@ class ForwardProcess:
 
 
 def rate_range(config: DiffusionConfig) -> tuple[float, float]:
-    """Between which rates t is drawn: counts need no cut, and a complement must not be empty."""
+    """Between which rates t is drawn: drawn counts need no cut, and a complement must not be empty."""
     if config.masks == "counted":
         return 0.0, 1.0
-    return config.eps, 1.0 - config.eps if config.views == "complement" else 1.0
+    if config.views == "complement":
+        return config.eps, 1.0 - config.eps
+    return config.rate_low or config.eps, config.rate_high or 1.0
 
 
 def omega_at(config: DiffusionConfig, progress: float) -> Omega:

@@ -60,6 +60,22 @@ def test_what_may_change_is_named(small_run, tmp_path, monkeypatch):
         resume.find_resume(config, tmp_path, IDENTITY | {"seed": 5})
 
 
+def test_a_run_does_not_change_its_optimizer(small_run, tmp_path, monkeypatch):
+    """The state of the one is not the state of the other. Checkpoints from before Muon are AdamW's."""
+    monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
+    wanted = {name: configuration.validate(small_run({"optim": {"name": name}}), "test") for name in ("adamw", "muon")}
+    for saved in (None, "adamw", "muon"):
+        was = meta(small_run, has_average=True)
+        was["config"]["optim"]["name"] = saved
+        if saved is None:
+            del was["config"]["optim"]["name"]
+        monkeypatch.setattr(resume.store, "read_meta", lambda folder, was=was: was)
+        own, other = ("muon", "adamw") if saved == "muon" else ("adamw", "muon")
+        assert resume.find_resume(wanted[own], tmp_path, IDENTITY) == tmp_path
+        with pytest.raises(ValueError, match=f"with optim.name={own}, not {other}, .*: set optim.name={own}, or start"):
+            resume.find_resume(wanted[other], tmp_path, IDENTITY)
+
+
 def test_a_run_that_fails_lets_its_checkpoint_finish():
     written, may_write = [], threading.Event()
     writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)

@@ -144,7 +144,8 @@ def omega(choice, t, low, high):
 
 def target(choice, P, uncut=False):
     """sum_k omega_k c_k: what E[sum_i weight_i CE_i] has to be. The range of t is the one that section 5 gives."""
-    low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else (EPS, 1.0)
+    cut = choice.get("rate_low", EPS), choice.get("rate_high", 1.0)
+    low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else cut
     high = 1 - EPS if choice["views"] == "complement" and choice["masks"] == "independent" else high
     nodes, dt = np.polynomial.legendre.leggauss(60)
     t, total = low + (high - low) * (nodes + 1) / 2, 0.0
@@ -157,11 +158,14 @@ def target(choice, P, uncut=False):
 
 
 VIEWS = ("single", "mirror", "mirror_dedup", "complement")
+WINDOW = dict(rate_low=0.3, rate_high=0.8)
 COMBINATIONS = [
     *(dict(masks="independent", views=views, weights="rate") for views in VIEWS),
     dict(masks="independent", views="single", weights="count"),
     *(dict(masks="counted", views=views, weights=weights) for views in VIEWS for weights in ("rate", "count")),
     *(dict(masks="independent", views=views, weights="rate", schedule="cosine") for views in VIEWS[:3]),
+    *(dict(masks="independent", views=views, weights="rate", **WINDOW) for views in VIEWS[:3]),
+    dict(masks="independent", views="single", weights="count", **WINDOW),
 ]
 OBJECTIVES = [
     dict(objective="nelbo"),
@@ -170,7 +174,7 @@ OBJECTIVES = [
 
 
 def names(choice):
-    return "-".join(choice.values())
+    return "-".join(map(str, choice.values()))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,19 @@ def test_every_combination_has_exactly_its_target(choice, density):
     for objective, P in product(OBJECTIVES, (L, 3)):
         process = make_process(density, 0.8, **choice, **objective)
         assert expectation(process, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
+
+
+def test_a_window_is_another_objective_and_its_rates_stay_inside():
+    """The average over [.3, .8]: not the NELBO's, and not that of rates drawn elsewhere with the same weights."""
+    choice = dict(masks="independent", views="single", weights="rate", objective="nelbo")
+    inside = make_process(**choice, **WINDOW)
+    rates = inside.rates_at(np.linspace(0, 1, 1001)[:-1]).rates
+    assert rates.min() == pytest.approx(0.3) and rates.max() < 0.8
+    assert not inside.config.trains_nelbo and make_process(**choice).config.trains_nelbo
+    assert abs(target({**choice, **WINDOW}, L) / target(choice, L) - 1) > 0.01
+    assert expectation(make_process(**choice), L) != pytest.approx(target({**choice, **WINDOW}, L), rel=0.01)
+    with pytest.raises(ValidationError, match=r"from 0.6 to 0.5 are none"):
+        DiffusionConfig(rate_low=0.6, rate_high=0.5)
 
 
 def test_the_targets_themselves():
@@ -277,7 +294,7 @@ def test_rounded_counts_are_rejected():
 # ---- isad: unbiased only without context
 
 
-ISAD = [dict(views=views, schedule=how) for views in ("single", "mirror") for how in ("linear", "cosine")]
+ISAD = [dict(views=views, **how) for views in ("single", "mirror") for how in ({}, dict(schedule="cosine"), WINDOW)]
 
 
 @pytest.mark.parametrize("choice", ISAD, ids=names)
@@ -285,11 +302,11 @@ def test_isad_is_biased_where_context_matters_and_only_there(choice):
     listed = torch.zeros(10, dtype=torch.bool)
     listed[0] = True
     mu = np.array([4.0, 1, 2, 3, 0.5])
-    for objective, density in product(OBJECTIVES, (None, bumpy) if choice["schedule"] == "linear" else (None,)):
+    for objective, density in product(OBJECTIVES, (None,) if "schedule" in choice else (None, bumpy)):
         process = make_process(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
         values, probability = outcomes(process, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
         assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
-        right = target(dict(masks="independent", views="single", **objective), L)
+        right = target({"masks": "independent", **choice, **objective}, L)
         assert abs(expectation(process, L) / right - 1) > 0.01
 
 
@@ -676,7 +693,7 @@ def test_t15_rows_of_4096_positions():
 CHOICES = dict(
     schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
-    isad_tokens=((), (1,)), syrm_tokens=((), (1,)),
+    isad_tokens=((), (1,)), syrm_tokens=((), (1,)), rate_low=(None, 0.3),
 )  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
@@ -689,6 +706,8 @@ APART = [
     *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
     *(("objective", "ar", "views", views) for views in VIEWS[1:]),
     *(("objective", "ar", tokens, (1,)) for tokens in ("isad_tokens", "syrm_tokens")),
+    *(("rate_low", 0.3, name, value) for name, value in (("masks", "counted"), ("views", "complement"))),
+    *(("rate_low", 0.3, name, value) for name, value in (("schedule", "cosine"), ("objective", "ar"))),
 ]
 
 
@@ -707,8 +726,9 @@ def is_tested(choice):
         if choice["isad_tokens"]
         else COMBINATIONS
     )
+    usual = {"schedule": "linear", "rate_low": None}
     return any(
-        all(choice[key] == value for key, value in {"schedule": "linear", **process}.items()) for process in listed
+        all(choice[key] == value for key, value in {**usual, **process}.items() if key in choice) for process in listed
     )
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from mdmtrain.diffusion import noise
 
-Split = Literal["text", "train", "test"]  # pretraining, fine-tuning, scoring
-SHARES: dict[Split, float] = {"text": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
+Split = Literal["pretrain", "train", "test"]  # train: fine-tuning; test: scoring
+SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
 
 # fmt: off
 UNITS = [
@@ -125,7 +125,7 @@ def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
             raise ValueError(f"there are fewer than {number:,} {kind} tasks in the {split} split: ask for fewer")
         bits = noise.philox(seed, noise.Stream.TASKS, list(KINDS).index(kind), slot)
         *u, size = noise.uniforms(bits, DRAWS).astype(np.float64)
-        task = KINDS[kind](np.array(u), size if split == "text" else 1.0)
+        task = KINDS[kind](np.array(u), size if split == "pretrain" else 1.0)
         if split_of(task.prompt) != split or (split == "test" and task.prompt in prompts):
             continue
         found.append(task)

@@ -49,7 +49,7 @@ def configuration_of(folder: Path) -> str:
     tree = {
         "run": {"dir": str(folder / "base"), "steps": 4, "global_batch": 8, "micro_batch": 8},
         "model": {"d_model": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 64},
-        "data": {"sources": [{"path": str(folder / "text")}], "sequence_length": 48, "workers": 0},
+        "data": {"sources": [{"path": str(folder / "pretrain")}], "sequence_length": 48, "workers": 0},
         "optim": {"lr": 1e-2},
         "monitor": {"tensorboard": False, "probe_every": 0},
         "eval": {"every": 4, "rows": 4, "samples": 1},
@@ -102,10 +102,10 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
 def tiny(tmp_path_factory) -> Path:
     """Tasks, both kinds of prepared folders, and the configuration of runs of a few steps."""
     folder = tmp_path_factory.mktemp("finetune")
-    sizes = ["--text", "600", "--train", "300", "--test", "9"]
+    sizes = ["--pretrain", "600", "--train", "300", "--test", "9"]
     run_tool = [sys.executable, str(ROOT / "tools/make_tasks.py"), "--out", str(folder / "tasks"), *sizes]
     subprocess.run(run_tool, check=True, capture_output=True, cwd=ROOT)
-    for name, tokenizer in (("text", None), ("train", str(folder / "text"))):
+    for name, tokenizer in (("pretrain", None), ("train", str(folder / "pretrain"))):
         options = Options(tokenizer=tokenizer, vocab_size=330, validation_fraction=0.1)
         prepare([folder / f"tasks/{name}.jsonl"], folder / name, options, 1)
     configuration_of(folder)

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
 from launchers.sweep import Run, interval, planned_runs, train_all
 from mdmtrain import answers
+from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store
+from mdmtrain.data.tasks import Task
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
 
@@ -56,22 +59,29 @@ def plan(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folde
 # ---- scoring
 
 
-def stored_score(folder: Path, path: Path, tasks_file: Path) -> answers.Score | None:
-    """The score in a file, if it is of the newest checkpoint of a run and of these tasks."""
-    if not path.is_file() or (newest := store.newest(folder)) is None:
-        return None
-    found = answers.Score(**json.loads(path.read_text(encoding="utf-8")))
-    current = found.checkpoint == str(newest) and found.tasks == answers.digest(tasks_file)
-    return found if current else None
+@dataclass(frozen=True)
+class Scorer:
+    """Scores of runs on one file of tasks, each kept in a file of its own."""
 
+    tasks_file: Path
+    tasks: list[Task]
+    world: World | None  # None: only what is kept is read
 
-def scored(folder: Path, path: Path, tasks_file: Path, tasks: list, world: World) -> answers.Score:
-    """The score of a run, made and stored where there is none."""
-    found = stored_score(folder, path, tasks_file)
-    if found is None:
-        found = answers.score(folder, tasks_file, tasks, world)
-        store.write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
-    return found
+    def score(self, run: Path, kept: Path) -> Score | None:
+        """The score of a run's newest checkpoint; None where it has none, or may not be made."""
+        newest = store.newest(run) if run.is_dir() else None
+        if newest is None:
+            return None
+        if kept.is_file():
+            found = Score(**json.loads(kept.read_text(encoding="utf-8")))
+            if (found.checkpoint, found.tasks) == (str(newest), answers.digest(self.tasks_file)):
+                return found
+        if self.world is None:
+            return None
+        found = answers.score(run, self.tasks_file, self.tasks, self.world)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        store.write_atomically(kept, json.dumps(asdict(found), indent=1) + "\n")
+        return found
 
 
 # ---- comparing
@@ -107,13 +117,13 @@ def flips(right: list[str]) -> float | None:
     return float(np.sqrt(table.var(axis=0, ddof=1).sum()) / table.shape[1])
 
 
-def compare(planned: list[Planned], scores: dict[Path, answers.Score]) -> list[dict]:
+def compare(planned: list[Planned], scores: dict[Path, Score]) -> list[dict]:
     """A row for every rule and arm that was planned. scores: by run folder, of the runs that are finished.
 
     Differences are to the standard arm, paired by seed; ratios of standard deviations are to standard and to the
     autoregressive arm. A row without a finished run has seeds [] and nothing else.
     """
-    cells: dict[tuple[str, str], dict[int, answers.Score]] = {}
+    cells: dict[tuple[str, str], dict[int, Score]] = {}
     for one in planned:
         cell = cells.setdefault((one.rule, one.run.cell.arm), {})
         if one.run.dir in scores:
@@ -142,7 +152,7 @@ def compare(planned: list[Planned], scores: dict[Path, answers.Score]) -> list[d
     return rows
 
 
-def _values(of_seed: dict[int, answers.Score], measure: str) -> np.ndarray:
+def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
     return np.array([getattr(of_seed[seed], measure) for seed in sorted(of_seed)])
 
 
@@ -158,15 +168,16 @@ def _around(value: float | None, ci: list[float] | None, digits: int, sign: str 
     return _number(value, digits, sign) + ends
 
 
-def show(rows: list[dict], bases: dict[str, answers.Score], console: Console) -> None:
-    """The tables, in Markdown's form as well as a person's: accuracy, then the NELBO of the responses."""
+def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
+    """Two tables in Markdown: accuracy, then the NELBO of the responses."""
     for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
         unit = "%" if measure == "accuracy" else ", nats/token"
         table = Table(
             "rule", "arm", "seeds", measure + unit, "sd (95%)", "lowest..highest", f"minus {REFERENCE} (95%)",
             f"sd / sd of {AUTOREGRESSIVE}", *(["sd by chance"] if measure == "accuracy" else []),
+            box=box.MARKDOWN,
         )  # fmt: skip
-        for name, base in bases.items():
+        for name, base in before.items():
             table.add_row("before", name, "", _number(scale * getattr(base, measure), digits))
         for row in rows:
             if not row["seeds"]:
@@ -239,46 +250,33 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = answers.read_tasks(args.tasks)
     base = [*args.config, f"checkpoint.init_from={args.base}"]
     planned = plan(base, arms, seeds, args.ar_base, args.dir)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    world = init_world()
-    starts = {"base": args.base, "base, autoregressive": args.ar_base}
+    bases = {"base": Path(args.base), "base-ar": Path(args.ar_base)}
+    for run in bases.values():
+        store.find(run)  # that it is there is checked before anything is trained
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    scorer = Scorer(args.tasks, tasks, None if args.report else init_world())
+    before = {name: scorer.score(run, args.dir / f"{name}.{ANSWERS}") for name, run in bases.items()}
+    before = {name: found for name, found in before.items() if found is not None}
+    scores: dict[Path, Score] = {}
     failed: list[Run] = []
-
-    def report(scores: dict[Path, answers.Score], bases: dict[str, answers.Score]) -> None:
-        rows = compare(planned, scores)
-        if args.json:
-            what = {"tasks": len(tasks), "bases": {name: asdict(one) for name, one in bases.items()}, "cells": rows}
-            store.write_atomically(args.json, json.dumps(what, indent=1) + "\n")
-        if args.figure:
-            draw(rows, args.figure)
-        show(rows, bases, console)
-
-    bases = {}
-    for name, run in starts.items():
-        path = args.dir / f"{name.replace(', ', '-')}.{ANSWERS}"
-        if args.report:
-            if found := stored_score(Path(run), path, args.tasks):
-                bases[name] = found
-        else:
-            args.dir.mkdir(parents=True, exist_ok=True)
-            bases[name] = scored(store.find(run).parent.parent, path, args.tasks, tasks, world)
-    scores: dict[Path, answers.Score] = {}
     for seed in seeds:
         runs = [one.run for one in planned if one.run.seed == seed]
         if not args.report:
             failed += train_all(runs, args.workers, console)
         for run in runs:
-            path = run.dir / ANSWERS
-            if args.report:
-                found = stored_score(run.dir, path, args.tasks) if run.finished() else None
-            else:
-                found = scored(run.dir, path, args.tasks, tasks, world) if run.finished() else None
-            if found is not None:
+            if run.finished() and (found := scorer.score(run.dir, run.dir / ANSWERS)):
                 scores[run.dir] = found
-        if not args.report:
-            report(scores, bases)
-    if args.report:
-        report(scores, bases)
+        if args.report and seed != seeds[-1]:
+            continue
+        rows = compare(planned, scores)
+        show(rows, before, console)
+        if args.json:
+            bare = {name: asdict(score) for name, score in before.items()}
+            table = json.dumps({"tasks": len(tasks), "before": bare, "cells": rows})
+            finite = json.loads(table, parse_constant=lambda _: None)  # a run that diverged has no number
+            store.write_atomically(args.json, json.dumps(finite, indent=1) + "\n")
+        if args.figure:
+            draw(rows, args.figure)
     if failed:
         raise ValueError(f"{len(failed)} of {len(planned)} runs failed: see above; started again, they are retried")
 

@@ -123,7 +123,7 @@ def test_a_tiny_study_from_end_to_end(tiny):
     output = run(*command, *arms)
     assert "missing" not in output
     table = json.loads((tiny / "table.json").read_text())
-    assert table["tasks"] == 9 and set(table["bases"]) == {"base", "base, autoregressive"}
+    assert table["tasks"] == 9 and set(table["before"]) == {"base", "base-ar"}
     assert [(c["rule"], c["arm"], c["seeds"]) for c in table["cells"]] == [
         (EQUAL_COMPUTE, "paper-mirror", [3]), (EQUAL_STEPS, "paper-mirror", [3]), (EQUAL_COMPUTE, "ar", [3])
     ]  # fmt: skip

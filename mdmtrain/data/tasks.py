@@ -1,8 +1,8 @@
 """Prompts with one exact answer, made from a seed: arithmetic in words, table look-up, string transformation.
 
 They measure fine-tuning (docs/finetune-study.md): an answer is right or wrong, nothing has to be downloaded, and any
-number of them can be made. The length of an answer follows from the kind of task alone, so the number of masked
-positions gives nothing away.
+number of them can be made. Tables and strings have all sizes from small to large, so that accuracy rises by degrees.
+The length of an answer follows from its prompt, so the number of masked positions gives nothing away.
 """
 
 import hashlib
@@ -26,16 +26,15 @@ UNITS = [
 ]
 # fmt: on
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-TABLE = 6  # pairs of a key and a value
-ASKED = 3  # keys of the table that are looked up
-LETTERS = 5  # of a string that is transformed
-SMALLEST = 3  # for pretraining: tables and strings of 3 up to the sizes above, and 1 up to ASKED keys
+TABLE = range(2, 7)  # pairs of a key and a value
+ASKED = 3  # the most keys of a table that are looked up
+LETTERS = range(3, 9)  # of a string that is transformed
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "rotate": lambda letters: letters[1:] + letters[:1],
 }
-DRAWS = 26 + TABLE + TABLE + 1  # uniforms that the greediest kind takes
+DRAWS = 26 + 2 * TABLE[-1] + 2  # uniforms that the greediest kind takes
 FUTILE = 10_000  # draws in a row that give nothing new
 
 
@@ -56,34 +55,30 @@ def in_words(number: int) -> str:
     return TENS[tens - 2] + (f" {UNITS[unit]}" if unit else "")
 
 
-def arithmetic(u: np.ndarray, size: float) -> Task:
+def arithmetic(u: np.ndarray) -> Task:
     """The sum or the difference of two numbers below 100, the larger one first; the answer has three digits."""
     smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
     word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
     return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")
 
 
-def lookup(u: np.ndarray, size: float) -> Task:
+def lookup(u: np.ndarray) -> Task:
     """A table of letters with digits, and some of the letters: the answer is their digits, in the order asked."""
-    pairs, asked = scaled(SMALLEST, TABLE, size), scaled(1, ASKED, size)
+    pairs = TABLE[int(u[-1] * len(TABLE))]
+    asked = 1 + int(u[-2] * min(ASKED, pairs))
     keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
-    chosen = np.argsort(u[26 + TABLE : 26 + TABLE + pairs], kind="stable")[:asked].tolist()
+    chosen = np.argsort(u[26 + pairs : 26 + 2 * pairs], kind="stable")[:asked].tolist()
     table = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
     prompt = f"({table}: {' '.join(keys[i] for i in chosen)}):\n"
     return Task("lookup", prompt, f"({''.join(str(values[i]) for i in chosen)})")
 
 
-def transformation(u: np.ndarray, size: float) -> Task:
+def transformation(u: np.ndarray) -> Task:
     """Different letters, to be reversed, sorted or rotated by one place."""
     name = list(TRANSFORMATIONS)[int(u[26] * len(TRANSFORMATIONS))]
-    letters = some_letters(u[:26], scaled(SMALLEST, LETTERS, size))
+    letters = some_letters(u[:26], LETTERS[int(u[-1] * len(LETTERS))])
     prompt = f"({name} {' '.join(letters)}):\n"
     return Task("transformation", prompt, f"( {' '.join(TRANSFORMATIONS[name](letters))})")
-
-
-def scaled(smallest: int, largest: int, size: float) -> int:
-    """smallest .. largest, as size goes from 0 to 1."""
-    return min(largest, smallest + int(size * (largest - smallest + 1)))
 
 
 def some_letters(u: np.ndarray, number: int) -> str:
@@ -91,7 +86,7 @@ def some_letters(u: np.ndarray, number: int) -> str:
     return "".join(ascii_lowercase[i] for i in np.argsort(u, kind="stable")[:number])
 
 
-KINDS: dict[str, Callable[[np.ndarray, float], Task]] = {
+KINDS: dict[str, Callable[[np.ndarray], Task]] = {
     "arithmetic": arithmetic,
     "lookup": lookup,
     "transformation": transformation,
@@ -124,8 +119,7 @@ def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
         if slot - newest > FUTILE:
             raise ValueError(f"there are fewer than {number:,} {kind} tasks in the {split} split: ask for fewer")
         bits = noise.philox(seed, noise.Stream.TASKS, list(KINDS).index(kind), slot)
-        *u, size = noise.uniforms(bits, DRAWS).astype(np.float64)
-        task = KINDS[kind](np.array(u), size if split == "pretrain" else 1.0)
+        task = KINDS[kind](noise.uniforms(bits, DRAWS).astype(np.float64))
         if split_of(task.prompt) != split or (split == "test" and task.prompt in prompts):
             continue
         found.append(task)

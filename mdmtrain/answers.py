@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.data.tasks import Task
 from mdmtrain.data.text import pad_rows, read_records
 from mdmtrain.data.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ from mdmtrain.likelihood import NEXT_TOKEN, Estimator, estimate
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
+from mdmtrain.unmask import MaskedRow, Sampling, unmask_rows
 
 BATCH = 300  # prompts that are answered at once
 DRAWS = 8  # of a response's NELBO
@@ -46,41 +48,47 @@ class Score:
 
 
 @torch.no_grad()
-def fill_greedily(
-    model: Transformer, ids: Tensor, open_: Tensor, segments: Tensor | None, forbidden: list[int]
-) -> Tensor:
-    """Replace the open positions of every row by the model's choice, one of each row at a forward pass.
+def continue_greedily(model: Transformer, rows: list[Tensor], lengths: list[int], forbidden: list[int]) -> list[Tensor]:
+    """The most probable next tokens of a causal model after each row, one at a forward pass of all rows.
 
-    ids: int64 [B, L]; open_: bool [B, L], positions to fill, which hold the mask token; segments: int [B, L], -1 at
-    pads, or None; forbidden: ids that are never chosen. A bidirectional model fills the position whose best token is
-    the most probable (`low_confidence` of generate.py at temperature 0), a causal one the leftmost, which must not be
-    the first of a row. Returns int64 [B, L]. A collective under FSDP.
+    rows: int64 [L] on the model's device, unequal; lengths: how many tokens to add to each; forbidden: ids that are
+    never chosen. Returns int64 [L + length] of each. A collective under FSDP.
     """
-    ids, open_ = ids.clone(), open_.clone()
-    width = ids.shape[1]
-    for _ in range(int(open_.sum(dim=1).max())):
-        rows = open_.any(dim=1).nonzero().squeeze(1)
-        if model.shape.causal:
-            chosen = rows * width + open_[rows].int().argmax(dim=1)
-            asked = chosen - 1
-        else:
-            asked = open_.flatten().nonzero().squeeze(1)
-        logits = model(ids, asked, None, segments)
+    starts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    # Padding stands behind a row, where a causal model does not see it.
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.nn.functional.pad(ids, (0, max(lengths)))
+    first = torch.arange(len(rows), device=ids.device) * ids.shape[1]
+    for step in range(max(lengths)):  # a row that is complete goes on, and what it adds is cut off below
+        logits = model(ids, first + starts + step - 1)
         logits[:, forbidden] = -torch.inf
-        tokens = logits.argmax(dim=1)
-        if not model.shape.causal:
-            confidence = torch.full(ids.shape, -1.0, device=ids.device)
-            confidence.view(-1)[asked] = logits.softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
-            chosen = rows * width + confidence[rows].argmax(dim=1)
-            tokens = tokens[torch.searchsorted(asked, chosen)]
-        ids.view(-1)[chosen] = tokens
-        open_.view(-1)[chosen] = False
-    return ids
+        ids.view(-1)[first + starts + step] = logits.argmax(dim=1)
+    return [row[: len(given) + length] for row, given, length in zip(ids, rows, lengths, strict=True)]
 
 
-def is_right(answer: list[int], response: str, tokenizer: Tokenizer) -> bool:
+def answer(loaded: LoadedModel, rows: list[tuple[list[int], np.ndarray]], world: World) -> list[Tensor]:
+    """Every row with the model's own tokens at the end. rows: (ids, which of them are to be the model's: the last ones).
+
+    Returns int64 [L] of each. A collective under FSDP.
+    """
+    lengths, forbidden = [int(wanted.sum()) for _, wanted in rows], never_chosen(loaded)
+    prompts = [
+        torch.tensor(ids[: len(ids) - length], device=world.device)
+        for (ids, _), length in zip(rows, lengths, strict=True)
+    ]
+    if loaded.model.shape.causal:
+        return continue_greedily(loaded.model, prompts, lengths, forbidden)
+    mask_id = loaded.tokenizer.mask_id
+    masked = [
+        MaskedRow(torch.cat([prompt, prompt.new_full((length,), mask_id)]), Sampling(length, length, length), 0)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    return unmask_rows(loaded.model, masked, mask_id, forbidden)
+
+
+def is_right(ids: list[int], response: str, tokenizer: Tokenizer) -> bool:
     """Has the answer, up to its first eos, the text of the response? Without an eos it has no end, and is wrong."""
-    return tokenizer.eos_id in answer and tokenizer.decode(answer[: answer.index(tokenizer.eos_id)]) == response
+    return tokenizer.eos_id in ids and tokenizer.decode(ids[: ids.index(tokenizer.eos_id)]) == response
 
 
 def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -> Score:
@@ -88,7 +96,7 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
 
     Raises ValueError for a task that is longer than the rows that the model was trained on.
     """
-    loaded = store.load_model(path, None, world)
+    loaded = load_model(path, None, world)
     tokenizer, longest = loaded.tokenizer, loaded.config.data.sequence_length
     rows = []
     for number, task in enumerate(tasks, 1):
@@ -100,16 +108,13 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
                 f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, and the model was "
                 f"trained on {longest}: leave it out"
             )
-    padded = pad_rows(rows, tokenizer.pad_id)
     right = []
     for first in range(0, len(tasks), BATCH):
-        ids, open_, segments = (
-            None if part is None else part[first : first + BATCH].to(world.device) for part in padded
-        )
-        masked = ids.masked_fill(open_, tokenizer.mask_id)
-        filled = fill_greedily(loaded.model, masked, open_, segments, never_chosen(loaded))
-        for task, answer, at in zip(tasks[first : first + BATCH], filled, open_, strict=True):
-            right.append(is_right(answer[at].tolist(), task.response, tokenizer))
+        part = rows[first : first + BATCH]
+        filled = answer(loaded, part, world)
+        for task, row, (_, wanted) in zip(tasks[first : first + BATCH], filled, part, strict=True):
+            right.append(is_right(row.tolist()[int((~wanted).sum()) :], task.response, tokenizer))
+    padded = pad_rows(rows, tokenizer.pad_id)
     name, draws = (NEXT_TOKEN, 1) if loaded.model.shape.causal else ("counted", DRAWS)
     found = estimate(loaded.model, padded, Estimator(name, draws, NOISE_SEED, 0.0), BATCH, tokenizer.mask_id, world)
     kinds = np.array([task.kind for task in tasks])

@@ -67,9 +67,9 @@ def continue_greedily(model: Transformer, rows: list[Tensor], lengths: list[int]
 
 
 def answer(loaded: LoadedModel, rows: list[tuple[list[int], np.ndarray]], world: World) -> list[Tensor]:
-    """Every row with the model's own tokens at the end. rows: (ids, which of them are to be the model's: the last ones).
+    """Every row with the model's own tokens at the end.
 
-    Returns int64 [L] of each. A collective under FSDP.
+    rows: (ids, which of them are to be the model's: the last ones). Returns int64 [L] of each. A collective under FSDP.
     """
     lengths, forbidden = [int(wanted.sum()) for _, wanted in rows], never_chosen(loaded)
     prompts = [

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import LoadedModel, load_model
+from mdmtrain.data.inputs import open_name
+from mdmtrain.data.records import BadRecord, Reading, read_records, string_field
 from mdmtrain.data.tasks import Task
-from mdmtrain.data.text import pad_rows, read_records
+from mdmtrain.data.text import pad_rows
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.generate import never_chosen
 from mdmtrain.likelihood import NEXT_TOKEN, Estimator, estimate
@@ -137,13 +139,19 @@ def read_tasks(file: Path) -> list[Task]:
     """The tasks of a jsonl file. Raises ValueError naming the line that is none."""
     if not file.is_file():
         raise ValueError(f"--tasks {file}: no such file: make it with tools/make_tasks.py")
-    tasks = []
-    for place, record in read_records(file):
-        fields = [record.get(name) for name in ("kind", "prompt", "response")]
-        if not all(isinstance(one, str) and one for one in fields):
-            raise ValueError(f"{place}: needs 'kind', 'prompt' and 'response', strings with text in them")
-        tasks.append(Task(*fields))
+    tasks = [task for task, _, _ in read_records(open_name(file), Reading(), task_of)]
+    if not tasks:
+        raise ValueError(f"--tasks {file}: no tasks in it: make it with tools/make_tasks.py")
     return tasks
+
+
+def task_of(fields: dict) -> Task:
+    """The task in a record. Raises BadRecord."""
+    wanted = "every line needs 'kind', 'prompt' and 'response', strings with text in them"
+    values = [string_field(fields, name, wanted) for name in ("kind", "prompt", "response")]
+    if not all(values):
+        raise BadRecord("an empty string", f": {wanted}")
+    return Task(*values)
 
 
 def main(arguments: list[str] | None = None) -> None:

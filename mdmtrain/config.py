@@ -7,10 +7,11 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from mdmtrain import yaml12
 
@@ -78,6 +79,10 @@ class DiffusionConfig(Section):
     """How rates and masks are drawn and weighed. docs/mathematics.md derives each estimator."""
 
     eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks: counted has none)")
+    rate_window: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        None,
+        description="[low, high]: draw masking rates from this window only, instead of [eps, 1]; another objective",
+    )
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule, where the sampler is uniform")
     strata: Literal["none", "rank", "global"] = Field(
         "global", description="StraTS: rates as one stratification of the global batch; rank: each rank by itself"
@@ -134,16 +139,47 @@ class DiffusionConfig(Section):
                 f"fit_rates x fit_sequences must be at least {2 * self.bins}, so that the fit reaches each of "
                 f"{self.bins} bins"
             )
+        if self.rate_window is not None:
+            self._check_window(*self.rate_window)
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count goes with single views only; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
             raise ValueError("isad_tokens makes positions unequal: it goes with no counts, mirror_dedup or complement")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.rate_window
+        other = other or self.isad_tokens or self.syrm_tokens
         if self.objective == "ar" and (other or self.counts or self.views != "single"):
-            raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
+            raise ValueError(
+                "objective=ar masks nothing: it goes with no schedule, sampler, window, masks, views or weights"
+            )
         return self
+
+    def _check_window(self, low: float, high: float) -> None:
+        if not low < high <= 1:
+            raise ValueError(f"rate_window needs 0 < low < high <= 1, got [{low:g}, {high:g}]")
+        if self.masks == "counted":
+            raise ValueError(
+                "rate_window bounds the rate, and masks=counted draws the count itself: "
+                "use masks=independent, with weights=count if counts should weigh"
+            )
+        if self.schedule == "cosine":
+            raise ValueError("rate_window goes with schedule=linear: cosine draws from all of [eps, 1]")
+        if self.views == "complement" and not math.isclose(low + high, 1.0):
+            raise ValueError(
+                f"rate_window=[{low:g}, {high:g}] with views=complement must be symmetric about 0.5, "
+                "since a pair has the rates t and 1 - t"
+            )
+        if self.anneal_fraction > 0:
+            raise ValueError("anneal_fraction moves the objective to the NELBO, which a rate_window never trains")
+
+    @property
+    def objective_name(self) -> str:
+        """The objective as reports name it: "nelbo" is the NELBO itself, everything else is another objective."""
+        if self.rate_window is None:
+            return self.objective
+        low, high = self.rate_window
+        return f"{self.objective} on [{low:g}, {high:g}]"
 
     @property
     def counts(self) -> bool:

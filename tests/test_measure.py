@@ -121,7 +121,7 @@ def test_slots_give_the_closed_forms(monkeypatch):
     """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
     bench = CountBench()
     edges, square = t3_second_moment()
-    bench.densities["independent", False, "loss", "histogram", "nelbo"] = fit(
+    bench.densities["independent", (1e-3, 1.0), "loss", "histogram", "nelbo"] = fit(
         edges, square, np.ones(1000), 1e-9, "histogram"
     )
     arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}
@@ -186,11 +186,13 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 def test_variance_report(checkpoint, tmp_path):
     tool, file, figure = str(ROOT / "tools/variance_report.py"), tmp_path / "out.json", tmp_path / "out.png"
-    arms = ["--arms", "ppots-gradient,mirror-dedup,isad", "--slots", "6", "--pairs", "2", "--single-rows", "4"]
+    arms = ["--arms", "ppots-gradient,mirror-dedup,isad,clipped", "--slots", "6", "--pairs", "2", "--single-rows", "4"]
     done = run([sys.executable, tool, str(checkpoint), *arms, "--json", str(file), "--figure", str(figure)])
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert list(result["arms"]) == ["standard", "ppots-gradient", "mirror-dedup", "isad"]
+    assert list(result["arms"]) == ["standard", "ppots-gradient", "mirror-dedup", "isad", "clipped"]
+    clipped = result["arms"]["clipped"]
+    assert (clipped["objective"], clipped["verdict"]) == ("nelbo on [0.3, 0.8]", "other objective")
     for row in result["arms"].values():
         assert row["grad_var_ci"][0] <= row["grad_var"] <= row["grad_var_ci"][1] and row["real_steps_grad_var"] > 0
     assert "take more --slots" in done.stdout  # six slots cannot be precise, and it says so

@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {}
     for name, noise in noises.items():
         row = report_row(noise, noises["standard"], *steps[name])
-        objective = arms[name].objective
+        objective = arms[name].objective_name
         says = verdict(name, objective, Spread(row["grad_var_ratio"], *row["ci"]))
         rows[name] = {"objective": objective, "verdict": says, **row}
     parts = {what: {k: asdict(v) for k, v in gradient_components(of).items()} for what, of in kinds.items()}

@@ -60,6 +60,18 @@ def test_what_may_change_is_named(small_run, tmp_path, monkeypatch):
         resume.find_resume(config, tmp_path, IDENTITY | {"seed": 5})
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(small_run, tmp_path, monkeypatch):
+    config = configuration.validate(small_run({}), "test")
+    now = config.diffusion.model_dump(mode="json")
+    before = {key: value for key, value in now.items() if key != "rate_window"}
+    saved = meta(small_run, has_average=False) | {"identity": IDENTITY | {"diffusion": before}}
+    monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
+    monkeypatch.setattr(resume.store, "read_meta", lambda folder: saved)
+    assert resume.find_resume(config, tmp_path, IDENTITY | {"diffusion": now}) == tmp_path
+    with pytest.raises(ValueError, match=r"its diffusion is {'rate_window': None}, not {'rate_window': \[0.3, 0.8\]}"):
+        resume.find_resume(config, tmp_path, IDENTITY | {"diffusion": now | {"rate_window": [0.3, 0.8]}})
+
+
 def test_a_run_that_fails_lets_its_checkpoint_finish():
     written, may_write = [], threading.Event()
     writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)

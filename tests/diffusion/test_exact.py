@@ -21,6 +21,7 @@ from mdmtrain.diffusion.objective import (
     MaskedBatch,
     MaskingRates,
     omega_at,
+    plain_process,
     rate_range,
     row_losses,
     row_statistics,
@@ -146,6 +147,7 @@ def target(choice, P, uncut=False):
     """sum_k omega_k c_k: what E[sum_i weight_i CE_i] has to be. The range of t is the one that section 5 gives."""
     low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else (EPS, 1.0)
     high = 1 - EPS if choice["views"] == "complement" and choice["masks"] == "independent" else high
+    low, high = choice.get("rate_window", (low, high))
     nodes, dt = np.polynomial.legendre.leggauss(60)
     t, total = low + (high - low) * (nodes + 1) / 2, 0.0
     for k in range(1, P + 1):
@@ -163,6 +165,12 @@ COMBINATIONS = [
     *(dict(masks="counted", views=views, weights=weights) for views in VIEWS for weights in ("rate", "count")),
     *(dict(masks="independent", views=views, weights="rate", schedule="cosine") for views in VIEWS[:3]),
 ]
+WINDOW, SYMMETRIC = (0.3, 0.8), (0.4, 0.6)
+WINDOWS = [
+    *(dict(masks="independent", views=views, weights="rate", rate_window=WINDOW) for views in VIEWS[:3]),
+    dict(masks="independent", views="complement", weights="rate", rate_window=SYMMETRIC),
+    dict(masks="independent", views="single", weights="count", rate_window=WINDOW),
+]
 OBJECTIVES = [
     dict(objective="nelbo"),
     *(dict(objective=name, **more) for name in ("plain", "bell") for more in ({}, {"anneal_fraction": 0.4})),
@@ -170,20 +178,22 @@ OBJECTIVES = [
 
 
 def names(choice):
-    return "-".join(choice.values())
+    return "-".join(map(str, choice.values()))
 
 
 @pytest.mark.parametrize(
     ("choice", "density"),
     [
         pytest.param(choice, density, id=names(choice) + ("-fitted" if density else ""))
-        for choice, density in product(COMBINATIONS, (None, bumpy))
+        for choice, density in product(COMBINATIONS + WINDOWS, (None, bumpy))
         if not (density and "schedule" in choice)  # the cosine schedule is a sampler itself
     ],
 )
 def test_every_combination_has_exactly_its_target(choice, density):
     """Full rows and padded ones, under every weighting, annealed half way too."""
     for objective, P in product(OBJECTIVES, (L, 3)):
+        if "rate_window" in choice and "anneal_fraction" in objective:
+            continue  # refused: there is no NELBO to move to
         process = make_process(density, 0.8, **choice, **objective)
         assert expectation(process, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
 
@@ -193,6 +203,32 @@ def test_the_targets_themselves():
     choice = dict(masks="independent", views="single", objective="nelbo")
     assert abs(target(choice, L) / target(choice, L, uncut=True) - 1) > 0.01
     assert expectation(make_process(eps=1e-9), L) == pytest.approx(target(choice, L, uncut=True), rel=1e-4)
+
+
+def test_a_window_is_another_objective_and_its_eps_plays_no_part():
+    """1/(high - low) int_low^high g(t) dt, g written out as a polynomial in t; neither the NELBO nor its part."""
+    low, high = WINDOW
+    nodes, dt = np.polynomial.legendre.leggauss(40)
+    t = low + (high - low) * (nodes + 1) / 2
+    g = np.zeros_like(t)  # E[l | t] x P, over all masked sets
+    for subset in range(1, 2**L):
+        inside = [i for i in range(L) if subset >> i & 1]
+        g += TABLE[subset, inside].sum() * t ** len(inside) * (1 - t) ** (L - len(inside)) / t
+    average = float(g @ dt) / 2
+    for eps in (EPS, 1e-3):
+        assert expectation(make_process(eps=eps, rate_window=WINDOW), L) == pytest.approx(average, rel=3e-6)
+    nelbo = target(dict(masks="independent", views="single", objective="nelbo"), L)
+    assert abs(average / nelbo - 1) > 0.02 and abs((high - low) * average / nelbo - 1) > 0.02
+
+
+def test_rates_of_a_window_are_stratified_within_it():
+    """Each of 64 slots in its own 64th of the window, under global strata; a fitted sampler stays inside too."""
+    config = DiffusionConfig(rate_window=WINDOW, bins=CELLS)
+    rates = plain_process(config).draw(3, 5, 64).rates
+    share = (np.sort(rates) - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
+    assert np.floor(share * 64).astype(int).tolist() == list(range(64))
+    fitted = make_process(bumpy, rate_window=WINDOW, sampler="ppots").draw(3, 5, 4096).rates
+    assert WINDOW[0] <= fitted.min() and fitted.max() <= WINDOW[1]
 
 
 def reweighted(new_weights):
@@ -277,7 +313,10 @@ def test_rounded_counts_are_rejected():
 # ---- isad: unbiased only without context
 
 
-ISAD = [dict(views=views, schedule=how) for views in ("single", "mirror") for how in ("linear", "cosine")]
+ISAD = [
+    *(dict(views=views, schedule=how) for views in ("single", "mirror") for how in ("linear", "cosine")),
+    *(dict(views=views, schedule="linear", rate_window=WINDOW) for views in ("single", "mirror")),
+]
 
 
 @pytest.mark.parametrize("choice", ISAD, ids=names)
@@ -286,10 +325,13 @@ def test_isad_is_biased_where_context_matters_and_only_there(choice):
     listed[0] = True
     mu = np.array([4.0, 1, 2, 3, 0.5])
     for objective, density in product(OBJECTIVES, (None, bumpy) if choice["schedule"] == "linear" else (None,)):
+        if "rate_window" in choice and "anneal_fraction" in objective:
+            continue
         process = make_process(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
         values, probability = outcomes(process, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
         assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
-        right = target(dict(masks="independent", views="single", **objective), L)
+        window = {key: choice[key] for key in choice if key == "rate_window"}
+        right = target(dict(masks="independent", views="single", **window, **objective), L)
         assert abs(expectation(process, L) / right - 1) > 0.01
 
 
@@ -676,7 +718,7 @@ def test_t15_rows_of_4096_positions():
 CHOICES = dict(
     schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
-    isad_tokens=((), (1,)), syrm_tokens=((), (1,)),
+    isad_tokens=((), (1,)), syrm_tokens=((), (1,)), rate_window=(None, WINDOW, SYMMETRIC),
 )  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
@@ -689,6 +731,11 @@ APART = [
     *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
     *(("objective", "ar", "views", views) for views in VIEWS[1:]),
     *(("objective", "ar", tokens, (1,)) for tokens in ("isad_tokens", "syrm_tokens")),
+    *(("rate_window", window, "masks", "counted") for window in (WINDOW, SYMMETRIC)),
+    *(("rate_window", window, "schedule", "cosine") for window in (WINDOW, SYMMETRIC)),
+    *(("rate_window", window, "anneal_fraction", 0.4) for window in (WINDOW, SYMMETRIC)),
+    *(("rate_window", window, "objective", "ar") for window in (WINDOW, SYMMETRIC)),
+    ("rate_window", WINDOW, "views", "complement"),
 ]
 
 
@@ -702,14 +749,13 @@ def is_tested(choice):
     """Has one of the tests above its target? (They go through OBJECTIVES and a fitted density by themselves.)"""
     if choice["objective"] == "ar":
         return True
-    listed = (
-        [dict(masks="independent", weights="rate", **process) for process in ISAD]
-        if choice["isad_tokens"]
-        else COMBINATIONS
-    )
-    return any(
-        all(choice[key] == value for key, value in {"schedule": "linear", **process}.items()) for process in listed
-    )
+    listed = COMBINATIONS + WINDOWS
+    if choice["isad_tokens"]:
+        listed = [dict(masks="independent", weights="rate", **process) for process in ISAD]
+    window = choice["rate_window"] if choice["views"] == "complement" else choice["rate_window"] and WINDOW
+    choice = {**choice, "rate_window": window}  # one window stands for every other
+    defaults = {"schedule": "linear", "rate_window": None}
+    return any(all(choice[key] == value for key, value in {**defaults, **process}.items()) for process in listed)
 
 
 def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
@@ -721,6 +767,6 @@ def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
             legal += 1
             assert is_tested(choice), choice
         else:
-            with pytest.raises(ValidationError, match=r"goes with|is there already"):
+            with pytest.raises(ValidationError, match=r"goes with|is there already|rate_window"):
                 DiffusionConfig(**choice)
     assert legal > 100

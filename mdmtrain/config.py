@@ -7,11 +7,10 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 
 import difflib
 import json
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mdmtrain import yaml12
 
@@ -40,6 +39,7 @@ class ModelConfig(Section):
     n_layers: int | None = Field(None, gt=0, description="number of blocks")
     n_heads: int | None = Field(None, gt=0, description="query heads")
     n_kv_heads: int | None = Field(None, gt=0, description="key/value heads; n_heads is plain multi-head attention")
+    head_dim: int | None = Field(None, gt=0, description="width of one head; default: d_model / n_heads")
     d_ff: int | None = Field(None, gt=0, description="hidden width of the SwiGLU feed-forward")
     vocab_size: int | None = Field(
         None, gt=0, description="rows of the embedding; default: the tokenizer's size rounded up to a multiple of 64"
@@ -79,9 +79,11 @@ class DiffusionConfig(Section):
     """How rates and masks are drawn and weighed. docs/mathematics.md derives each estimator."""
 
     eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks: counted has none)")
-    rate_window: tuple[PositiveFloat, PositiveFloat] | None = Field(
-        None,
-        description="[low, high]: draw masking rates from this window only, instead of [eps, 1]; another objective",
+    rate_low: float | None = Field(
+        None, gt=0, lt=1, description="train on masking rates from here on only (another objective); null: from eps on"
+    )
+    rate_high: float | None = Field(
+        None, gt=0, le=1, description="train on masking rates up to here only (another objective); null: up to 1"
     )
     schedule: Literal["linear", "cosine"] = Field("linear", description="noise schedule, where the sampler is uniform")
     strata: Literal["none", "rank", "global"] = Field(
@@ -134,52 +136,40 @@ class DiffusionConfig(Section):
     def _has_an_estimator(self) -> "DiffusionConfig":
         if self.schedule == "cosine" and (self.sampler == "ppots" or self.counts or self.views == "complement"):
             raise ValueError("schedule=cosine is itself a sampler: it goes with sampler=uniform and rate weights only")
+        low, high = self.rate_low or self.eps, self.rate_high or 1.0
+        if low >= high:
+            raise ValueError(f"masking rates from {low:g} to {high:g} are none: rate_low must be below rate_high")
+        if self.windowed and (self.masks == "counted" or self.views == "complement" or self.schedule == "cosine"):
+            raise ValueError(
+                "a window of rates (rate_low, rate_high) goes with masks=independent and schedule=linear, and not with "
+                "views=complement"
+            )
         if self.when == "once" and self.fit_rates * self.fit_sequences < 2 * self.bins:
             raise ValueError(
                 f"fit_rates x fit_sequences must be at least {2 * self.bins}, so that the fit reaches each of "
                 f"{self.bins} bins"
             )
-        if self.rate_window is not None:
-            self._check_window(*self.rate_window)
         if self.weights == "count" and self.masks == "independent" and self.views != "single":
             raise ValueError("weights=count goes with single views only; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
             raise ValueError("isad_tokens makes positions unequal: it goes with no counts, mirror_dedup or complement")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
-        other = self.sampler == "ppots" or self.schedule == "cosine" or self.rate_window
-        other = other or self.isad_tokens or self.syrm_tokens
+        other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens
+        other = other or self.windowed
         if self.objective == "ar" and (other or self.counts or self.views != "single"):
-            raise ValueError(
-                "objective=ar masks nothing: it goes with no schedule, sampler, window, masks, views or weights"
-            )
+            raise ValueError("objective=ar masks nothing: it goes with no schedule, sampler, masks, views or weights")
         return self
 
-    def _check_window(self, low: float, high: float) -> None:
-        if not low < high <= 1:
-            raise ValueError(f"rate_window needs 0 < low < high <= 1, got [{low:g}, {high:g}]")
-        if self.masks == "counted":
-            raise ValueError(
-                "rate_window bounds the rate, and masks=counted draws the count itself: "
-                "use masks=independent, with weights=count if counts should weigh"
-            )
-        if self.schedule == "cosine":
-            raise ValueError("rate_window goes with schedule=linear: cosine draws from all of [eps, 1]")
-        if self.views == "complement" and not math.isclose(low + high, 1.0):
-            raise ValueError(
-                f"rate_window=[{low:g}, {high:g}] with views=complement must be symmetric about 0.5, "
-                "since a pair has the rates t and 1 - t"
-            )
-        if self.anneal_fraction > 0:
-            raise ValueError("anneal_fraction moves the objective to the NELBO, which a rate_window never trains")
+    @property
+    def windowed(self) -> bool:
+        """Are masking rates left out, on purpose?"""
+        return self.rate_low is not None or self.rate_high is not None
 
     @property
-    def objective_name(self) -> str:
-        """The objective as reports name it: "nelbo" is the NELBO itself, everything else is another objective."""
-        if self.rate_window is None:
-            return self.objective
-        low, high = self.rate_window
-        return f"{self.objective} on [{low:g}, {high:g}]"
+    def trains_nelbo(self) -> bool:
+        """Is the expected loss the NELBO (cut at eps), and not another objective?"""
+        return self.objective == "nelbo" and not self.windowed and not self.isad_tokens and not self.syrm_tokens
 
     @property
     def counts(self) -> bool:
@@ -188,7 +178,13 @@ class DiffusionConfig(Section):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
+    muon_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of Muon's matrices, on the scale of lr; null: lr"
+    )
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up; wsd: stable, then linear decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
@@ -199,6 +195,12 @@ class OptimConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="weight average per step; null: none")
+
+    @model_validator(mode="after")
+    def _has_muon(self) -> "OptimConfig":
+        if self.muon_lr is not None and self.name != "muon":
+            raise ValueError(f"muon_lr={self.muon_lr:g} needs name=muon: set both, or leave muon_lr out")
+        return self
 
 
 class ParallelConfig(Section):

@@ -7,11 +7,17 @@ really sends and holds is in observed.py; tests and tools/plan_run.py compare th
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import log2
 
+import torch
+
 from mdmtrain.config import Config, resolve
 from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.muon import choose_owners, newton_schulz_dtype, orthogonalize_flops, rows_by_rank
+from mdmtrain.optim import muon_matrices
 
 GIB = 2.0**30
 
@@ -62,6 +68,7 @@ class Cost:
     model_flops: float  # of one step on all GPUs, what MFU counts
     compute_seconds: float
     communication_seconds: float
+    optimizer_seconds: float  # after the backward pass: Muon, and what runs through the host's memory (offload)
     step_seconds: float
     mfu: float
     tokens_per_second: float  # all GPUs
@@ -106,17 +113,17 @@ def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, comp
     A budget is taken as a share of what a block without compilation keeps beyond its input; torch takes it of what the
     compiler would keep by itself, which is less.
     """
-    d, kv, ff = shape.d_model, shape.n_kv_heads * shape.head_dim, shape.d_ff
+    d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
         case "full":
             return d  # the block's input
         case "ops":  # the input, and the outputs of products and attention
-            return d + (d + 2 * kv) + d + d + 2 * ff + d
+            return d + (q + 2 * kv) + q + d + 2 * ff + d
         case "budget":
             return d + budget * (saved_per_token(shape, "none") - d)
     # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
     norms = 2 * d + 6 if composed_norms else 0
-    return 4 * d + (d + 2 * kv) + (d + kv if shape.qk_norm else 0) + d + 4 * ff + norms
+    return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + 4 * ff + norms
 
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
@@ -132,28 +139,33 @@ def activations(shape: ModelShape, config: Config, composed_norms: bool = False)
 
 
 WORK = ("head at work", "block at work")  # kinds of memory of which only one is there at a time
+BACKWARD = ("gathered", "activations", *WORK)  # gone by the time the optimizer works
 
 
 def peak(kinds: dict[str, float]) -> float:
-    return sum(kinds.values()) - min(kinds[kind] for kind in WORK)
+    """Bytes at the worst moment of a step: in the backward pass, or when the optimizer works."""
+    backward = sum(kinds[kind] for kind in BACKWARD) - min(kinds[kind] for kind in WORK)
+    working = kinds["optimizer at work"]
+    return sum(kinds.values()) - sum(kinds[kind] for kind in BACKWARD) - working + max(backward, working)
 
 
 def memory(
-    shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions, composed_norms: bool = False
+    shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions, on_cpu: bool = False
 ) -> dict[str, float]:
-    """Peak bytes on one rank by kind, in the backward pass of a micro-batch; `peak` adds them up.
+    """Peak bytes on one rank by kind, in the backward pass of a micro-batch and after it; `peak` adds them up.
 
     The backward pass begins with the head, all activations still there; then the last block, most of them there, works
     with the gradient of the head on its way to the other ranks. Eager mode: compiled blocks keep a little less.
+    on_cpu: norms are composed, and Muon works in float32.
     """
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
     tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
     stay = 0 if config.parallel.reshard_after_forward else parts.blocks
     gathered_blocks = 0 if stay else min(2, parts.blocks)  # the one in use and the next
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
-    kept, again = activations(shape, config, composed_norms)
+    kept, again = activations(shape, config, on_cpu)
     # Offloaded, all of this is in host memory, but for a block's shard in float32, on its way.
-    states, offload = state_bytes(config, parts.total, shard), config.parallel.offload
+    states, offload = state_bytes(config, shape, shard), config.parallel.offload
     states = dict.fromkeys(states, 0.0) if offload else states
     return {
         **states,
@@ -174,18 +186,20 @@ def memory(
         + width * tokens * (shape.d_model + 2 * shape.d_ff)
         + (4 * parts.head or width * matrix)
         + (4 * parts.block / shard if offload else 0.0),
+        "optimizer at work": muon_memory(shape, shard, offload, on_cpu) if config.optim.name == "muon" else 0.0,
     }
 
 
-def state_bytes(config: Config, parameters: int, shard: int) -> dict[str, float]:
+def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, float]:
     """What a rank keeps from step to step."""
-    one = 4 * parameters / shard
+    one = 4 * sizes(shape).total / shard
+    moments = 2 * one - (4 * muon_parameters(shape) / shard if config.optim.name == "muon" else 0.0)  # Muon keeps one
     return {
         "parameters": one,
         "gradients": one,
         # Kept from one step to the next where the gradient's noise is measured.
         "gradient pair": one if config.monitor.probe_every else 0.0,
-        "optimizer": 2 * one,
+        "optimizer": moments,
         "average": one if config.optim.ema_decay is not None else 0.0,
     }
 
@@ -198,12 +212,74 @@ def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulat
     others, copies = (shard - 1) / shard, world // shard
     # Offloaded shards come in float32 for every gathering, and gradients go back: with copies, once they are added up.
     back = parts.total * (accumulation if copies == 1 else 1)
+    host = 4 * (accumulation * (parts.total + again) + back) / shard
+    if muon := config.optim.name == "muon":  # there and back again
+        host += 2 * muon_width() * muon_parameters(shape) / shard
     return {
         "all_gather": accumulation * width * (parts.total + again) * others,
         "reduce_scatter": accumulation * 4 * parts.total * others,
         "all_reduce": 2 * 4 * parts.total / shard * (copies - 1) / copies,
-        "host": 4 * (accumulation * (parts.total + again) + back) / shard if config.parallel.offload else 0.0,
+        "all_to_all": float(max(muon_traffic(shape, shard))) if muon else 0.0,
+        "host": host if config.parallel.offload else 0.0,
     }
+
+
+# ---- Muon (mdmtrain/muon.py)
+
+
+@cache
+def muon_shapes(shape: ModelShape) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of each matrix that Muon takes, in the optimizer's order."""
+    with torch.device("meta"):
+        return tuple(tuple(p.shape) for p in muon_matrices(Transformer(shape, 1)).values())
+
+
+def muon_parameters(shape: ModelShape) -> int:
+    return sum(rows * columns for rows, columns in muon_shapes(shape))
+
+
+def muon_width(on_cpu: bool = False) -> int:
+    """Bytes of a number that is sent to a matrix's owner and back."""
+    return newton_schulz_dtype("cpu" if on_cpu else "cuda").itemsize
+
+
+@cache
+def muon_traffic(shape: ModelShape, shard: int) -> tuple[int, ...]:
+    """Bytes that each rank of a copy sends in one step: its rows to the owners, and results to those who have the rows.
+
+    Ranks differ: some own a matrix more, and the last ones may have fewer rows.
+    """
+    shapes, sent = muon_shapes(shape), [0] * shard
+    for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
+        for rank, own in enumerate(rows_by_rank(rows, shard)):
+            sent[rank] += columns * (own if rank != owner else rows - own)
+    return tuple(muon_width() * count for count in sent)
+
+
+@cache
+def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> float:
+    """Most bytes on one rank while Muon works: both buffers, and what the iterations on its largest matrix need."""
+    shapes, width = muon_shapes(shape), muon_width(on_cpu)
+    buffers, work = [0] * shard, [0.0] * shard
+    for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
+        size, own = rows * columns, rows_by_rank(rows, shard)
+        if shard > 1:
+            buffers[owner] += width * size
+            buffers = [count + width * part * columns for count, part in zip(buffers, own, strict=True)]
+        # The matrix, two iterates, two squares of the short side; before that, in float32, old and new momentum.
+        iterations = width * (3 * size + 2 * min(rows, columns) ** 2)
+        momentum = 0 if offload else 8 * own[owner] * columns
+        work[owner] = max(work[owner], iterations, momentum)
+    return float(max(map(sum, zip(buffers, work, strict=True))))
+
+
+@cache
+def muon_flops(shape: ModelShape, shard: int) -> int:
+    """FLOPs of the rank that has most to orthogonalise."""
+    shapes, work = muon_shapes(shape), [0] * shard
+    for one, owner in zip(shapes, choose_owners(shapes, shard), strict=True):
+        work[owner] += orthogonalize_flops(*one)
+    return max(work)
 
 
 def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
@@ -214,7 +290,7 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = sizes(shape).blocks * sizes(shape).block
-    attention = 4 * length * shape.d_model * shape.n_layers / (2 if shape.causal else 1)
+    attention = 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
     blocks = tokens * (2 * matrices + attention)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
     budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
@@ -232,24 +308,30 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     sent = traffic(shape, config, gpus, shard, plan.accumulation)
     near = shard <= gpu.per_node
     between = gpu.near if gpus <= gpu.per_node else gpu.far
-    sharding = (sent["all_gather"] + sent["reduce_scatter"]) / (
-        (gpu.near if near else gpu.far) * assumed.link_efficiency
-    )
+    within = (gpu.near if near else gpu.far) * assumed.link_efficiency
+    sharding = (sent["all_gather"] + sent["reduce_scatter"]) / within
     communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
     communication = max(communication, sent["host"] / assumed.host_link)  # links of their own
     counted, run = step_flops(shape, config, assumed.masked)
-    compute = run / (gpus * gpu.peak * assumed.compute_efficiency)
-    seconds = max(compute, communication)  # the collectives of one block run under the products of another
-    states, host = sum(state_bytes(config, sizes(shape).total, shard).values()), config.parallel.offload
-    if host:  # after the backward pass, AdamW reads parameter, gradient and two moments and writes all but the gradient
-        seconds += 28 * sizes(shape).total / shard / assumed.host_memory
+    flops = gpu.peak * assumed.compute_efficiency
+    compute = run / gpus / flops
+    muon, host = config.optim.name == "muon", config.parallel.offload
+    matrices, parameters = muon_parameters(shape) if muon else 0, sizes(shape).total
+    optimizer = muon_flops(shape, shard) / flops + sent["all_to_all"] / within if muon else 0.0
+    if host:
+        # AdamW reads parameter, gradient and two moments and writes all but the gradient, in one pass. Muon makes eight
+        # passes, which read and write 18 numbers for each parameter.
+        optimizer += (28 * (parameters - matrices) + 72 * matrices) / shard / assumed.host_memory
+    seconds = max(compute, communication) + optimizer  # collectives of one block run under the products of another
+    states = sum(state_bytes(config, shape, shard).values())
     total = seconds * config.run.steps
-    saved = sizes(shape).total * (16 if config.optim.ema_decay is not None else 12)
+    saved = parameters * (16 if config.optim.ema_decay is not None else 12) - 4 * matrices
     return Cost(
         gpus=gpus, reasons=plan.reasons, memory=kinds, host_bytes=states if host else 0.0,
         traffic=sent, link="node" if near else "network",
         fits=peak(kinds) <= gpu.memory * (1 - assumed.memory_reserve),
-        model_flops=counted, compute_seconds=compute, communication_seconds=communication, step_seconds=seconds,
+        model_flops=counted, compute_seconds=compute, communication_seconds=communication,
+        optimizer_seconds=optimizer, step_seconds=seconds,
         mfu=counted / (seconds * gpus * gpu.peak), tokens_per_second=plan.tokens_per_step / seconds,
         days=total / 86400, gpu_hours=gpus * total / 3600, checkpoint_bytes=float(saved),
         stall_seconds=saved / gpus / assumed.host_link, write_seconds=saved / gpus / assumed.disk,

@@ -27,7 +27,6 @@ from mdmtrain.diffusion.objective import (
     MaskedBatch,
     MaskingRates,
     plain_process,
-    rate_range,
     row_losses,
     row_statistics,
 )
@@ -41,6 +40,7 @@ from mdmtrain.parallel.world import World
 FIRST_STEP, FIT_STEP, SLOT_STEP, ROW_STEP = (k << 40 for k in (1, 2, 3, 4))
 PARTNERED = 0.5  # share of the slots that are paired with another one: <H, H'> is a small part of the whole
 RESAMPLES = 2000
+FLOOR_BINS = 24  # of the rate, in `density_floor`
 Progress = Callable[[], None]
 Slot = tuple[Tensor, float]  # this rank's part of a slot's gradient, and its loss
 
@@ -60,6 +60,15 @@ class ArmNoise:
 
     gradient: np.ndarray  # float64 [values], mean: Tr Cov of the step gradient
     loss: np.ndarray  # float64 [values], mean: variance of the step loss
+
+
+@dataclass(frozen=True)
+class SlotNoise(ArmNoise):
+    """The same from single slots, with what says how much a better density of the rate could still remove."""
+
+    rate: np.ndarray  # float64 [values], masking rate of the slot
+    weight: np.ndarray  # float64 [values], the arm's density of that rate over the density it was drawn with
+    square: np.ndarray  # float64 [values], |H|^2 without weights
 
 
 class Bench:
@@ -90,7 +99,7 @@ class Bench:
             products.append(self._inner(g, other))
         return ArmNoise(np.array(gradients), np.array(losses)), np.array(products)
 
-    def slot_noise(self, arms: dict[str, DiffusionConfig], slots: int, on_slot: Progress) -> dict[str, ArmNoise]:
+    def slot_noise(self, arms: dict[str, DiffusionConfig], slots: int, on_slot: Progress) -> dict[str, SlotNoise]:
         """The noise of each arm's steps from `slots` single slots, one value each, by the formula above.
 
         Values of equal index share data, positions' noise and (given the range) rates over all arms, whose ratios are
@@ -110,7 +119,8 @@ class Bench:
                 (proposal, centre), per_step = about[name], rows // process.config.rows_per_slot
                 t, weight = _drawn(process, proposal, first[index])
                 slot = self._slot(process, _row(batch, 0, 0), t, known[0])
-                value = weight * self._moments(slot, slot, centre)
+                square = self._moments(slot, slot, centre)
+                value = weight * square
                 if chance[index] < PARTNERED:
                     # Another rate of the stratum that t lies in, of the proposal within it.
                     parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[process.config.strata]
@@ -120,9 +130,9 @@ class Bench:
                     partner = self._slot(process, _row(batch, 1, 1), other, known[1])
                     joint = weight * other_weight * (high - low) * parts
                     value = value - joint / PARTNERED * self._moments(slot, partner, centre)
-                values[name].append(value * per_step / rows**2)
+                values[name].append([*value * per_step / rows**2, t[0], weight, square[0]])
             on_slot()
-        return {name: ArmNoise(*np.array(of).T) for name, of in values.items()}
+        return {name: SlotNoise(*np.array(of).T) for name, of in values.items()}
 
     def decompose(self, rows: int, on_row: Progress) -> dict[str, dict[str, np.ndarray]]:
         """Single rows under independent, uniform rates: {"gradient" | "loss": {kind: float64 [rows]}}.
@@ -256,7 +266,7 @@ class Bench:
         process = plain_process(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return process
-        key = (diffusion.masks, rate_range(diffusion), diffusion.target, diffusion.form, diffusion.objective)
+        key = (diffusion.masks, diffusion.views == "complement", diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
             self.densities[key] = self._fit(diffusion)
         return replace(process, density=self.densities[key])
@@ -336,6 +346,26 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = Tru
     chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
     ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
     return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+
+
+def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
+    """The least second moment of the gradient over all densities of the rate, as a share of this arm's own.
+
+    noise: of an arm with uniform rates. (mean sqrt(s2))^2 / mean s2 with s2(t) = E[|H|^2 | t] (mathematics.md, section
+    3), by bins of the rate that hold equally many slots.
+    """
+    order = np.argsort(noise.rate)
+    bins = np.empty(len(order), dtype=np.int64)
+    bins[order] = np.arange(len(order)) * FLOOR_BINS // len(order)
+
+    def ratio(chosen: np.ndarray) -> float:
+        weight, square = noise.weight[chosen], noise.square[chosen]
+        mass = np.bincount(bins[chosen], weight, FLOOR_BINS)
+        moment = np.bincount(bins[chosen], weight * square, FLOOR_BINS)
+        return float(np.sqrt(mass * moment).sum() ** 2 / (mass.sum() * moment.sum()))
+
+    ratios = [ratio(chosen) for chosen in _resamples(len(order), seed)]
+    return Spread(ratio(np.arange(len(order))), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
 
 
 def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:

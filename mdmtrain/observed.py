@@ -18,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdmtrain.config import Config
 from mdmtrain.model.presets import ModelShape
+from mdmtrain.muon import newton_schulz_dtype
 from mdmtrain.optim import build_optimizer, local
 from mdmtrain.parallel.parallelize import build_model, data_mesh
 from mdmtrain.parallel.world import World
 
 
-def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, float]:
+def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0) -> dict[str, float]:
     """Bytes that a rank sends in one micro-step, by collective: the real model on fake tensors in a fake process group.
 
-    Starts and ends a process group of its own. Differs from the plan by the padding of rows that do not divide.
+    With Muon, also in the optimizer's step, as on GPUs. Starts and ends a process group of its own. Differs from the
+    plan by the padding of rows that do not divide.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -42,19 +44,28 @@ def traced_traffic(config: Config, shape: ModelShape, world: int) -> dict[str, f
                     sent["reduce_scatter"] += args[1].nbytes - args[0].nbytes
                 case "c10d.allreduce_.default":
                     sent["all_reduce"] += 2 * sum(tensor.nbytes for tensor in args[0]) * (copies - 1) // copies
+                case "c10d.alltoall_base_.default":
+                    _, buffer, _, _, counts, *_ = args
+                    own = counts[rank % len(counts)]
+                    sent["all_to_all"] += (sum(counts) - own) * buffer.itemsize
             return func(*args, **(kwargs or {}))
 
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
-        here = World(0, world, torch.device("cpu"), mesh, dist.group.WORLD)
+        here = World(rank, world, torch.device("cpu"), mesh, dist.group.WORLD)
         data_mesh(config.parallel, here)  # made before tensors are fake
         rows, length = config.run.micro_batch, config.data.sequence_length
         with FakeTensorMode(allow_non_fake_inputs=True), Watch():
             model = build_model(shape, config.parallel, here)
             ids = torch.zeros(rows, length, dtype=torch.long)
             model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
+            if config.optim.name == "muon":
+                optimizer = build_optimizer(model, config.optim)
+                optimizer.muon.dtype, optimizer.found_inf = newton_schulz_dtype("cuda"), torch.zeros(())
+                optimizer.step()
     finally:
+        data_mesh.cache_clear()  # its meshes belong to the process group that ends here
         dist.destroy_process_group()
     return dict(sent)
 
@@ -96,7 +107,8 @@ def allocations(device: torch.device) -> Iterator[tuple[Callable[[str], None], d
 
 
 def measured_memory(config: Config, shape: ModelShape, world: World, masked: float) -> dict[str, float]:
-    """Bytes on this rank in a micro-step that adds to gradients, by the kinds of mdmtrain/cost.py. A collective.
+    """Bytes on this rank in a micro-step that adds to gradients, and in the optimizer's step after it, by the kinds of
+    mdmtrain/cost.py. A collective.
 
     "activations" are what the blocks keep; the peaks with the head and with a block at work come with all that is
     there but the states (parameters, gradients, optimizer). masked: share of the positions that pass the head.
@@ -129,6 +141,12 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         model.layers[-1].register_forward_hook(lambda *_: reached("head at work"))
         model.head.register_forward_pre_hook(lambda _, inputs: watch_gradient(inputs[0]))
         micro_step()
+    optimizer.found_inf = torch.zeros((), device=local(next(model.parameters())).device)
+    optimizer.step()  # libraries take what they keep
+    with allocations(world.device) as (mark, after):
+        mark("optimizer at work")
+        optimizer.step()
+        mark("end")
     parameters = list(model.parameters())
     first, last = (spans[name][0] - gathered[name] for name in ("blocks", "head at work"))
     return {
@@ -137,4 +155,5 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         "optimizer": sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
         "activations": last - first,
         **{kind: spans[kind][1] for kind in ("head at work", "block at work")},
+        "optimizer at work": after["optimizer at work"][1],
     }

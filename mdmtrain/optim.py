@@ -1,4 +1,4 @@
-"""The optimizer step: AdamW, its learning-rate schedule, clipping, skipping, and the weight average."""
+"""The optimizer step: AdamW or Muon, the learning-rate schedule, clipping, skipping, and the weight average."""
 
 import math
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mdmtrain.config import OptimConfig
+from mdmtrain.muon import Muon, local
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -28,28 +29,58 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     raise AssertionError(config.schedule)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW with its state in place from the start, so that a checkpoint can be loaded into it.
+class MuonAndAdamW:
+    """Muon for some parameters and AdamW for the others, used as one optimizer."""
 
-    Weight decay acts on matrices only, not on the gains of the norms.
+    found_inf: Tensor
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        self.muon, self.adamw = muon, adamw
+        self.param_groups = [*adamw.param_groups, *muon.param_groups]
+        self.state = {**adamw.state, **muon.state}
+
+    def step(self) -> None:
+        for part in (self.adamw, self.muon):
+            part.found_inf = self.found_inf
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in (self.adamw, self.muon):
+            part.zero_grad()
+
+
+Optimizer = torch.optim.AdamW | MuonAndAdamW
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The configured optimizer with its state in place from the start, so that a checkpoint can be loaded into it.
+
+    Muon takes the matrices of the blocks; fused AdamW takes everything else, or everything. Weight decay acts on
+    matrices only, not on the gains of the norms. A group's `lr_ratio` is its learning rate over `optim.lr`.
     """
-    parameters = list(model.parameters())
+    matrices = muon_matrices(model) if config.name == "muon" else {}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True
-    )
-    for p in parameters:
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    for p in others:
         step = torch.zeros((), dtype=torch.float32, device=local(p).device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
+        adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if config.name == "adamw":
+        return adamw
+    muon = Muon(list(matrices.values()), config.lr, config.weight_decay)
+    muon.param_groups[0]["lr_ratio"] = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
+    return MuonAndAdamW(muon, adamw)
 
 
-def optimizer_step(
-    optimizer: torch.optim.AdamW, healthy: Tensor, lr: float, clip_norm: float | None
-) -> tuple[Tensor, Tensor]:
+def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that Muon takes, by name: the matrices of the blocks. Embedding and head are AdamW's."""
+    return {name: p for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
+
+
+def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: float | None) -> tuple[Tensor, Tensor]:
     """Clip and step, or skip on the device where the loss or the gradient norm is not finite.
 
     healthy: bool scalar on the device, the same on every rank: is the step's loss finite? Returns (gradient norm before
@@ -63,8 +94,8 @@ def optimizer_step(
     if clip_norm is not None:
         clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = skipped  # where this is 1, fused AdamW leaves parameters, moments and counters alone
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
+    optimizer.found_inf = skipped  # where this is 1, parameters, moments and counters stay as they are
     optimizer.step()
     optimizer.zero_grad()
     return norm.to(healthy.device), skipped.to(healthy.device)
@@ -134,8 +165,3 @@ class EMA:
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

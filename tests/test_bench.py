@@ -19,7 +19,8 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_bench_step(small_run, tmp_path):
     tree = small_run({"monitor": {"log_every": 5, "tensorboard": False}, "run": {"global_batch": 8, "micro_batch": 4}})
     out, config = tmp_path / "bench.json", write_config(tree, tmp_path / "config.yaml")
-    done = tool("bench_step.py", str(config), "--only", "loop,recompute,memory", "--repeat", "1", "--json", str(out))
+    parts = "loop,recompute,memory,optimizer"
+    done = tool("bench_step.py", str(config), "--only", parts, "--repeat", "1", "--json", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     loop = result["loop"]
@@ -28,6 +29,8 @@ def test_bench_step(small_run, tmp_path):
     assert sum(part["seconds"] for part in loop["parts"].values()) > 0 and loop["steps"] == 10
     assert 0 < loop["overhead"] < 1 and 0 < loop["mfu"] < 1
     assert result["recompute"]["full"]["memory_ratio"] < result["recompute"]["none"]["memory_ratio"] == 1
+    by_muon = result["optimizer"]["muon"]  # one moment less; on one rank no buffers
+    assert by_muon["memory_ratio"] < result["optimizer"]["adamw"]["memory_ratio"] == 1 < by_muon["time_ratio"]["median"]
     assert not (tmp_path / "run").exists(), "it trains in a folder of its own"
 
 

@@ -187,28 +187,6 @@ def test_wrong_types_and_ranges_name_the_key_and_the_value(base, override, key, 
     assert f"'{key}': " in message and message.endswith(f"got {got}")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        (["diffusion.rate_window=[.8,.3]"], "rate_window needs 0 < low < high <= 1, got [0.8, 0.3]"),
-        (["diffusion.rate_window=[.5,1.5]"], "rate_window needs 0 < low < high <= 1, got [0.5, 1.5]"),
-        (["diffusion.rate_window=[0,.5]"], "'diffusion.rate_window.0': input should be greater than 0"),
-        (["diffusion.rate_window=[.3]"], "'diffusion.rate_window.1' is missing"),
-        (["diffusion.rate_window=.3"], "'diffusion.rate_window': "),
-        (["diffusion.rate_window=[.3,.8]", "diffusion.masks=counted"], "masks=counted draws the count itself"),
-        (["diffusion.rate_window=[.3,.8]", "diffusion.views=complement"], "must be symmetric about 0.5"),
-    ],
-)
-def test_a_window_of_rates_is_checked(base, overrides, reason):
-    assert reason in refused(base, *overrides)
-
-
-def test_a_window_of_rates_is_named_as_another_objective(base):
-    window = config.load([base, "diffusion.rate_window=[.3,.8]"]).diffusion
-    assert window.objective_name == "nelbo on [0.3, 0.8]"
-    assert config.load([base]).diffusion.objective_name == "nelbo"
-
-
 def test_all_mistakes_are_told_at_once(base):
     message = refused(base, "run.steps=x", "optim.lr=y", "eval.zz=1")
     assert all(key in message for key in ("run.steps", "optim.lr", "eval.zz"))

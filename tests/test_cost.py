@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdmtrain import config as configuration
-from mdmtrain import cost, observed
+from mdmtrain import cost, muon, observed
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Transformer
@@ -20,12 +20,12 @@ from tests.spawn import run_world
 SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
 
 
-def config_of(parallel: dict, **run):
+def config_of(parallel: dict, optimizer: str = "adamw", **run):
     tree = {
         "run": {"dir": "x", "steps": 10, "global_batch": 32, "micro_batch": 4, **run},
         "model": SHAPE,
         "data": {"sources": [{"path": "x"}], "sequence_length": 32},
-        "optim": {"lr": 1e-3},
+        "optim": {"lr": 1e-3, "name": optimizer},
         "parallel": parallel,
     }
     return configuration.validate(tree, "test")
@@ -41,14 +41,32 @@ def test_groups_add_up_to_the_model(name):
 @pytest.mark.parametrize(
     "parallel", [{}, {"replicate": 2}, {"reshard_after_forward": False, "activation_checkpointing": "full"}]
 )
-def test_traffic_is_what_the_engine_sends(tied, parallel):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_traffic_is_what_the_engine_sends(tied, parallel, optimizer):
     """To the byte, where every dimension divides. Leaving out the backward pass' gathering would be far off."""
-    config, shape = config_of(parallel), ModelShape(**SHAPE, tied_embeddings=tied)
+    config, shape = config_of(parallel, optimizer), ModelShape(**SHAPE, tied_embeddings=tied)
     planned = cost.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=1)
-    traced = observed.traced_traffic(config, shape, 8)
+    by_rank = cost.muon_traffic(shape, 8 // config.parallel.replicate)
+    traced = observed.traced_traffic(config, shape, 8, rank=by_rank.index(max(by_rank)))
     assert {kind: sent for kind, sent in planned.items() if sent} == traced
     twice = cost.traffic(shape, config, 8, 8 // config.parallel.replicate, accumulation=2)
-    assert twice["all_gather"] == 2 * planned["all_gather"] and twice["all_reduce"] == planned["all_reduce"]
+    assert twice["all_gather"] == 2 * planned["all_gather"]
+    assert all(twice[kind] == planned[kind] for kind in ("all_reduce", "all_to_all"))  # once a step
+
+
+def test_muon_sends_what_each_rank_is_planned_to_send():
+    """To the byte, also where rows do not divide and where a rank has none. In all, each row goes and comes once."""
+    shape = ModelShape(**{**SHAPE, "d_model": 24, "d_ff": 40})
+    planned = cost.muon_traffic(shape, 7)
+    for world, parallel, ranks in ((7, {}, (0, 3, 6)), (14, {"replicate": 2}, (7,))):
+        config = config_of(parallel, "muon")
+        traced = [observed.traced_traffic(config, shape, world, rank)["all_to_all"] for rank in ranks]
+        assert traced == [planned[rank % 7] for rank in ranks]
+    assert len(set(planned)) > 1
+    rows = [(muon.rows_by_rank(rows, 7), columns) for rows, columns in cost.muon_shapes(shape)]
+    owners = muon.choose_owners(cost.muon_shapes(shape), 7)
+    kept = sum(own[owner] * columns for (own, columns), owner in zip(rows, owners, strict=True))
+    assert sum(planned) == 2 * 2 * (cost.muon_parameters(shape) - kept)
 
 
 def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None) -> float:
@@ -81,7 +99,7 @@ def saved_numbers(shape: ModelShape, recompute: str, budget: float | None = None
     return sum(size for size, _ in kept.values()) / 4 / ids.numel()
 
 
-@pytest.mark.parametrize("change", [{}, {"d_ff": 320}, {"n_kv_heads": 4}])
+@pytest.mark.parametrize("change", [{}, {"d_ff": 320}, {"n_kv_heads": 4}, {"head_dim": 24}])
 def test_activations_are_what_autograd_keeps(change):
     shapes = [ModelShape(**{**SHAPE, **change, "n_layers": layers}) for layers in (2, 6)]
     for mode in ("none", "full"):
@@ -110,6 +128,13 @@ def test_offloaded_states_leave_the_gpu_for_its_host():
     block, matrix = cost.sizes(shape).block * 3, 64 * 64
     assert there.traffic["host"] == 4 * 2 * (2 * block + 2 * matrix + (matrix + 64) + shape.parameters()) / 4
     assert there.step_seconds > here.step_seconds
+    muons = [config_of({"offload": offload}, "muon") for offload in (False, True)]
+    muon_here, muon_there = (cost.cost(config, shape, 4, gpu, assumed) for config in muons)
+    matrices = cost.muon_parameters(shape)
+    assert there.host_bytes - muon_there.host_bytes == 4 * matrices / 4  # one moment less
+    assert muon_there.traffic["host"] - there.traffic["host"] == 2 * 2 * matrices / 4  # in bfloat16, both ways
+    assert here.checkpoint_bytes - muon_here.checkpoint_bytes == 4 * matrices
+    assert muon_there.step_seconds > muon_here.step_seconds > here.step_seconds
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -140,17 +165,19 @@ MEMORY_CASES = [
     ({}, {"activation_checkpointing": "selective"}),
     ({"tied_embeddings": True}, {"activation_checkpointing": "full"}),
     ({"vocab_size": 2048, "n_kv_heads": 1}, {"activation_checkpointing": "full", "reshard_after_forward": False}),
+    ({}, {"activation_checkpointing": "full"}, "muon"),
+    ({"d_model": 96, "d_ff": 512, "n_layers": 3}, {}, "muon"),
 ]
 
 
 def measure_memory(world) -> list[dict[str, float]]:
     """In the order of MEMORY_CASES."""
-    return [observed.measured_memory(*memory_case(*case, world.size), world, 0.5) for case in MEMORY_CASES]
+    return [observed.measured_memory(*memory_case(world.size, *case), world, 0.5) for case in MEMORY_CASES]
 
 
-def memory_case(change: dict, parallel: dict, ranks: int) -> tuple:
+def memory_case(ranks: int, change: dict, parallel: dict, optimizer: str = "adamw") -> tuple:
     shape = dict(vocab_size=512, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_ff=352)
-    config = config_of({"head_chunk": 256, **parallel}, global_batch=8 * ranks, micro_batch=8)
+    config = config_of({"head_chunk": 256, **parallel}, optimizer, global_batch=8 * ranks, micro_batch=8)
     data = config.data.model_copy(update={"sequence_length": 128})
     return config.model_copy(update={"data": data}), ModelShape(**{**shape, **change})
 
@@ -160,11 +187,12 @@ def test_memory_is_what_the_allocator_hands_out(ranks):
     """States to the byte, activations to 1%, peaks to 10%. A plan that adds up head and block would be off by more."""
     worst = 0.0
     for case, measured in zip(MEMORY_CASES, run_world(measure_memory, ranks)[0], strict=True):
-        config, shape = memory_case(*case, ranks)
-        planned = cost.memory(shape, config, ranks, 8, cost.Assumptions(), composed_norms=True)
+        config, shape = memory_case(ranks, *case)
+        planned = cost.memory(shape, config, ranks, 8, cost.Assumptions(), on_cpu=True)
         for kind in ("parameters", "gradients", "optimizer"):
             assert planned[kind] == measured[kind], (case, kind)
         assert planned["activations"] == pytest.approx(measured["activations"], rel=0.01), case
+        assert planned["optimizer at work"] == pytest.approx(measured["optimizer at work"], rel=0.1, abs=1024), case
         there = planned["gathered"] + planned["activations"]
         for kind in cost.WORK:
             assert there + planned[kind] == pytest.approx(measured[kind], rel=0.1), (case, kind)

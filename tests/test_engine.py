@@ -65,7 +65,7 @@ def initial_hash(tree: dict) -> str:
 def short_run(small_run, tmp_path):
     """short_run(name, {parallel settings}): the tree of a run of 6 steps, a checkpoint at 3, two micro-steps a rank."""
 
-    def tree(name: str, parallel: dict) -> dict:
+    def tree(name: str, parallel: dict, optim: dict | None = None) -> dict:
         run = {"dir": str(tmp_path / name), "seed": 5, "steps": 6, "global_batch": 16, "micro_batch": 2}
         small = {"run": run, "parallel": parallel, "checkpoint": {"save_every": 3}, "eval": {"every": 6, "rows": 8}}
         monitor = {
@@ -76,29 +76,39 @@ def short_run(small_run, tmp_path):
             "probe_rates": 2,
             "probe_masks": 2,
         }
-        return small_run({**small, "optim": {"warmup_steps": 2}, "monitor": monitor})
+        return small_run({**small, "optim": {"warmup_steps": 2, **(optim or {})}, "monitor": monitor})
 
     return tree
 
 
 def test_the_mesh_changes_nothing(short_run, tmp_path):
-    kinds = {"fsdp": {}, "hsdp": {"replicate": 2, "activation_checkpointing": "full", "offload": True}}
-    trees = [short_run(name, parallel) for name, parallel in kinds.items()]
-    assert run_world(train_each, 4, trees) == [[initial_hash(trees[0])] * 2] * 4
-    metrics = {name: read_metrics(tmp_path / name) for name in kinds}
+    hsdp, muon = (
+        {"replicate": 2, "activation_checkpointing": "full", "offload": True},
+        {"name": "muon", "muon_lr": 2e-3},
+    )
+    runs = {"fsdp": ({}, {}), "hsdp": (hsdp, {}), "muon": ({}, muon), "muon hsdp": (hsdp, muon)}
+    trees = [short_run(name, *settings) for name, settings in runs.items()]
+    assert run_world(train_each, 4, trees) == [[initial_hash(trees[0])] * 4] * 4
+    metrics = {name: read_metrics(tmp_path / name) for name in runs}
     assert [r["step"] for r in metrics["fsdp"] if "grad_noise" in r] == [2, 6]  # not 4: step 3 saves
     # Two copies of two shards add up in another order; averaging over copies would halve the gradient, and gradient
     # noise added up over all ranks would count each copy.
     close(metrics["fsdp"], metrics["hsdp"], 1e-5)
+    close(metrics["muon"], metrics["muon hsdp"], 1e-5)
+    with pytest.raises(AssertionError):
+        close(metrics["fsdp"], metrics["muon"], 1e-2)  # another optimizer is another run
     # Saved as two copies on 4 ranks, continued as one on 2.
-    shutil.rmtree(tmp_path / "hsdp/checkpoints/step-00000006")
-    run_world(train_each, 2, [short_run("hsdp", {})])
-    close(metrics["hsdp"], read_metrics(tmp_path / "hsdp"), 1e-5)
+    for name in ("hsdp", "muon hsdp"):
+        shutil.rmtree(tmp_path / name / "checkpoints/step-00000006")
+    run_world(train_each, 2, [short_run("hsdp", {}), short_run("muon hsdp", {}, muon)])
+    for name in ("hsdp", "muon hsdp"):
+        close(metrics[name], read_metrics(tmp_path / name), 1e-5)
 
 
 def test_arrangements_are_one_run(corpus, tmp_path):
     """A short version of tools/check_exactness.py: what should be bitwise equal is, the rest to 1e-5."""
     names = ["plain", "recompute full", "recompute ops", "keep gathered", "offload", "average", "accumulate", *FUSED]
+    names += ["muon", "muon offload", "muon accumulate"]
     rows = list(measure(3, ["1", "2x2"], names, corpus, tmp_path))
     assert len(rows) == 2 * len(names) and {row.verdict(3) for row in rows} == {"ok"}, rows
     assert any(row.loss_to_plain for row in rows), "nothing differs: was anything arranged?"
@@ -121,8 +131,8 @@ def test_exactness_is_judged_by_the_law():
         (["--steps", "0"], "--steps 0 is not positive"),  # and the defaults of the others are good
         (["--worlds", "2,4"], "--worlds 2,4: 1 first"),
         (["--worlds", "1,3"], "--worlds 1,3: 1 first"),
-        (["--only", "compile"], "--only compile: plain first"),
-        (["--only", "plain,fast"], "--only plain,fast: plain first"),
+        (["--only", "compile,muon again"], "--only compile,muon again: needs muon, plain too"),
+        (["--only", "plain,fast"], "--only plain,fast: no fast: there are plain, "),
     ],
 )
 def test_exactness_refuses_what_it_cannot_compare(arguments, message):

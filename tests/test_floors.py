@@ -13,12 +13,18 @@ FLOORS = {
     **dict.fromkeys(["train", "generate"], 5),
     **dict.fromkeys(["evaluate", "likelihood", "measure", "probe", "cost", "observed"], 4),
     **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
-    **dict.fromkeys(["model", "data", "optim"], 2),
+    **dict.fromkeys(["model", "data", "optim", "muon"], 2),
     "diffusion": 1,
     "config": 0,
     "yaml12": -1,  # under config: it knows nothing of runs
 }
-ARROWS = {("train", "evaluate"), ("evaluate", "likelihood"), ("checkpoint", "parallel"), ("monitor", "parallel")}
+ARROWS = {
+    ("train", "evaluate"),
+    ("evaluate", "likelihood"),
+    ("checkpoint", "parallel"),
+    ("monitor", "parallel"),
+    ("optim", "muon"),
+}
 DIFFUSION_MAY_IMPORT = {"torch", "numpy", "scipy", "mdmtrain"} | set(sys.stdlib_module_names)
 
 

@@ -18,7 +18,7 @@ HEALTHY = torch.tensor(True)
 
 
 class Small(nn.Module):
-    """A matrix, a cube and the gain of a norm."""
+    """A matrix, a cube, the gain of a norm, and two matrices in blocks, which Muon takes where it is asked for."""
 
     def __init__(self):
         super().__init__()
@@ -26,11 +26,15 @@ class Small(nn.Module):
         self.matrix = nn.Parameter(torch.randn(4, 3, generator=generator))
         self.cube = nn.Parameter(torch.randn(2, 3, 2, generator=generator))
         self.gain = nn.Parameter(torch.ones(5))
+        self.layers = nn.ParameterList(torch.randn(size, generator=generator) for size in ((3, 4), (5, 2)))
 
 
 def start(**options):
     model = Small()
     return model, build_optimizer(model, OptimConfig(lr=0.1, **options))
+
+
+both = pytest.mark.parametrize("kind", ["adamw", "muon"])
 
 
 def set_gradients(model, seed):
@@ -57,7 +61,7 @@ def state(model, optimizer, *averages):
 
 
 def test_two_gradients_in_a_row_give_their_noise_and_their_mean():
-    """g = G + n, Tr Cov = 29 spread^2: unbiased; without the half, or with |g|^2 for |G|^2, it is not."""
+    """g = G + n, Tr Cov = 51 spread^2: unbiased; without the half, or with |g|^2 for |G|^2, it is not."""
     model, spread, found, squares = Small(), 1.5, [], []
     mean = [torch.full_like(p, 0.3) for p in model.parameters()]
     generator, pair = torch.Generator().manual_seed(3), GradientPair(model)
@@ -145,22 +149,22 @@ def test_learning_rate_is_continuous_and_never_leaves_its_range(schedule, steps,
 # ---- decay
 
 
-def test_weight_decay_acts_on_matrices_only():
-    model, optimizer = start(weight_decay=0.5)
+@both
+def test_weight_decay_acts_on_matrices_only(kind):
+    model, optimizer = start(weight_decay=0.5, name=kind)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer_step(optimizer, HEALTHY, 0.1, 1.0)
-    for name in ("matrix", "cube"):
-        torch.testing.assert_close(getattr(model, name).detach(), before[name] * (1 - 0.1 * 0.5))
-    assert torch.equal(model.gain.detach(), before["gain"])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 if name == "gain" else 1 - 0.1 * 0.5))
 
 
 def test_a_step_is_adamws_with_the_rate_it_is_given():
     model, optimizer = start(weight_decay=0.1, beta1=0.8, beta2=0.9, adam_eps=1e-6)
     twin = Small()
     reference = torch.optim.AdamW(
-        [{"params": [twin.matrix, twin.cube]}, {"params": [twin.gain], "weight_decay": 0.0}],
+        [{"params": [twin.matrix, twin.cube, *twin.layers]}, {"params": [twin.gain], "weight_decay": 0.0}],
         betas=(0.8, 0.9),
         eps=1e-6,
         weight_decay=0.1,
@@ -182,8 +186,9 @@ def test_a_step_is_adamws_with_the_rate_it_is_given():
 
 
 @pytest.mark.parametrize(("clip", "kept"), [(None, 1.0), (1e6, 1.0), (0.5, None)])
-def test_gradients_are_scaled_to_the_largest_norm_and_never_up(clip, kept):
-    model, optimizer = start(beta1=0.9)
+@both
+def test_gradients_are_scaled_to_the_largest_norm_and_never_up(clip, kept, kind):
+    model, optimizer = start(beta1=0.9, name=kind)
     set_gradients(model, 0)
     gradients = {p: p.grad.clone() for p in model.parameters()}
     expected = total_norm(model)
@@ -191,7 +196,8 @@ def test_gradients_are_scaled_to_the_largest_norm_and_never_up(clip, kept):
     assert float(norm) == pytest.approx(expected, rel=1e-6) and float(skipped) == 0  # the norm before clipping
     scale = kept if kept is not None else clip / expected
     for p, gradient in gradients.items():
-        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * scale * gradient, rtol=1e-4, atol=1e-7)
+        key, share = ("momentum", 0.05) if "momentum" in optimizer.state[p] else ("exp_avg", 0.1)
+        torch.testing.assert_close(optimizer.state[p][key], share * scale * gradient, rtol=1e-4, atol=1e-7)
     if kept is None:  # all parameters by one factor, not each by its own norm
         assert abs(clip / float(gradients[model.gain].norm()) / scale - 1) > 0.1
 
@@ -199,10 +205,12 @@ def test_gradients_are_scaled_to_the_largest_norm_and_never_up(clip, kept):
 # ---- a step that is skipped
 
 
+@both
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("poison", ["nan", "inf", "-inf", "loss", "overflow"])
-def test_a_step_that_is_not_finite_leaves_no_trace(poison, clip):
-    (model, optimizer), (control, control_optimizer) = start(), start()
+@pytest.mark.parametrize("where", ["cube", "layers"])
+def test_a_step_that_is_not_finite_leaves_no_trace(kind, clip, poison, where):
+    (model, optimizer), (control, control_optimizer) = start(name=kind), start(name=kind)
     average, control_average = EMA(model, 0.9), EMA(control, 0.9)
 
     def good(seed):
@@ -216,10 +224,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(poison, clip):
     good(0)
     before = state(model, optimizer, average)
     set_gradients(model, 1)
+    poisoned = model.cube if where == "cube" else model.layers[1]
     if poison == "overflow":
-        model.cube.grad.fill_(3e38)  # finite, and its norm is not
+        poisoned.grad.fill_(3e38)  # finite, and its norm is not
     elif poison != "loss":
-        model.cube.grad[0, 1, 0] = float(poison)
+        poisoned.grad[0, 1] = float(poison)
     _, skipped = optimizer_step(optimizer, torch.tensor(poison != "loss"), 0.1, clip)
     average.update(model, skipped)
     assert float(skipped) == 1
@@ -231,10 +240,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(poison, clip):
     assert after != before and after == state(control, control_optimizer, control_average)
 
 
-def test_multiplying_a_bad_gradient_by_zero_would_be_noticed():
+@both
+def test_multiplying_a_bad_gradient_by_zero_would_be_noticed(kind):
     """nan * 0 is nan; zeroed gradients still decay the weights and count a step."""
     assert torch.isnan(torch.tensor(float("nan")) * 0)
-    model, optimizer = start()
+    model, optimizer = start(name=kind)
     before = state(model, optimizer)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -242,13 +252,14 @@ def test_multiplying_a_bad_gradient_by_zero_would_be_noticed():
     assert state(model, optimizer) != before
 
 
-def test_the_state_is_there_from_the_start():
-    model, optimizer = start()
+@both
+def test_the_state_is_there_from_the_start(kind):
+    model, optimizer = start(name=kind)
     for p in model.parameters():
-        entry = optimizer.state[p]
-        assert set(entry) == {"step", "exp_avg", "exp_avg_sq"}
-        assert entry["exp_avg"].shape == p.shape and not entry["exp_avg"].any() and not entry["exp_avg_sq"].any()
-        assert float(entry["step"]) == 0
+        entry, by_muon = optimizer.state[p], kind == "muon" and any(p is layer for layer in model.layers)
+        assert set(entry) == ({"momentum"} if by_muon else {"step", "exp_avg", "exp_avg_sq"})
+        assert all(moment.shape == p.shape for key, moment in entry.items() if key != "step")
+        assert not any(tensor.any() for tensor in entry.values())
 
 
 # ---- the average

@@ -13,6 +13,7 @@ Random tokens, the configuration's model and micro-batch; works that are compare
     memory     the planner's prediction (mdmtrain/cost.py) against the allocator's books, by kind and mode
     loop       steps of the real training loop on the prepared data: where their time goes, tokens/s, MFU against the
                matrix products of this process, and the loop's overhead beyond the model and the optimizer
+    optimizer  the optimizer's step by itself, Muon's against AdamW's, and all that a rank holds for it
     machinery  a step with the variance machinery against one without
     balance    masked positions per rank and micro-step under global strata against independent rates (simulated)
 
@@ -62,10 +63,11 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config, resolve
 from mdmtrain.cost import WORK, Assumptions, memory, step_flops
-from mdmtrain.diffusion.objective import MaskedBatch
+from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.observed import measured_memory
+from mdmtrain.optim import build_optimizer, local
 from mdmtrain.parallel.world import World, init_world
 
 WARM_UP = 5  # steps of the loop that do not count
@@ -123,16 +125,35 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """{mode: {kind: [planned, measured]}}, bytes on rank 0; the peaks include all but the states."""
     assumed, compared = Assumptions(), {}
-    composed = world.device.type == "cpu"  # its norms
+    on_cpu = world.device.type == "cpu"
     for mode, settings in RECOMPUTE.items():
         one = changed(config, "parallel", **settings)
         measured = measured_memory(one, shape, world, assumed.masked)
         shard = world.size // config.parallel.replicate
-        planned = memory(shape, one, shard, config.run.micro_batch, assumed, composed)
+        planned = memory(shape, one, shard, config.run.micro_batch, assumed, on_cpu)
         for kind in WORK:
             planned[kind] += planned["gathered"] + planned["activations"]
         compared[mode] = {kind: [planned[kind], value] for kind, value in measured.items()}
     return compared
+
+
+def compare_optimizers(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
+    """The steps alone, on gradients that stay. Memory: parameters, gradients, state, and what the step takes on top."""
+    batch, works, peaks = random_batch(config, shape).to(world.device), {}, {}
+    for name in ("adamw", "muon"):
+        model = new_model(config, shape, world)
+        optimizer = build_optimizer(model, config.optim.model_copy(update={"name": name, "muon_lr": None}))
+        row_losses(model(batch.noisy, batch.positions, batch.targets), batch).sum().backward()
+        optimizer.found_inf = torch.zeros((), device=local(next(model.parameters())).device)
+        works[name] = optimizer.step
+        optimizer.step()
+        held = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+        peaks[name] = sum(local(tensor).nbytes for tensor in held) + peak_bytes(optimizer.step, world.device)
+    works["micro-step"] = passes(new_model(config, shape, world), batch)
+    seconds = in_turns(works, repeat, world, "optimizers")
+    micro_step = seconds.pop("micro-step")
+    compared = against("adamw", seconds, peaks)
+    return {name: {**row, "of_a_micro_step": summary(seconds[name] / micro_step)} for name, row in compared.items()}
 
 
 def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
@@ -216,9 +237,15 @@ def show_memory(console: Console, compared: dict) -> None:
     kinds = list(next(iter(compared.values())))
     table = Table("planned / measured, MiB", *kinds, title="memory of a rank (peaks: all but the states)")
     for mode, row in compared.items():
-        cells = [f"{p / 2**20:,.2f} / {m / 2**20:,.2f} = {p / m:.3f}" for p, m in row.values()]
+        cells = [f"{p / 2**20:,.2f} / {m / 2**20:,.2f}" + (f" = {p / m:.3f}" if p else "") for p, m in row.values()]
         table.add_row(mode, *cells)
     console.print(table)
+
+
+def show_optimizers(console: Console, rows: dict) -> None:
+    console.print(comparison("the optimizer's step, and all that a rank holds for it", rows))
+    for name, row in rows.items():
+        console.print(f"{name}: {ratio(row['of_a_micro_step'])} of the forward and backward pass of one micro-batch")
 
 
 def show_loop(console: Console, loop: dict) -> None:
@@ -272,6 +299,7 @@ PARTS = {
     "chunks": (compare_chunks, lambda console, rows: console.print(comparison("the head in one chunk", rows))),
     "memory": (compare_memory, show_memory),
     "loop": (watch_loop, show_loop),
+    "optimizer": (compare_optimizers, show_optimizers),
     "machinery": (measure_machinery, show_machinery),
     "balance": (
         lambda config, *_: simulate_balance(config.data.sequence_length, config.diffusion.eps),

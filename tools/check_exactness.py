@@ -5,8 +5,9 @@
 
 Trains a small model on gloo ranks of this machine's CPU, once for each arrangement and world, with one seed. A world
 AxB is HSDP: A copies of B shards. Exit status 1 where a row that should be bitwise equal to the plain run of its
-world is not, or where losses leave the tolerance of law 1 (docs/DESIGN.md) against one rank. docs/engine.md has the
-table of the default arguments.
+world is not, or where losses leave the tolerance of law 1 (docs/DESIGN.md) against one rank. Arrangements that begin
+with "muon" are another run and are compared with the plain run under Muon. docs/engine.md has the table of the default
+arguments.
 """
 
 import contextlib
@@ -41,12 +42,18 @@ FEW, AT_FIRST, AFTER_MANY = 20, 1e-5, 1e-4  # law 1: relative tolerance of losse
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A way to do the same run. `exact`: bitwise equal to the plain run of the same world."""
+    """A way to do the same run. `exact`: bitwise equal to the plain run of the same world and optimizer."""
 
     parallel: dict
     exact: bool
     accumulate: int = 1
     ema: bool = False
+    optimizer: str = "adamw"
+
+    @property
+    def plain(self) -> str:
+        """The arrangement that it is compared with."""
+        return "plain" if self.optimizer == "adamw" else self.optimizer
 
 
 ARRANGEMENTS = {
@@ -64,6 +71,11 @@ ARRANGEMENTS = {
     "compile": Arrangement({"compile": True}, False),
     "compile ops": Arrangement({"compile": True, "activation_checkpointing": "ops"}, False),
     "compile budget": Arrangement({"compile": True, "activation_checkpointing": "budget"}, False),
+    "muon": Arrangement({}, True, optimizer="muon"),
+    "muon again": Arrangement({}, True, optimizer="muon"),
+    "muon recompute full": Arrangement({"activation_checkpointing": "full"}, True, optimizer="muon"),
+    "muon offload": Arrangement({"offload": True}, True, optimizer="muon"),
+    "muon accumulate": Arrangement({}, False, accumulate=ACCUMULATED, optimizer="muon"),
 }
 
 
@@ -102,7 +114,12 @@ def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_di
             "random_length_fraction": 0.1,
             "workers": 0,
         },
-        "optim": {"lr": 3e-3, "warmup_steps": min(5, steps), "ema_decay": 0.9 if arrangement.ema else None},
+        "optim": {
+            "name": arrangement.optimizer,
+            "lr": 3e-3,
+            "warmup_steps": min(5, steps),
+            "ema_decay": 0.9 if arrangement.ema else None,
+        },
         "parallel": {"replicate": copies, **arrangement.parallel},
         "checkpoint": {"save_every": steps},
         "monitor": {"log_every": steps, "tensorboard": False, "probe_every": 0},
@@ -160,9 +177,9 @@ def difference(run: tuple, reference: tuple) -> tuple[float, float]:
 
 
 def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder: Path) -> Iterator[Row]:
-    """Every arrangement in every world. The first world is the reference: one rank; the first arrangement is plain."""
-    assert worlds[0] == "1" and names[0] == "plain"
-    reference = {}
+    """Every arrangement in every world. The first world is the reference: one rank."""
+    assert worlds[0] == "1" and {ARRANGEMENTS[name].plain for name in names} <= set(names)
+    references = {}
     for world in worlds:
         ranks, trees = 0, []
         for name in names:
@@ -170,10 +187,13 @@ def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder:
             trees.append(tree)
         train_all(ranks, trees)
         outcomes = {name: outcome(folder / f"{world} {name}") for name in names}
-        plain = outcomes["plain"]
-        if world == "1":  # the average of the run that has one belongs to the plain run's weights
-            reference = plain[0], {n: t for _, tensors in outcomes.values() for n, t in tensors.items()} | plain[1]
         for name, run in outcomes.items():
+            base = ARRANGEMENTS[name].plain
+            plain = outcomes[base]
+            if world == "1":  # the average of the run that has one belongs to the plain run's weights
+                _, weights = references.setdefault(base, (plain[0], dict(plain[1])))
+                weights |= {n: tensor for n, tensor in run[1].items() if n not in weights}
+            reference = references[base]
             yield Row(world, name, ARRANGEMENTS[name].exact, *difference(run, reference), *difference(run, plain))
 
 
@@ -203,7 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=FEW, help="of each run (default: %(default)s)")
     parser.add_argument("--worlds", default="1,2,4,2x2", help="the first is 1, the reference (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(ARRANGEMENTS), help="plain, then others (default: %(default)s)")
+    parser.add_argument(
+        "--only", default=",".join(ARRANGEMENTS), help="plain, muon, and others of theirs (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: one made on the spot)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(arguments)
@@ -211,8 +233,10 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = [world.split("x") for world in worlds]
     if worlds[0] != "1" or not all(len(size) < 3 and all(n in {"1", "2", "4"} for n in size) for size in sizes):
         raise ValueError(f"--worlds {args.worlds}: 1 first, then numbers of ranks (2, 4) or COPIESxSHARDS (2x2)")
-    if names[0] != "plain" or set(names) - ARRANGEMENTS.keys():
-        raise ValueError(f"--only {args.only}: plain first, then some of {', '.join(ARRANGEMENTS)}")
+    if unknown := set(names) - ARRANGEMENTS.keys():
+        raise ValueError(f"--only {args.only}: no {', '.join(sorted(unknown))}: there are {', '.join(ARRANGEMENTS)}")
+    if missing := {ARRANGEMENTS[name].plain for name in names} - set(names):
+        raise ValueError(f"--only {args.only}: needs {', '.join(sorted(missing))} too, to compare with")
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps} is not positive")
     console, begin = Console(width=120), time.monotonic()

@@ -74,7 +74,7 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % tokenizer.vocab_size
     ours = our_logits(weights, dtype, ids)
-    if target == "llama":
+    if target in formats.TRANSFORMERS:
         theirs = transformers_logits(folder, ids, other)
         if theirs is None:
             return [*found, "logits not compared: pip install 'mdmtrain[transformers]'"]

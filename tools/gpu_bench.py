@@ -52,12 +52,12 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     """Peak memory against the plan, compiled against eager, and the whole step (with the faster of them)."""
     world, config = the_world(), example(place, name)
     shape, repeat = model_shape(config.model, 0), place.pick(10, 1)
-    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), composed_norms=place.rehearsal)
+    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
     states = planned["gradient pair"] + planned["average"]  # not in this measurement
     measured = measured_memory(config, shape, world, Assumptions().masked)
     there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
     most_kept = planned["gathered"] + planned["activations"]
-    most = there + max(measured[kind] for kind in WORK)
+    most = there + max(measured[kind] for kind in (*WORK, "optimizer at work"))
     ratio = most / (peak(planned) - states)
     both = {kind: [planned[kind] + (kind in WORK) * most_kept, measured[kind]] for kind in measured}
     report.note(memory_planned_and_measured=both)

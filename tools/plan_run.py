@@ -17,7 +17,7 @@ from rich.table import Table
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config
-from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, propose, traffic
+from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, traffic
 from mdmtrain.data.shards import read_manifest
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
@@ -52,7 +52,8 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     row("model FLOPs a step", [f"{c.model_flops:.3g}" for c in costs])
     row("compute, s", [f"{c.compute_seconds:.3g}" for c in costs])
     row("communication, s", [f"{c.communication_seconds:.3g}" for c in costs])
-    row("step (the larger, and AdamW if on the host), s", [f"{c.step_seconds:.3g}" for c in costs])
+    row("optimizer (Muon, and AdamW if on the host), s", [f"{c.optimizer_seconds:.3g}" for c in costs])
+    row("step (the larger, and the optimizer), s", [f"{c.step_seconds:.3g}" for c in costs])
     row("MFU", [f"{c.mfu:.1%}" for c in costs])
     row("tokens/s", [f"{c.tokens_per_second:,.0f}" for c in costs])
     row("days", [f"{c.days:,.2f}" for c in costs])
@@ -104,14 +105,17 @@ def main(arguments: list[str] | None = None) -> None:
         if not one.fits:
             entry["proposal"] = propose(config, shape, one.gpus, gpu, assumed)
             way = entry["proposal"] or "nothing here makes it fit: more GPUs, or a smaller model or sequence_length"
-            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False)
+            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False, soft_wrap=True)
         entry["hurry"] = hurry(config, shape, one.gpus, gpu, assumed)
         if entry["hurry"]:
             line = f"communication sets the pace and memory is left; try {entry['hurry']}"
             console.print(f"{one.gpus:,} GPUs: {line}", highlight=False)
         if args.trace:
-            entry["traced_micro_step"] = traced_traffic(config, shape, one.gpus)
-            planned_step = traffic(shape, config, one.gpus, one.gpus // config.parallel.replicate, 1)
+            shard = one.gpus // config.parallel.replicate
+            by_rank = muon_traffic(shape, shard)
+            busiest = by_rank.index(max(by_rank))  # the plan's rank; all send the same but for Muon
+            entry["traced_micro_step"] = traced_traffic(config, shape, one.gpus, busiest)
+            planned_step = traffic(shape, config, one.gpus, shard, 1)
             for kind, sent in entry["traced_micro_step"].items():
                 planned = planned_step[kind]
                 console.print(

@@ -26,7 +26,15 @@ from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
-from mdmtrain.measure import ArmNoise, Bench, Spread, gradient_components, mean_interval, ratio_interval
+from mdmtrain.measure import (
+    ArmNoise,
+    Bench,
+    Spread,
+    density_floor,
+    gradient_components,
+    mean_interval,
+    ratio_interval,
+)
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
@@ -54,10 +62,10 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
     return diffusion
 
 
-def verdict(name: str, objective: str, ratio: Spread) -> str:
+def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
     if name == "standard":
         return "the reference"
-    if objective != "nelbo":
+    if not trains_nelbo:
         return "other objective"
     if ratio.low > 1 or ratio.high < 1:
         return "less" if ratio.high < 1 else "more"
@@ -91,7 +99,15 @@ def interval(value: float, ends: list[float], digits: str) -> str:
 
 def show(result: dict, console: Console) -> None:
     table = Table(
-        "arm", "Tr Cov", "ratio to standard", "", "by real steps", "|E g|^2 / Tr Cov", "loss variance", "ratio"
+        "arm",
+        "Tr Cov",
+        "ratio to standard",
+        "",
+        "by real steps",
+        "|E g|^2 / Tr Cov",
+        "loss variance",
+        "ratio",
+        "best density of t",
     )
     for name, row in result["arms"].items():
         table.add_row(
@@ -103,8 +119,10 @@ def show(result: dict, console: Console) -> None:
             interval(row["signal_to_noise"], row["signal_to_noise_ci"], ".2f"),
             f"{row['loss_var']:.3g}",
             interval(row["loss_var_ratio"], row["loss_ci"], ".2f"),
+            interval(row["density_floor"], row["density_floor_ci"], ".2f") if "density_floor" in row else "",
         )
     console.print(table)
+    console.print("best density of t: the least second moment that a density of the rate can reach, over the arm's own")
     table = Table("single rows", *result["components"]["gradient"])
     for what, of in result["components"].items():
         table.add_row(what, *(f"{v['value']:.3g} ({v['low']:.3g}..{v['high']:.3g})" for v in of.values()))
@@ -175,9 +193,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {}
     for name, noise in noises.items():
         row = report_row(noise, noises["standard"], *steps[name])
-        objective = arms[name].objective_name
-        says = verdict(name, objective, Spread(row["grad_var_ratio"], *row["ci"]))
+        objective = arms[name].objective
+        says = verdict(name, arms[name].trains_nelbo, Spread(row["grad_var_ratio"], *row["ci"]))
         rows[name] = {"objective": objective, "verdict": says, **row}
+        if arms[name].sampler == "uniform":
+            floor = density_floor(noise)
+            rows[name] |= {"density_floor": floor.value, "density_floor_ci": [floor.low, floor.high]}
     parts = {what: {k: asdict(v) for k, v in gradient_components(of).items()} for what, of in kinds.items()}
     result = {
         "checkpoint": str(loaded.folder), "step": loaded.meta["step"], "rows": config.run.global_batch,

@@ -63,7 +63,7 @@ def export(
     identity = {"model": asdict(weights.shape), "tokenizer": tokenizer.sha256}
     with _writing_new(out) as folder:
         facts = {**weights.facts, "identity": weights.facts.get("identity", {}) | identity, "mdmtrain": __version__}
-        if target == "llama":
+        if target in formats.TRANSFORMERS:
             facts["minimum_transformers"] = formats.MINIMUM_TRANSFORMERS
         facts["sha256"] = _write_tensors(weights, target, folder, dtype, shard_bytes, advance)
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -127,11 +127,14 @@ def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
     """The folder's README.md: what the model is, how to load it, and the facts of its training."""
     facts, config, shape = weights.facts, weights.facts["config"], weights.shape
     arm, usual = config["diffusion"], DiffusionConfig().model_dump(mode="json")
+    hub = (
+        f"`AutoModelForCausalLM` of transformers {formats.MINIMUM_TRANSFORMERS} or newer loads it. Older versions load "
+        "it too, but with causal attention and without a warning: all results are then wrong. `generate()` writes from "
+        "left to right, which is not how a masked diffusion model writes: fill mask tokens instead."
+    )
     loading = {
         "native": "Our own names: `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
-        "llama": f"`AutoModelForCausalLM` of transformers {formats.MINIMUM_TRANSFORMERS} or newer loads it. Older ones "
-        "load it too, but with causal attention and without a word: all results are then wrong. `generate()` goes from "
-        "left to right, which is not how a masked diffusion model writes: fill mask tokens instead.",
+        **dict.fromkeys(formats.TRANSFORMERS, hub),
         "llada": "Names and configuration are those of LLaDA's own code (LLaDAModelLM), which is not included.",
     }
     rows = {
@@ -149,7 +152,7 @@ def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
         rows[f"NELBO, {e['split']}"] = f"{e['nelbo']:.4f} +- {e['nelbo_se']:.4f} nats/token"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     return f"""---
-library_name: {"transformers" if target == "llama" else "mdmtrain"}
+library_name: {"transformers" if target in formats.TRANSFORMERS else "mdmtrain"}
 tags: [masked-diffusion]
 ---
 # {name}
@@ -203,7 +206,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
 class SideExports:
     """RUN/exports/step-NNNNNNNN from finished checkpoints, each by a process beside the run. Works on rank 0.
 
-    A llama folder, or a native one where llama cannot express the model. A failure is a warning and no more.
+    A folder that transformers loads: qwen3 with qk_norm, llama without. A failure is a warning and no more.
     """
 
     def __init__(self, config: Config, resumed: Path | None, is_main: bool):
@@ -248,4 +251,4 @@ def _export_beside(checkpoint: Path, out: Path) -> None:
     os.nice(10)
     torch.set_num_threads(1)
     weights = open_checkpoint(checkpoint)
-    export(weights, "native" if weights.shape.qk_norm else "llama", out)
+    export(weights, "qwen3" if weights.shape.qk_norm else "llama", out)

@@ -1,7 +1,8 @@
 """What other programs call the parts of a model: one table of tensors and one of sizes, read in both directions.
 
-`native` has our own names. `llama` is transformers' LlamaForCausalLM, bidirectional through `is_causal: false`. `llada`
-has the names and the configuration of LLaDA's own code (arXiv 2502.09992). Values never change: our rotary layout is
+`native` has our own names. `llama` is transformers' LlamaForCausalLM, bidirectional through `is_causal: false`. `qwen3`
+is its Qwen3ForCausalLM, which is the same network with RMSNorm on queries and keys. `llada` has the names and the
+configuration of LLaDA's own code (arXiv 2502.09992). Values never change: our rotary layout is
 Llama's half rotation, so no matrix is permuted.
 """
 
@@ -14,16 +15,21 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 
-MODEL_TYPES = {"native": "mdmtrain", "llama": "llama", "llada": "llada"}
-LENGTHS = {"native": "sequence_length", "llama": "max_position_embeddings", "llada": "max_sequence_length"}
-# The first transformers whose Llama heeds is_causal: older ones (5.1 too) load the same folder causal, without a word.
+MODEL_TYPES = {"native": "mdmtrain", "llama": "llama", "llada": "llada", "qwen3": "qwen3"}
+TRANSFORMERS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # what transformers loads, by which class
+LENGTHS = {
+    "native": "sequence_length", "llama": "max_position_embeddings", "llada": "max_sequence_length",
+    "qwen3": "max_position_embeddings",
+}  # fmt: skip
+# The first transformers that honours is_causal: older ones (5.1 too) load the same folder with causal attention and
+# give no warning.
 MINIMUM_TRANSFORMERS = "5.2.0"
 
 
 def _table(text: str) -> dict[str, dict[str, str]]:
-    """Rows of our word, llama's and llada's: ours -> target -> theirs."""
+    """Rows of our word, that of transformers (llama and qwen3) and llada's: ours -> target -> theirs."""
     rows = map(str.split, text.strip().splitlines())
-    return {row[0]: dict(zip(MODEL_TYPES, row, strict=True)) for row in rows}
+    return {ours: {"native": ours, "llama": hub, "qwen3": hub, "llada": llada} for ours, hub, llada in rows}
 
 
 # A name ends in .weight; {} is the number of the block.
@@ -34,6 +40,8 @@ layers.{}.attention.q_proj   model.layers.{}.self_attn.q_proj          model.tra
 layers.{}.attention.k_proj   model.layers.{}.self_attn.k_proj          model.transformer.blocks.{}.k_proj
 layers.{}.attention.v_proj   model.layers.{}.self_attn.v_proj          model.transformer.blocks.{}.v_proj
 layers.{}.attention.o_proj   model.layers.{}.self_attn.o_proj          model.transformer.blocks.{}.attn_out
+layers.{}.attention.q_norm   model.layers.{}.self_attn.q_norm          -
+layers.{}.attention.k_norm   model.layers.{}.self_attn.k_norm          -
 layers.{}.mlp_norm           model.layers.{}.post_attention_layernorm  model.transformer.blocks.{}.ff_norm
 layers.{}.mlp.gate_proj      model.layers.{}.mlp.gate_proj             model.transformer.blocks.{}.ff_proj
 layers.{}.mlp.up_proj        model.layers.{}.mlp.up_proj               model.transformer.blocks.{}.up_proj
@@ -52,12 +60,14 @@ tied_embeddings  tie_word_embeddings  weight_tying
 rope_theta       rope_theta           rope_theta
 norm_eps         rms_norm_eps         rms_norm_eps
 init_std         initializer_range    init_std
+head_dim         head_dim             -
 causal           -                    -
 qk_norm          -                    -
 """)
 # What makes theirs the network that ours is: written, and demanded where it is read.
 FIXED = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
     "llada": {
         "layer_norm_type": "rms", "block_type": "llama", "activation_type": "silu", "include_bias": False,
         "include_qkv_bias": False, "bias_for_layer_norm": False, "layer_norm_with_affine": True,
@@ -90,8 +100,14 @@ def name_in(target: str, name: str) -> str:
 
 def check_expressible(shape: ModelShape, target: str) -> None:
     """Raise ValueError where `target` has no place for something of the model."""
-    if target != "native" and shape.qk_norm:
-        raise ValueError(f"{target} cannot express qk_norm (RMSNorm on queries and keys): use --to native")
+    if target in ("llama", "llada") and shape.qk_norm:
+        raise ValueError(
+            f"{target} cannot express qk_norm (RMSNorm on queries and keys): use --to qwen3 or --to native"
+        )
+    if target == "qwen3" and not shape.qk_norm:
+        raise ValueError("qwen3 has qk_norm (RMSNorm on queries and keys), this model has not: use --to llama")
+    if target == "llada" and shape.head_dim * shape.n_heads != shape.d_model:
+        raise ValueError("llada cannot express a head_dim other than d_model / n_heads: use --to native or --to llama")
     if target == "llada" and shape.causal:
         raise ValueError("llada cannot express causal attention: use --to native or --to llama")
 
@@ -102,9 +118,9 @@ def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_le
     config = {"model_type": MODEL_TYPES[target], LENGTHS[target]: sequence_length, "dtype": dtype, **ids}
     config |= {theirs: getattr(shape, ours) for ours, theirs in _sizes(target).items()} | FIXED[target]
     match target:
-        case "llama":
+        case "llama" | "qwen3":
             config |= {
-                "architectures": ["LlamaForCausalLM"], "is_causal": shape.causal, "head_dim": shape.head_dim,
+                "architectures": [TRANSFORMERS[target]], "is_causal": shape.causal,
                 "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
                 "attention_dropout": 0.0, "use_cache": False, "transformers_version": MINIMUM_TRANSFORMERS,
             }  # fmt: skip
@@ -121,25 +137,26 @@ def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_le
 def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
     """The model that a config.json describes, and its sequence length. Raises ValueError.
 
-    A Llama that does not say `is_causal: false` is causal.
+    A Llama or Qwen3 that does not say `is_causal: false` is causal.
     """
     if config.get("model_type") != MODEL_TYPES[target]:
         raise ValueError(f"its model_type is {config.get('model_type')!r}, and {target} has {MODEL_TYPES[target]!r}")
     rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
-    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **rope, **config}
+    head_dim = {"head_dim": 128 if target == "qwen3" else 0}  # what transformers takes where config.json does not say
+    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **head_dim}
+    defaults |= {**rope, **config}
     missing = [key for key in [*_sizes(target).values(), LENGTHS[target]] if key not in defaults]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
     values = {ours: defaults[theirs] for ours, theirs in _sizes(target).items()}
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: as many
+    values["head_dim"] = values.get("head_dim") or 0  # null: d_model / n_heads
     values["vocab_size"] = values["vocab_size"] or config.get("vocab_size")
     shape = ModelShape(**values)
     other = {k: config[k] for k, value in FIXED[target].items() if (config.get(k, value) or False) != (value or False)}
-    if target == "llama":
-        shape = replace(shape, causal=config.get("is_causal") is not False)
+    if target in TRANSFORMERS:
+        shape = replace(shape, causal=config.get("is_causal") is not False, qk_norm=target == "qwen3")
         other |= {"rope_type": rope["rope_type"]} if rope.get("rope_type", "default") != "default" else {}
-        if config.get("head_dim") and config["head_dim"] * shape.n_heads != shape.d_model:
-            other["head_dim"] = config["head_dim"]
     if other:
         raise ValueError(f"our model has no {other}")
     return shape, int(defaults[LENGTHS[target]])

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mdmtrain.checkpoint import store
-from mdmtrain.config import Config, DiffusionConfig, validate
+from mdmtrain.config import Config, validate
 from mdmtrain.data.order import Cursor
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
@@ -64,8 +64,6 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     meta = store.read_meta(folder)
     for name, value in identity.items():
         saved = meta["identity"].get(name)
-        if name == "diffusion" and saved is not None:  # a setting newer than the checkpoint had its default there
-            saved = DiffusionConfig().model_dump(mode="json") | saved
         if saved != value and name not in config.checkpoint.allow_changed:
             instead = f", or allow the change with checkpoint.allow_changed='[{name}]'" if name in CHANGEABLE else ""
             raise ValueError(
@@ -75,6 +73,12 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
             f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
+        )
+    optimizer = meta["config"]["optim"].get("name", "adamw")  # checkpoints from before Muon do not say
+    if optimizer != config.optim.name:
+        raise ValueError(
+            f"cannot resume {folder}: it was trained with optim.name={optimizer}, not {config.optim.name}, whose state "
+            f"it does not hold: set optim.name={optimizer}, or start a new run.dir with checkpoint.init_from={folder}"
         )
     return folder
 

@@ -3,7 +3,8 @@
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with torch.distributed.checkpoint files and `meta.json`, which is
 written last: a folder without it does not count. It holds its tokenizer too, so it can be used by itself. Nothing in it
 is keyed by rank, so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says the rest.
+`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says
+the rest.
 """
 
 import json
@@ -18,7 +19,6 @@ from dataclasses import asdict, dataclass
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -39,7 +39,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.optim import EMA
+from mdmtrain.optim import EMA, Optimizer
 from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
 
@@ -54,26 +54,31 @@ warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: EMA | None, sampler: RateSampler
+    model: nn.Module, optimizer: Optimizer, average: EMA | None, sampler: RateSampler
 ) -> dict[str, Tensor]:
     """Every tensor that a run needs to go on: the live ones, so that loading into them restores the run."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
-        tensors |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
-    # All parameters have taken the same number of steps; each has its own counter, and the first one is saved.
-    tensors["adam_step"] = next(iter(optimizer.state.values()))["step"]
+        tensors |= {f"{key}.{name}": moment for key, moment in optimizer.state[p].items() if key != "step"}
+    # All of AdamW's parameters have taken the same number of steps; each has its own counter: the first one is saved.
+    tensors["adam_step"] = adam_steps(optimizer)[0]
     tensors.update({f"sampler.{name}": tensor for name, tensor in sampler.tensors.items()})
     if average is not None:
         tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     return tensors
 
 
-def spread_adam_step(optimizer: torch.optim.Optimizer) -> None:
+def spread_adam_step(optimizer: Optimizer) -> None:
     """Copy the restored step count to every parameter's counter."""
-    states = list(optimizer.state.values())
-    for state in states[1:]:
-        state["step"].copy_(states[0]["step"])
+    first, *others = adam_steps(optimizer)
+    for step in others:
+        step.copy_(first)
+
+
+def adam_steps(optimizer: Optimizer) -> list[Tensor]:
+    """The step counters of AdamW's parameters; Muon has none."""
+    return [state["step"] for state in optimizer.state.values() if "step" in state]
 
 
 # ---- writing

@@ -107,8 +107,8 @@ def _check_tokenizer(model: bytes, sha256: str, file: Path) -> None:
 def open_folder(folder: Path, kind: str) -> Weights:
     """The model of a folder of safetensors: one that `export` wrote, or a foreign one. Raises ValueError.
 
-    A causal Llama becomes the start of a bidirectional model. Roles that its tokenizer lacks (mask, often pad) get new
-    tokens; their rows of the embedding and the head, and any spare rows, are the mean of the rows there were.
+    A causal Llama or Qwen3 becomes the start of a bidirectional model. Roles that its tokenizer lacks (mask, often pad)
+    get new tokens; their rows of the embedding and the head, and any spare rows, are the mean of the rows there were.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model folder (no config.json): name the folder that holds it")
@@ -121,7 +121,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}: it cannot be read as {kind}") from None
     facts.pop("minimum_transformers", None)
-    start_anew = kind == "llama" and stored.causal
+    start_anew = kind in formats.TRANSFORMERS and stored.causal
     model, known = _read_tokenizer(folder, config, add_missing=start_anew)
     if facts:
         _check_tokenizer(model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
@@ -147,7 +147,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
             tensor = torch.cat([tensor[:known], more])
         return tensor
 
-    if not facts or facts["identity"]["model"] != asdict(shape):
+    if not facts or ModelShape(**facts["identity"]["model"]) != shape:
         facts = {**facts, "config": bare.model_dump(mode="json")}
     return Weights(folder, shape, model, facts, read)
 

@@ -6,8 +6,7 @@ The step's loss is sum_ij weight_ij M_ij CE_ij / (N L) over all rows j of the gl
 i, with N the FIXED number of rows and L the row length. A row without a mask counts as 0; nothing is divided by a
 count that a rank sees alone, so the gradient is the same however rows are dealt to ranks and micro-steps. What a
 method changes is where t comes from (the sampler's density p), which positions are masked (`masks`), and `weight_ij`;
-its expectation is always the average of omega(t) l over t, except where `isad` says otherwise. With
-`rate_window` that average is over the window alone, which is another objective than the NELBO.
+its expectation is always the average of omega(t) l over t, except where `isad` says otherwise.
 """
 
 from dataclasses import dataclass, fields
@@ -187,18 +186,12 @@ class ForwardProcess:
 
 
 def rate_range(config: DiffusionConfig) -> tuple[float, float]:
-    """Between which rates t is drawn: the window, or [eps, 1]; counts need no cut, and a complement must not be empty.
-
-    The expected loss is the average of omega(t) l over t uniform on this range. On [eps, 1] it is the NELBO cut at
-    eps. On a window [low, high] each token still weighs 1/t, and the expectation is
-    1/(high - low) int_low^high g(t) dt: another objective, which says nothing about rates outside it
-    (mathematics.md section 8).
-    """
-    if config.rate_window is not None:
-        return config.rate_window
+    """Between which rates t is drawn: drawn counts need no cut, and a complement must not be empty."""
     if config.masks == "counted":
         return 0.0, 1.0
-    return config.eps, 1.0 - config.eps if config.views == "complement" else 1.0
+    if config.views == "complement":
+        return config.eps, 1.0 - config.eps
+    return config.rate_low or config.eps, config.rate_high or 1.0
 
 
 def omega_at(config: DiffusionConfig, progress: float) -> Omega:

@@ -21,10 +21,11 @@ class ModelShape:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    head_dim: int = 0  # width of one head; 0: d_model / n_heads
 
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def __post_init__(self):
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
 
     def parameters(self) -> int:
         """Number of parameters."""
@@ -64,16 +65,19 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
     missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")
+    if "head_dim" not in values and values["d_model"] % values["n_heads"]:
+        raise ValueError(
+            f"model.d_model={values['d_model']} is not a multiple of model.n_heads={values['n_heads']}: change one, or "
+            "give model.head_dim"
+        )
     shape = ModelShape(**values)
     if shape.vocab_size < tokenizer_size:
         raise ValueError(
             f"model.vocab_size={shape.vocab_size} is smaller than the tokenizer's {tokenizer_size}: "
             "leave it out, or give at least that"
         )
-    if shape.d_model % shape.n_heads or shape.head_dim % 2:
-        raise ValueError(
-            f"model.d_model={shape.d_model} / model.n_heads={shape.n_heads} must be an even whole number (rotary pairs)"
-        )
+    if shape.head_dim % 2:
+        raise ValueError(f"model.head_dim={shape.head_dim} (default: d_model / n_heads) must be even: rotary pairs")
     if shape.n_heads % shape.n_kv_heads:
         raise ValueError(f"model.n_heads={shape.n_heads} is not a multiple of model.n_kv_heads={shape.n_kv_heads}")
     return shape

@@ -25,6 +25,8 @@ SHAPES = {
     "tied-gqa": ModelShape(**{**BASE, "n_kv_heads": 2}, tied_embeddings=True, rope_theta=500.0),
     "untied-mha": ModelShape(**BASE, norm_eps=1e-3),
     "untied-gqa": ModelShape(**{**BASE, "n_kv_heads": 1}),
+    "wide-heads": ModelShape(**{**BASE, "n_kv_heads": 2}, head_dim=20),
+    "qk-norm": ModelShape(**{**BASE, "n_kv_heads": 2}, head_dim=16, qk_norm=True, tied_embeddings=True),
 }
 
 

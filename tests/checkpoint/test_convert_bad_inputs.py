@@ -110,7 +110,17 @@ def average_that_is_not_there(lab):
     return [lab.copy("checkpoint"), "--to", "native", "--weights", "average"]
 
 
-@case("llama cannot express qk_norm", "--to native")
+@case("qwen3 has qk_norm", "--to llama")
+def plain_model_in_qwen3(lab):
+    return [lab.folder / "native", "--to", "qwen3"]
+
+
+@case("llada cannot express a head_dim", "--to llama")
+def wide_heads_in_llada(lab):
+    return [checkpoint(lab.folder / "wide", replace(SHAPE, head_dim=20), lab.corpus), "--to", "llada"]
+
+
+@case("llama cannot express qk_norm", "--to qwen3")
 def qk_norm_in_llama(lab):
     return [checkpoint(lab.folder / "normed", replace(SHAPE, qk_norm=True), lab.corpus), "--to", "llama"]
 

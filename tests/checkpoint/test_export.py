@@ -50,9 +50,17 @@ def no_waiting_for_the_disk(monkeypatch):
 # ---- round trips
 
 
+def targets(shape: ModelShape) -> list[str]:
+    """The foreign formats that can express a model."""
+    if shape.qk_norm:
+        return ["qwen3"]
+    return ["llama", "llada"] if shape.head_dim * shape.n_heads == shape.d_model else ["llama"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_round_trips_are_bitwise_from_any_number_of_ranks(ranks, corpus, tmp_path):
-    """checkpoint -> native, native -> llama | llada -> native: tied and untied, GQA and MHA, one file and several.
+    """checkpoint -> native, native -> llama | llada | qwen3 -> native: tied and untied, GQA and MHA, heads of their own
+    width, qk_norm, one file and several.
 
     And once through a checkpoint made by --from. A transposed matrix, a swapped pair of names (gate and up, q and k),
     a permuted rotary layout that is undone wrongly, or a shard of a rank left out would differ.
@@ -63,7 +71,7 @@ def test_round_trips_are_bitwise_from_any_number_of_ranks(ranks, corpus, tmp_pat
         native, shard = here / "native", 1 << 40
         export(open_checkpoint(here), "native", native)
         assert_same(tensors_in(native), wanted)
-        for target in ("llama", "llada"):
+        for target in targets(shape):
             shard = 30_000 if shard > 30_000 else 1 << 40  # one of them in several files
             export(open_folder(native, "native"), target, here / target, shard_bytes=shard)
             assert (len(list((here / target).glob("*.safetensors"))) > 1) == (shard == 30_000)
@@ -71,7 +79,7 @@ def test_round_trips_are_bitwise_from_any_number_of_ranks(ranks, corpus, tmp_pat
             assert_same(tensors_in(here / f"{target}-native"), wanted)
             kept = [json.loads((folder / "config.json").read_text()) for folder in (native, here / f"{target}-native")]
             assert kept[0] == kept[1]
-        import_checkpoint(open_folder(here / "llada", "llada"), here / "start")
+        import_checkpoint(open_folder(here / target, target), here / "start")
         export(open_checkpoint(here / "start"), "native", here / "start-native")
         assert_same(tensors_in(here / "start-native"), wanted)
 
@@ -107,8 +115,10 @@ def test_transformers_computes_our_logits(name, corpus, tmp_path):
     """float32, to 1e-4 of the largest logit. Meta's interleaved rotary layout, or a causal mask, is far outside."""
     transformers = pytest.importorskip("transformers")
     shape = SHAPES[name]
-    export(in_memory(shape, corpus), "llama", tmp_path / "llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    target = targets(shape)[0]
+    export(in_memory(shape, corpus), target, tmp_path / target)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / target).eval()
+    assert type(model).__name__ == formats.TRANSFORMERS[target]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == shape.tied_embeddings
     ours = our_logits(our_model(parameters(shape), shape), IDS)
     with torch.no_grad():
@@ -162,7 +172,7 @@ def llada_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return norm(x, "model.transformer.ln_f") @ weights[head].T
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if "llada" in targets(shape)])
 def test_an_independent_reader_of_llada_names_computes_our_logits(name, corpus, tmp_path):
     shape = SHAPES[name]
     export(in_memory(shape, corpus), "llada", tmp_path / "llada", shard_bytes=50_000)
@@ -179,6 +189,8 @@ def test_the_tables_have_a_row_for_everything_of_a_model():
     for name in formats.tensor_shapes(SHAPES["untied-mha"]):
         assert formats.name_in("native", name) == name
         assert len({name, formats.name_in("llama", name), formats.name_in("llada", name)}) == 3
+    for name in formats.tensor_shapes(SHAPES["qk-norm"]):
+        assert formats.name_in("qwen3", name) != name
 
 
 def test_the_published_configuration_of_llada_8b_is_our_8b():
@@ -291,24 +303,42 @@ def test_the_self_check_sees_a_folder_that_is_not_the_model(damage, words, corpu
             convert_ckpt.self_check(copy, source, "llama", "float32")
 
 
-def test_a_causal_reference_model_stays_causal_in_llama(corpus, tmp_path):
-    shape = replace(SHAPES["tied-mha"], causal=True)
-    export(in_memory(shape, corpus), "llama", tmp_path / "llama")
-    found = convert_ckpt.self_check(tmp_path / "llama", in_memory(shape, corpus), "llama", "float32")
+@pytest.mark.parametrize(("name", "target"), [("tied-mha", "llama"), ("qk-norm", "qwen3")])
+def test_a_causal_reference_model_stays_causal(name, target, corpus, tmp_path):
+    shape = replace(SHAPES[name], causal=True)
+    export(in_memory(shape, corpus), target, tmp_path / target)
+    found = convert_ckpt.self_check(tmp_path / target, in_memory(shape, corpus), target, "float32")
     assert found[-1].endswith("changes the first logits by 0")
+
+
+def test_a_qwen3_folder_is_checked_before_it_appears(corpus, tmp_path):
+    """The self-check passes, and finds norms of queries and keys that were exchanged."""
+    source = in_memory(SHAPES["qk-norm"], corpus)
+    export(source, "qwen3", tmp_path / "qwen3")
+    assert len(convert_ckpt.self_check(tmp_path / "qwen3", source, "qwen3", "float32")) == 4
+
+    def exchanged(name: str) -> torch.Tensor:
+        swap = {"q_norm": "k_norm", "k_norm": "q_norm"}
+        return source.read(re.sub("q_norm|k_norm", lambda found: swap[found[0]], name))
+
+    with pytest.raises(ValueError, match=r"self-check: .*_norm.* came back changed"):
+        convert_ckpt.self_check(tmp_path / "qwen3", replace(source, read=exchanged), "qwen3", "float32")
 
 
 # ---- foreign models
 
 
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory) -> Path:
-    """A causal Llama as transformers saves it, bfloat16, with a byte-level tokenizer that has neither mask nor pad."""
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def foreign(tmp_path_factory, request) -> Path:
+    """A causal Llama or Qwen3 as transformers saves it, in bfloat16; the folder has the name of its kind.
+
+    Its byte-level tokenizer has neither mask nor pad.
+    """
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    out, library = tmp_path_factory.mktemp("foreign") / "model", Library(models.BPE())
+    out, library = tmp_path_factory.mktemp("foreign") / request.param, Library(models.BPE())
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     reserved = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
     trainer = trainers.BpeTrainer(
@@ -316,19 +346,24 @@ def foreign(tmp_path_factory) -> Path:
     )
     library.train_from_iterator([Path(__file__).read_text()], trainer)
     transformers.PreTrainedTokenizerFast(tokenizer_object=library, **reserved).save_pretrained(out)
-    config = transformers.LlamaConfig(
-        vocab_size=304, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 12}),
+    }
+    config_class, model_class, more = kinds[request.param]
+    config = config_class(
+        **more, vocab_size=304, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(out)
+    model_class(config).bfloat16().save_pretrained(out)
     return out
 
 
-def test_a_causal_llama_becomes_a_bidirectional_start(foreign, tmp_path):
+def test_a_causal_model_becomes_a_bidirectional_start(foreign, tmp_path):
     """Its values stay; it gets pad and mask tokens, whose rows are means; attention goes both ways."""
     transformers = pytest.importorskip("transformers")
-    convert(foreign, "--from", "llama", "--out", tmp_path / "start")
+    convert(foreign, "--from", foreign.name, "--out", tmp_path / "start")
     start = open_checkpoint(tmp_path / "start")
     tokenizer, theirs = Tokenizer.load(tmp_path / "start"), transformers.AutoTokenizer.from_pretrained(foreign)
     text = Path(__file__).read_text() + "<|end|> <|mdm_mask|> \u2581 "
@@ -336,7 +371,7 @@ def test_a_causal_llama_becomes_a_bidirectional_start(foreign, tmp_path):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id) == (0, 1, 300, 301)
     assert start.shape.vocab_size == 320 and not start.shape.causal
-    model = transformers.LlamaForCausalLM.from_pretrained(foreign, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(foreign, dtype=torch.float32).eval()
     model.config.is_causal = False
     for name, old in (("embed.weight", model.model.embed_tokens.weight), ("head.weight", model.lm_head.weight)):
         new = start.read(name)
@@ -348,14 +383,14 @@ def test_a_causal_llama_becomes_a_bidirectional_start(foreign, tmp_path):
     with torch.no_grad():
         difference = (our_logits(ours, ids)[..., :300] - model(input_ids=ids).logits[..., :300]).abs().max()
     assert float(difference) < 1e-4
-    export(start, "llama", tmp_path / "again")
-    back = open_folder(tmp_path / "again", "llama")
+    export(start, foreign.name, tmp_path / "again")
+    back = open_folder(tmp_path / "again", foreign.name)
     assert back.tokenizer == start.tokenizer and back.shape == start.shape
 
 
 def test_training_starts_from_a_foreign_model(foreign, tmp_path):
     """prepare_data with its tokenizer, then checkpoint.init_from: weights that learn nothing are the ones imported."""
-    convert(foreign, "--from", "llama", "--out", tmp_path / "start")
+    convert(foreign, "--from", foreign.name, "--out", tmp_path / "start")
     prepare = [str(ROOT / "mdmtrain"), "--include", "*.py", "--validation-fraction", "0.2", "--workers", "1"]
     prepare_data.main([*prepare, "--tokenizer", str(tmp_path / "start"), "--out", str(tmp_path / "data")])
     start = open_checkpoint(tmp_path / "start")
@@ -371,7 +406,7 @@ def test_training_starts_from_a_foreign_model(foreign, tmp_path):
     train = [sys.executable, "-m", "mdmtrain.train", str(write_config(tree, tmp_path / "config.yaml"))]
     done = subprocess.run(train, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    wanted = {formats.name_in("llama", name): start.read(name) for name in formats.tensor_shapes(start.shape)}
+    wanted = {formats.name_in(foreign.name, name): start.read(name) for name in formats.tensor_shapes(start.shape)}
     found = tensors_in(tmp_path / "run/exports/step-00000002")
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], atol=1e-9) for name in wanted)

@@ -60,16 +60,20 @@ def test_what_may_change_is_named(small_run, tmp_path, monkeypatch):
         resume.find_resume(config, tmp_path, IDENTITY | {"seed": 5})
 
 
-def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(small_run, tmp_path, monkeypatch):
-    config = configuration.validate(small_run({}), "test")
-    now = config.diffusion.model_dump(mode="json")
-    before = {key: value for key, value in now.items() if key != "rate_window"}
-    saved = meta(small_run, has_average=False) | {"identity": IDENTITY | {"diffusion": before}}
+def test_a_run_does_not_change_its_optimizer(small_run, tmp_path, monkeypatch):
+    """The state of the one is not the state of the other. Checkpoints from before Muon are AdamW's."""
     monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
-    monkeypatch.setattr(resume.store, "read_meta", lambda folder: saved)
-    assert resume.find_resume(config, tmp_path, IDENTITY | {"diffusion": now}) == tmp_path
-    with pytest.raises(ValueError, match=r"its diffusion is {'rate_window': None}, not {'rate_window': \[0.3, 0.8\]}"):
-        resume.find_resume(config, tmp_path, IDENTITY | {"diffusion": now | {"rate_window": [0.3, 0.8]}})
+    wanted = {name: configuration.validate(small_run({"optim": {"name": name}}), "test") for name in ("adamw", "muon")}
+    for saved in (None, "adamw", "muon"):
+        was = meta(small_run, has_average=True)
+        was["config"]["optim"]["name"] = saved
+        if saved is None:
+            del was["config"]["optim"]["name"]
+        monkeypatch.setattr(resume.store, "read_meta", lambda folder, was=was: was)
+        own, other = ("muon", "adamw") if saved == "muon" else ("adamw", "muon")
+        assert resume.find_resume(wanted[own], tmp_path, IDENTITY) == tmp_path
+        with pytest.raises(ValueError, match=f"with optim.name={own}, not {other}, .*: set optim.name={own}, or start"):
+            resume.find_resume(wanted[other], tmp_path, IDENTITY)
 
 
 def test_a_run_that_fails_lets_its_checkpoint_finish():

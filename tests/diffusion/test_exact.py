@@ -21,7 +21,6 @@ from mdmtrain.diffusion.objective import (
     MaskedBatch,
     MaskingRates,
     omega_at,
-    plain_process,
     rate_range,
     row_losses,
     row_statistics,
@@ -145,9 +144,9 @@ def omega(choice, t, low, high):
 
 def target(choice, P, uncut=False):
     """sum_k omega_k c_k: what E[sum_i weight_i CE_i] has to be. The range of t is the one that section 5 gives."""
-    low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else (EPS, 1.0)
+    cut = choice.get("rate_low", EPS), choice.get("rate_high", 1.0)
+    low, high = (0.0, 1.0) if choice["masks"] == "counted" or uncut else cut
     high = 1 - EPS if choice["views"] == "complement" and choice["masks"] == "independent" else high
-    low, high = choice.get("rate_window", (low, high))
     nodes, dt = np.polynomial.legendre.leggauss(60)
     t, total = low + (high - low) * (nodes + 1) / 2, 0.0
     for k in range(1, P + 1):
@@ -159,17 +158,14 @@ def target(choice, P, uncut=False):
 
 
 VIEWS = ("single", "mirror", "mirror_dedup", "complement")
+WINDOW = dict(rate_low=0.3, rate_high=0.8)
 COMBINATIONS = [
     *(dict(masks="independent", views=views, weights="rate") for views in VIEWS),
     dict(masks="independent", views="single", weights="count"),
     *(dict(masks="counted", views=views, weights=weights) for views in VIEWS for weights in ("rate", "count")),
     *(dict(masks="independent", views=views, weights="rate", schedule="cosine") for views in VIEWS[:3]),
-]
-WINDOW, SYMMETRIC = (0.3, 0.8), (0.4, 0.6)
-WINDOWS = [
-    *(dict(masks="independent", views=views, weights="rate", rate_window=WINDOW) for views in VIEWS[:3]),
-    dict(masks="independent", views="complement", weights="rate", rate_window=SYMMETRIC),
-    dict(masks="independent", views="single", weights="count", rate_window=WINDOW),
+    *(dict(masks="independent", views=views, weights="rate", **WINDOW) for views in VIEWS[:3]),
+    dict(masks="independent", views="single", weights="count", **WINDOW),
 ]
 OBJECTIVES = [
     dict(objective="nelbo"),
@@ -185,17 +181,28 @@ def names(choice):
     ("choice", "density"),
     [
         pytest.param(choice, density, id=names(choice) + ("-fitted" if density else ""))
-        for choice, density in product(COMBINATIONS + WINDOWS, (None, bumpy))
+        for choice, density in product(COMBINATIONS, (None, bumpy))
         if not (density and "schedule" in choice)  # the cosine schedule is a sampler itself
     ],
 )
 def test_every_combination_has_exactly_its_target(choice, density):
     """Full rows and padded ones, under every weighting, annealed half way too."""
     for objective, P in product(OBJECTIVES, (L, 3)):
-        if "rate_window" in choice and "anneal_fraction" in objective:
-            continue  # refused: there is no NELBO to move to
         process = make_process(density, 0.8, **choice, **objective)
         assert expectation(process, P) == pytest.approx(target({**choice, **objective}, P), rel=3e-6), (objective, P)
+
+
+def test_a_window_is_another_objective_and_its_rates_stay_inside():
+    """The average over [.3, .8]: not the NELBO's, and not that of rates drawn elsewhere with the same weights."""
+    choice = dict(masks="independent", views="single", weights="rate", objective="nelbo")
+    inside = make_process(**choice, **WINDOW)
+    rates = inside.rates_at(np.linspace(0, 1, 1001)[:-1]).rates
+    assert rates.min() == pytest.approx(0.3) and rates.max() < 0.8
+    assert not inside.config.trains_nelbo and make_process(**choice).config.trains_nelbo
+    assert abs(target({**choice, **WINDOW}, L) / target(choice, L) - 1) > 0.01
+    assert expectation(make_process(**choice), L) != pytest.approx(target({**choice, **WINDOW}, L), rel=0.01)
+    with pytest.raises(ValidationError, match=r"from 0.6 to 0.5 are none"):
+        DiffusionConfig(rate_low=0.6, rate_high=0.5)
 
 
 def test_the_targets_themselves():
@@ -203,32 +210,6 @@ def test_the_targets_themselves():
     choice = dict(masks="independent", views="single", objective="nelbo")
     assert abs(target(choice, L) / target(choice, L, uncut=True) - 1) > 0.01
     assert expectation(make_process(eps=1e-9), L) == pytest.approx(target(choice, L, uncut=True), rel=1e-4)
-
-
-def test_a_window_is_another_objective_and_its_eps_plays_no_part():
-    """1/(high - low) int_low^high g(t) dt, g written out as a polynomial in t; neither the NELBO nor its part."""
-    low, high = WINDOW
-    nodes, dt = np.polynomial.legendre.leggauss(40)
-    t = low + (high - low) * (nodes + 1) / 2
-    g = np.zeros_like(t)  # E[l | t] x P, over all masked sets
-    for subset in range(1, 2**L):
-        inside = [i for i in range(L) if subset >> i & 1]
-        g += TABLE[subset, inside].sum() * t ** len(inside) * (1 - t) ** (L - len(inside)) / t
-    average = float(g @ dt) / 2
-    for eps in (EPS, 1e-3):
-        assert expectation(make_process(eps=eps, rate_window=WINDOW), L) == pytest.approx(average, rel=3e-6)
-    nelbo = target(dict(masks="independent", views="single", objective="nelbo"), L)
-    assert abs(average / nelbo - 1) > 0.02 and abs((high - low) * average / nelbo - 1) > 0.02
-
-
-def test_rates_of_a_window_are_stratified_within_it():
-    """Each of 64 slots in its own 64th of the window, under global strata; a fitted sampler stays inside too."""
-    config = DiffusionConfig(rate_window=WINDOW, bins=CELLS)
-    rates = plain_process(config).draw(3, 5, 64).rates
-    share = (np.sort(rates) - WINDOW[0]) / (WINDOW[1] - WINDOW[0])
-    assert np.floor(share * 64).astype(int).tolist() == list(range(64))
-    fitted = make_process(bumpy, rate_window=WINDOW, sampler="ppots").draw(3, 5, 4096).rates
-    assert WINDOW[0] <= fitted.min() and fitted.max() <= WINDOW[1]
 
 
 def reweighted(new_weights):
@@ -313,10 +294,7 @@ def test_rounded_counts_are_rejected():
 # ---- isad: unbiased only without context
 
 
-ISAD = [
-    *(dict(views=views, schedule=how) for views in ("single", "mirror") for how in ("linear", "cosine")),
-    *(dict(views=views, schedule="linear", rate_window=WINDOW) for views in ("single", "mirror")),
-]
+ISAD = [dict(views=views, **how) for views in ("single", "mirror") for how in ({}, dict(schedule="cosine"), WINDOW)]
 
 
 @pytest.mark.parametrize("choice", ISAD, ids=names)
@@ -324,14 +302,11 @@ def test_isad_is_biased_where_context_matters_and_only_there(choice):
     listed = torch.zeros(10, dtype=torch.bool)
     listed[0] = True
     mu = np.array([4.0, 1, 2, 3, 0.5])
-    for objective, density in product(OBJECTIVES, (None, bumpy) if choice["schedule"] == "linear" else (None,)):
-        if "rate_window" in choice and "anneal_fraction" in objective:
-            continue
+    for objective, density in product(OBJECTIVES, (None,) if "schedule" in choice else (None, bumpy)):
         process = make_process(density, 0.8, delimiters=listed, isad_tokens=(0,), **choice, **objective)
         values, probability = outcomes(process, IDS, L, lambda masked: np.broadcast_to(mu, masked.shape))
         assert (values * probability).sum() == pytest.approx(mu.sum(), rel=3e-6)
-        window = {key: choice[key] for key in choice if key == "rate_window"}
-        right = target(dict(masks="independent", views="single", **window, **objective), L)
+        right = target({"masks": "independent", **choice, **objective}, L)
         assert abs(expectation(process, L) / right - 1) > 0.01
 
 
@@ -718,7 +693,7 @@ def test_t15_rows_of_4096_positions():
 CHOICES = dict(
     schedule=("linear", "cosine"), sampler=("uniform", "ppots"), masks=("independent", "counted"), views=VIEWS,
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
-    isad_tokens=((), (1,)), syrm_tokens=((), (1,)), rate_window=(None, WINDOW, SYMMETRIC),
+    isad_tokens=((), (1,)), syrm_tokens=((), (1,)), rate_low=(None, 0.3),
 )  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
@@ -731,11 +706,8 @@ APART = [
     *(("objective", "ar", name, value) for name, value in (("weights", "count"), ("schedule", "cosine"))),
     *(("objective", "ar", "views", views) for views in VIEWS[1:]),
     *(("objective", "ar", tokens, (1,)) for tokens in ("isad_tokens", "syrm_tokens")),
-    *(("rate_window", window, "masks", "counted") for window in (WINDOW, SYMMETRIC)),
-    *(("rate_window", window, "schedule", "cosine") for window in (WINDOW, SYMMETRIC)),
-    *(("rate_window", window, "anneal_fraction", 0.4) for window in (WINDOW, SYMMETRIC)),
-    *(("rate_window", window, "objective", "ar") for window in (WINDOW, SYMMETRIC)),
-    ("rate_window", WINDOW, "views", "complement"),
+    *(("rate_low", 0.3, name, value) for name, value in (("masks", "counted"), ("views", "complement"))),
+    *(("rate_low", 0.3, name, value) for name, value in (("schedule", "cosine"), ("objective", "ar"))),
 ]
 
 
@@ -749,13 +721,15 @@ def is_tested(choice):
     """Has one of the tests above its target? (They go through OBJECTIVES and a fitted density by themselves.)"""
     if choice["objective"] == "ar":
         return True
-    listed = COMBINATIONS + WINDOWS
-    if choice["isad_tokens"]:
-        listed = [dict(masks="independent", weights="rate", **process) for process in ISAD]
-    window = choice["rate_window"] if choice["views"] == "complement" else choice["rate_window"] and WINDOW
-    choice = {**choice, "rate_window": window}  # one window stands for every other
-    defaults = {"schedule": "linear", "rate_window": None}
-    return any(all(choice[key] == value for key, value in {**defaults, **process}.items()) for process in listed)
+    listed = (
+        [dict(masks="independent", weights="rate", **process) for process in ISAD]
+        if choice["isad_tokens"]
+        else COMBINATIONS
+    )
+    usual = {"schedule": "linear", "rate_low": None}
+    return any(
+        all(choice[key] == value for key, value in {**usual, **process}.items() if key in choice) for process in listed
+    )
 
 
 def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
@@ -767,6 +741,6 @@ def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
             legal += 1
             assert is_tested(choice), choice
         else:
-            with pytest.raises(ValidationError, match=r"goes with|is there already|rate_window"):
+            with pytest.raises(ValidationError, match=r"goes with|is there already"):
                 DiffusionConfig(**choice)
     assert legal > 100

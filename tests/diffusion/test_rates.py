@@ -75,6 +75,33 @@ def test_t7_the_gradient_optimum_is_the_inverse_root():
     np.testing.assert_allclose(weighed.p / density.p, omega * (weighed.p / density.p / omega)[0])
 
 
+@given(p=st.lists(st.floats(0.05, 20), min_size=1, max_size=40))
+@settings(deadline=None, derandomize=True)
+def test_no_density_is_below_the_floor_and_the_fit_reaches_it(p):
+    """s2 = 1/t on [1e-3, 1]: the second moment of any density over uniform's is at least .5436 (mathematics.md, 3)."""
+
+    def second_moment(density):
+        """int s2/p, with int s2 of a cell in closed form."""
+        return (np.diff(np.log(density.edges)) / density.p).sum() / np.log(1e3)
+
+    floor = 4 * (1 - np.sqrt(1e-3)) ** 2 / (0.999 * np.log(1e3))
+    assert floor == pytest.approx(0.5436, abs=1e-4)
+    assert second_moment(Density(np.linspace(1e-3, 1, len(p) + 1), np.array(p) / np.mean(p))) >= floor
+    edges = np.geomspace(1e-3, 1, 400)
+    fitted = fit(edges, np.diff(np.log(edges)) / np.diff(edges), np.ones(399), 1e-9, "histogram")
+    assert second_moment(fitted) == pytest.approx(floor, rel=1e-4)
+
+
+def test_the_floor_of_drawn_counts():
+    """P = 128, s2(k) = P^2/k against standard's int P/t: uniform .786, best .508, best with a share of .2 .514."""
+    P, k = 128, np.arange(1, 129)
+    moment, standard = P**2 / k, P * np.log(1e3) / 0.999
+    best = fit(np.arange(P + 1) / P, moment, np.ones(P), 1e-9, "histogram").p
+    mixed = fit(np.arange(P + 1) / P, moment, np.ones(P), 0.2, "histogram").p
+    found = [(moment / p).mean() / standard for p in (np.ones(P), best, mixed)]
+    assert found == pytest.approx([0.7857, 0.5083, 0.5137], abs=1e-4)
+
+
 @given(moments=st.lists(st.floats(0, 1e6), min_size=16, max_size=16), floor=st.floats(0.05, 1))
 @settings(deadline=None, derandomize=True)
 def test_the_floor_bounds_every_weight(moments, floor):

@@ -95,8 +95,9 @@ def test_fields_given_override_the_preset():
         ({"preset": "9b"}, "model.preset='9b' is unknown: there are 2m"),
         ({}, "model.d_model, model.n_layers, model.n_heads, model.n_kv_heads, model.d_ff missing"),
         ({"preset": "2m", "vocab_size": 999}, "model.vocab_size=999 is smaller than the tokenizer's 1000"),
-        ({"preset": "2m", "d_model": 190}, "model.d_model=190 / model.n_heads=6"),
-        ({"preset": "2m", "d_model": 18}, "model.d_model=18 / model.n_heads=6"),  # 3 to a head: no pairs
+        ({"preset": "2m", "d_model": 190}, "model.d_model=190 is not a multiple of model.n_heads=6"),
+        ({"preset": "2m", "d_model": 18}, "model.head_dim=3 (default: d_model / n_heads) must be even"),
+        ({"preset": "2m", "head_dim": 7}, "model.head_dim=7 (default: d_model / n_heads) must be even"),
         ({"preset": "2m", "n_kv_heads": 4}, "model.n_heads=6 is not a multiple of model.n_kv_heads=4"),
         ({"preset": "2m", "n_kv_heads": 12}, "model.n_heads=6 is not a multiple of model.n_kv_heads=12"),
     ],

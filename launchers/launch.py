@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers import slurm_client
+from launchers.handle import run_job
 from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state, write_state
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import find_resume, run_identity
@@ -112,11 +112,9 @@ def prepare(options: argparse.Namespace) -> Launch:
 
 def live_job(run_dir: Path) -> tuple[str, str] | None:
     """Id and state, as Slurm has it, of the job that will train or trains here, or None."""
-    state = read_state(run_dir)
-    if state is None or state.kind != "slurm" or not state.job:
-        return None
-    now = slurm_client.job_state(state.job)
-    return (state.job, now.name) if now.lives else None
+    job = run_job(run_dir)
+    now = job.now() if job else None
+    return (job.job_id, now.name) if now and now.lives else None
 
 
 def refuse_if_in_use(run_dir: Path) -> None:

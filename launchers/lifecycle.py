@@ -1,6 +1,13 @@
-"""What becomes of a run when its ranks have ended: it goes on, it is finished, or it has failed for good.
+"""The life cycle of a launched run: what follows from the end of its ranks.
 
-RUN/job/state.json says where a launched run stands. Only the standard library is needed here and in the modules that
+    queued -> running -> finished     the newest checkpoint is at run.steps
+                      -> requeued     an agreed stop (time limit, preemption), or a crash: it runs again
+                      -> failed       --max-crashes crashes in a row without a new checkpoint
+                      -> cancelled    by a person (scancel, status cancel)
+                      -> stopped      by a person (launchers.local), or the cluster does not requeue: resume it by hand
+
+`begin` and `conclude` decide; supervise.py acts on Slurm, local.py on one machine. RUN/job/state.json keeps the
+state. Only the standard library is needed here and in the modules that
 run inside a job (supervise.py, rank.py): the node that supervises has better uses for its memory than another torch.
 """
 
@@ -13,6 +20,7 @@ from pathlib import Path
 
 EARLY = 75  # exit status of a rank told to stop before it had begun, or before its last evaluation (EX_TEMPFAIL)
 SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
+NOT_STARTED = re.compile(r"slurmstepd\S*: error: execve\(\): (.+)")  # Python or the container is not on the node
 PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 
 
@@ -28,6 +36,8 @@ class State:
     began_at: int = 0  # step of the newest checkpoint when the ranks last started
     last_error: str = ""
     log: str = ""  # what the ranks print
+    cluster: str = ""  # of the job, where it is not this machine's own (--clusters)
+    submitit: str = ""  # folder of the job's pickles
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,8 @@ class ErrorLines:
         line = line.strip()
         if line.startswith("error: "):
             self._ours = self._ours or line.removeprefix("error: ")
+        elif absent := NOT_STARTED.match(line):
+            self._ours = self._ours or f"cannot execute {absent[1]}"
         elif exited := SRUN_ERROR.match(line):
             self.rank_ended(*exited.groups())
         elif raised := PYTHON_ERROR.match(line):

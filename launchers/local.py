@@ -2,8 +2,8 @@
 
     python -m launchers.local configs/170m.yaml --gpus-per-node 8 [key=value ...]
 
-It stays in the foreground. Ctrl-C or SIGTERM: the run stops, saves, and the same command goes on. SIGUSR1 or SIGUSR2:
-it stops, saves and starts again, as a requeued job does.
+It stays in the foreground. Ctrl-C, SIGTERM or a closed terminal: the run stops, saves, and the same command goes on.
+SIGUSR1 or SIGUSR2: it stops, saves and starts again, as a requeued job does.
 """
 
 import os
@@ -22,7 +22,8 @@ from launchers.launch import Launch, environment, parse, parser, prepare, write
 from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, newest_step, write_state
 from launchers.supervise import free_port, pass_on, rank_command
 from mdmtrain.checkpoint.run_folder import git_revision
-from mdmtrain.monitor.logs import user_errors
+from mdmtrain.monitor.logs import survive_terminal, user_errors
+from mdmtrain.parallel.world import AgreedStop, heard
 
 KILL_WAIT = 10.0  # seconds that the other ranks have to notice that one has crashed
 
@@ -80,11 +81,11 @@ def supervise(launch: Launch) -> State:
 
     def handle(number: int, _frame) -> None:
         nonlocal stop
-        stop |= number in (signal.SIGINT, signal.SIGTERM)
+        stop |= number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if ranks is not None:
             ranks.signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in heard(AgreedStop.SIGNALS):
         signal.signal(number, handle)
     while True:
         state = begin(state, newest_step(launch.run_dir), most)
@@ -114,6 +115,7 @@ def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
     if options.dry_run:
         print(*prepared.explanation, "nothing started (--dry-run)", sep="\n")
         return
+    survive_terminal()
     state = supervise(prepared)
     if state.phase == "failed":
         raise ValueError(f"{prepared.run_dir}: given up after {state.crashes} crashes without a new checkpoint "

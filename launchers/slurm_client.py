@@ -1,19 +1,49 @@
-"""Slurm's commands, as little of them as launching needs. Each raises ValueError with Slurm's own words."""
+"""Slurm's commands, as little of them as launching needs. Each raises ValueError with Slurm's own words.
 
+`cluster`, where a function takes it, is a name as `--clusters` has it; empty, the cluster of this machine.
+"""
+
+import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 
+# Variables that change what Slurm's commands do. Those in KEEP say where Slurm is and who we are.
+OPTIONS = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SACCT_")
+KEEP = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
-def slurm(*command: str, stdin: str | None = None) -> str:
-    """Standard output of one of Slurm's commands."""
+
+def is_option(variable: str) -> bool:
+    return variable.startswith(OPTIONS) and variable not in KEEP
+
+
+@contextmanager
+def outside_allocations() -> Iterator[None]:
+    """Remove the variables that an interactive allocation (salloc, srun --pty) or a shell's profile has set.
+
+    sbatch takes SBATCH_* for options that override the script, and passes SLURM_* on to the job, where srun takes them
+    for options.
+    """
+    removed = {name: os.environ.pop(name) for name in list(os.environ) if is_option(name)}
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+        yield
+    finally:
+        os.environ.update(removed)
+
+
+def slurm(*command: str, stdin: str | None = None, cluster: str = "") -> str:
+    """Standard output of one of Slurm's commands."""
+    if cluster:
+        command = (command[0], f"--clusters={cluster}", *command[1:])
+    environment = {name: value for name, value in os.environ.items() if not is_option(name)}
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, env=environment)
     except FileNotFoundError:
         raise ValueError(
             f"no Slurm on this machine ({command[0]} is not in PATH): log in to the cluster, or use launchers.local"
@@ -23,7 +53,7 @@ def slurm(*command: str, stdin: str | None = None) -> str:
     if done.returncode:
         words = re.sub(r"\b\w+: (error|fatal): ", "", done.stderr or done.stdout)
         raise ValueError(f"{command[0]}: {'; '.join(words.strip().splitlines()) or done.returncode}")
-    return done.stdout
+    return "".join(line for line in done.stdout.splitlines(True) if not line.startswith("CLUSTER: "))
 
 
 @dataclass(frozen=True)
@@ -32,6 +62,7 @@ class JobState:
     reason: str = ""
     restarts: int = 0
     partition: str = ""
+    requeue: bool = True  # whether Slurm will requeue it
 
     @property
     def lives(self) -> bool:
@@ -42,15 +73,23 @@ class JobState:
         return self.name in ("COMPLETING", "FAILED") and self.reason.startswith(("JobLaunchFailure", "RaisedSignal"))
 
 
-def job_state(job: str) -> JobState:
+def job_state(job: str, cluster: str = "") -> JobState:
+    """From the controller; from the accounting, where there is one, for a job that the controller has forgotten."""
     try:
-        text = slurm("scontrol", "show", "job", "-o", job)
+        text = slurm("scontrol", "show", "job", "-o", job, cluster=cluster)
     except ValueError as error:
-        if "Invalid job id" in str(error):
-            return JobState("GONE")
-        raise
+        if "Invalid job id" not in str(error):
+            raise
+        try:
+            recorded = slurm("sacct", "-n", "-X", "-P", "-o", "State", "-j", job, cluster=cluster).split()
+        except ValueError:  # no accounting
+            recorded = []
+        known = JobState(recorded[0]) if recorded else JobState("GONE")
+        return JobState("GONE") if known.lives else known
     words = dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
-    return JobState(words["JobState"], words["Reason"], int(words["Restarts"]), words["Partition"])
+    return JobState(
+        words["JobState"], words["Reason"], int(words["Restarts"]), words["Partition"], words["Requeue"] == "1"
+    )
 
 
 def requeue(job: str) -> None:
@@ -89,24 +128,30 @@ class Partition:
     default: float  # seconds that it may run when it does not say
 
 
-def partition(name: str | None) -> Partition:
-    """A partition, or the default one; several, as in `a,b`, count as one. Raises ValueError."""
-    names = slurm("sinfo", "-h", "-o", "%P").split()
-    if name is None:
-        name = next((one[:-1] for one in names if one.endswith("*")), None)
-        if name is None:
-            raise ValueError(f"this cluster has no default partition: choose one with --partition: {', '.join(names)}")
+def partitions(cluster: str = "") -> list[str]:
+    """All partitions; the default one, where there is one, has a `*` behind its name."""
+    return list(dict.fromkeys(slurm("sinfo", "-h", "-o", "%P", cluster=cluster).split()))
+
+
+def partition(name: str, cluster: str = "") -> Partition:
+    """A partition; several, as in `a,b`, count as one. Raises ValueError."""
     found, limits = {}, []
-    for line in slurm("sinfo", "-h", "-N", "-p", name, "-o", "%N|%c|%G|%T|%l|%L").splitlines():
+    for line in slurm("sinfo", "-h", "-N", "-p", name, "-o", "%N|%c|%G|%T|%l|%L", cluster=cluster).splitlines():
         node, cpus, gres, state, limit, default = line.split("|")
         gpus = sum(int(count) for count in re.findall(r"\bgpu(?::[^,:()]+)?:(\d+)", gres))
         usable = re.match(r"(idle|alloc|mix|compl|plan|res)", state) is not None
         found[node] = Node(node, int(cpus.rstrip("+")), gpus, usable)
         limits.append((seconds(limit), seconds(limit if default == "n/a" else default)))
     if not found:
-        known = ", ".join(sorted({one.rstrip("*") for one in names}))
+        known = ", ".join(sorted(one.rstrip("*") for one in partitions(cluster)))
         raise ValueError(f"unknown partition {name!r}: this cluster has {known}")
     return Partition(name, list(found.values()), max(limit for limit, _ in limits), min(d for _, d in limits))
+
+
+def most_array_tasks(cluster: str = "") -> int:
+    """Tasks that a job array may have."""
+    text = slurm("scontrol", "show", "config", cluster=cluster)
+    return int(re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)[1])
 
 
 def seconds(limit: str) -> float:
@@ -122,7 +167,7 @@ def seconds(limit: str) -> float:
 
 
 def expand(host_list: str) -> list[str]:
-    """n[1-2] -> n1, n2"""
+    """n[08-10] -> n08, n09, n10"""
     return slurm("scontrol", "show", "hostnames", host_list).split() if host_list else []
 
 

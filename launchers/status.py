@@ -1,8 +1,10 @@
 """The runs under a folder: where each stands, how fast it is, what was last wrong with it.
 
-python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table; FOLDER is a run or holds runs (runs)
-python -m launchers.status cancel RUN...                        stop and save; the run does not go on by itself
-python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
+    python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table; FOLDER is a run or holds runs (runs)
+    python -m launchers.status cancel RUN...                        save and stop; the run does not restart by itself
+    python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
+
+Runs are found up to three levels below FOLDER.
 """
 
 import json
@@ -19,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launchers import slurm_client
+from launchers.handle import RunJob
 from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state
 from mdmtrain import yaml12
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
@@ -77,7 +79,7 @@ def last_records(path: Path, count: int = 20) -> list[dict]:
 def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
     """The word for where a run stands: Slurm's, where a job lives, else that of its last end.
 
-    gone: its job or its process is no more, and has not said why. It goes on when it is resumed.
+    gone: its job or its process has ended without a word, and Slurm does not know why either. It can be resumed.
     """
     if state is None:
         if lock_holder(run_dir) is not None:
@@ -89,10 +91,17 @@ def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
         return state.phase if alive(state.job) else "gone"
     if not state.job:
         return "not submitted"
-    now = slurm_client.job_state(state.job)
+    now = RunJob(state).now()
     if now.lives:
         return now.name.lower() + (f" ({now.reason})" if now.reason != "None" else "")
-    return "cancelled" if now.name == "CANCELLED" else "gone"
+    return "gone" if now.name == "COMPLETED" else now.name.lower()
+
+
+def lives(state: State) -> bool:
+    """Whether the job, or the process that supervises the ranks, still exists."""
+    if state.kind == "slurm":
+        return bool(state.job) and RunJob(state).now().lives
+    return alive(state.job)
 
 
 def alive(job: str) -> bool:
@@ -106,17 +115,21 @@ def run_status(run_dir: Path) -> RunStatus:
     config_file = job_folder(run_dir) / "config.yaml"
     if not config_file.is_file():
         config_file = run_dir / "config.yaml"
-    run = yaml12.parse(config_file.read_text(encoding="utf-8"), str(config_file))["run"]
+    tree = yaml12.parse(config_file.read_text(encoding="utf-8"), str(config_file))
+    run, tokens_per_step = tree["run"], tree["run"]["global_batch"] * tree["data"]["sequence_length"]
     records = last_records(run_dir / "metrics.jsonl")
     step = records[-1]["step"] if records else 0
     word = phase(run_dir, state, saved, run["steps"])
     losses = [record["nelbo"] for record in records if record["nelbo"] is not None]
     speed = records[-1]["tokens_per_second"] if records else None
-    eta = (run["steps"] - step) * records[-1]["tokens"] / step / speed if speed else None
+    error = state.last_error if state else ""
+    if not error and state and state.phase == "queued" and state.job and not lives(state):
+        error = f"the job ended before its ranks began: see {state.log}; without that file, its node does not see it"
+    eta = (run["steps"] - step) * tokens_per_step / speed if speed else None
     return RunStatus(
         str(run_dir), word, state.job if state else "", step, run["steps"], saved,
         sum(losses) / len(losses) if losses else None, speed, eta, max(0, state.starts - 1) if state else 0,
-        state.last_error if state else "",
+        error,
     )  # fmt: skip
 
 
@@ -139,10 +152,10 @@ def cancel(run_dir: Path) -> None:
     if state is None:
         raise ValueError(f"{run_dir}: not launched by launchers.slurm or launchers.local: stop it where it runs")
     word = phase(run_dir, state, newest_step(run_dir), sys.maxsize)
-    if word in ("finished", "failed", "cancelled", "stopped", "gone", "not submitted"):
+    if state.phase not in UNDECIDED or not lives(state):
         raise ValueError(f"{run_dir}: nothing to cancel, the run is {word}")
     if state.kind == "slurm":
-        slurm_client.slurm("scancel", state.job)
+        RunJob(state).cancel()
     else:
         host, _, pid = state.job.rpartition(":")
         if host != socket.gethostname():

@@ -1,11 +1,12 @@
-"""The batch step of a job: starts the ranks with srun, and when they end asks Slurm for what comes next.
+"""The batch step of a job: starts the ranks with srun and, when they have ended, decides with Slurm what comes next.
 
-    python .../launchers/supervise.py RUN       (RUN/job/job.sh does this)
-
-Slurm signals the ranks itself, before the time limit (--signal) and on preemption (SIGTERM): they stop together and
-save. This process outlives them for the moment that a requeue takes.
+`supervise` is the callable that submitit runs in the batch step. launchers.slurm submits it; so may a person's own
+submitit script (docs/cluster.md). Slurm signals the ranks directly, before the time limit (--signal) and on preemption
+(SIGTERM): they stop at the same step and save. The supervisor outlives them and asks for the requeue. `guard`, a child
+of rank 0, asks in its place when the supervisor itself was killed. What a run's end means is decided in lifecycle.py.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -14,18 +15,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launchers import slurm_client
 from launchers.lifecycle import (
     Ended,
     ErrorLines,
+    State,
     begin,
     conclude,
     job_folder,
@@ -54,7 +54,7 @@ def rank_command(run_dir: Path) -> list[str]:
 
 
 def pass_on(lines: Iterable[str], errors: ErrorLines) -> None:
-    """Copy standard error to ours, and remember what it says was wrong."""
+    """Copy standard error to ours, and remember the errors in it."""
     for line in lines:
         print(line, end="", file=sys.stderr, flush=True)
         errors.feed(line)
@@ -83,6 +83,9 @@ def run_ranks(run_dir: Path, options: dict) -> Ended:
         return errors.ended(srun.wait())
 
 
+# ---- requeueing
+
+
 def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
     """The nodes that the next start must not use, as Slurm writes a list, and a sentence about the failed one."""
     wanted = slurm_client.expand(options["exclude"] or "")
@@ -94,50 +97,118 @@ def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
     return ",".join([*wanted, failed]), f"{failed} is excluded from the next start"
 
 
-def go_on(job: str, options: dict, failed: str, restarts: int) -> str:
-    """Have the job requeued, if that is for us to do. Returns the phase that the run is in, with a line of why."""
-    now = patiently(lambda: slurm_client.job_state(job))
+def requeue(state: State, run_dir: Path, options: dict, failed: str, restarts: int) -> State:
+    """Have the job requeued, unless Slurm has done so, a person has cancelled it, or the cluster does not requeue.
+
+    state: after `conclude`, in phase `requeued`; failed: the node whose rank crashed first, or empty; restarts: how
+    often Slurm had restarted the job when this start began. Returns the state with the phase that the run is in.
+    """
+    now = patiently(lambda: slurm_client.job_state(state.job))
     if now.restarts > restarts:
-        return "requeued"  # by Slurm or a person, before the ranks had stopped
+        return state  # by Slurm or a person, before the ranks had stopped
     if now.name != "RUNNING" and now.reason != "TimeLimit":
-        return "cancelled"  # scancel
+        return replace(state, phase="cancelled")  # scancel
+    by_hand = f"resume it with python -m launchers.status resume {run_dir}"
+    if not now.requeue:
+        return replace(state, phase="stopped", last_error=f"this cluster does not requeue the job: {by_hand}")
     # Slurm ends the job as soon as it is requeued; what is left to do must outlive its SIGTERM.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nodes, sentence = excluded(options, failed, now.partition)
-    patiently(lambda: slurm_client.requeue(job))
     try:
-        slurm_client.slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}")
+        patiently(lambda: slurm_client.requeue(state.job))
+    except ValueError as error:
+        return replace(state, phase="stopped", last_error=f"cannot requeue the job ({error}): {by_hand}")
+    try:
+        slurm_client.slurm("scontrol", "update", f"JobId={state.job}", f"ExcNodeList={nodes}")
     except ValueError as error:
         sentence = f"cannot set the excluded nodes: {error}"
     if sentence:
         print(sentence, flush=True)
-    return "requeued"
+    return state
 
 
-def main(run_dir: Path) -> int:
+def guard(job: str) -> None:
+    """Leave a process behind that requeues the job when its batch step is killed: nobody else would be left to do it.
+
+    Slurm then ends the job as failed and sends SIGTERM to its steps: the ranks stop in good order and this process asks
+    for the requeue. It goes when its rank does.
+    """
+    if os.fork():
+        return
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+    rank = os.getppid()
+    while os.getppid() == rank:
+        signal.sigwait([signal.SIGTERM])
+        for _ in range(10):
+            job_state = slurm_client.patiently(lambda: slurm_client.job_state(job))
+            if job_state.batch_step_died:
+                slurm_client.patiently(lambda: slurm_client.requeue(job))
+                os._exit(0)
+            if job_state.name == "RUNNING":  # a signal from a person, or none yet
+                break
+            time.sleep(0.5)
+    os._exit(0)
+
+
+# ---- the callable
+
+
+def supervise(run_dir: Path) -> dict:
+    """Train the run that launch.write has prepared in RUN/job until it ends, in the batch step of a Slurm job.
+
+    Returns the last state of RUN/job/state.json as a dictionary (its `phase` is finished, cancelled or stopped).
+    Raises RuntimeError where the run has failed for good. Does not return when the job is requeued: submitit would
+    write a result, and `job.done()` would be true while the next start runs.
+    """
+    state = one_start(Path(run_dir))
+    if state.phase == "requeued":
+        os._exit(0)
+    if state.phase == "failed":
+        raise RuntimeError(f"{run_dir}: given up at step {newest_step(run_dir)}: {state.last_error}")
+    return asdict(state)
+
+
+def show_log_to_submitit(log: str) -> None:
+    """Link submitit's name of the log to the log in RUN/logs, so that `job.stdout()` reads it."""
+    import submitit  # here, because rank.py imports this module without need of it
+
+    link = submitit.JobEnvironment().paths.stdout
+    if not os.path.lexists(link):
+        link.symlink_to(log)
+
+
+def one_start(run_dir: Path) -> State:
+    """Start the ranks once, wait for their end, and do what follows from it."""
     # What Slurm sends to the batch step too is meant for the ranks. (A handler, because they would inherit SIG_IGN.)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCONT):
         signal.signal(number, lambda *_: None)
     launch = json.loads((job_folder(run_dir) / "launch.json").read_text(encoding="utf-8"))
+    os.chdir(launch["directory"])  # the job script has entered the copy of the code, to import it
     options, most = launch["options"], launch["options"]["max_crashes"]
-    job, restarts = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    state = begin(replace(read_state(run_dir), job=job), newest_step(run_dir), most)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    log = os.readlink("/proc/self/fd/1")
+    show_log_to_submitit(log)
+    state = replace(read_state(run_dir), job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"], log=log)
+    state = begin(state, newest_step(run_dir), most)
     write_state(run_dir, state)
     if state.phase == "failed":
         print(f"given up: {state.last_error}", flush=True)
-        return 1
+        return state
     print(f"start {state.starts} of {run_dir}, from step {state.began_at}", flush=True)
     ended = run_ranks(run_dir, options)
     state = conclude(state, ended, newest_step(run_dir), launch["steps"], most)
     if state.phase == "requeued":
-        # Said before it is asked for: Slurm ends this process with the job.
+        # Written before it is asked for: Slurm ends this process with the job.
         write_state(run_dir, state)
-        state = replace(state, phase=go_on(job, options, "" if ended.early else ended.node, restarts))
+        state = requeue(state, run_dir, options, "" if ended.early else ended.node, restarts)
     write_state(run_dir, state)
-    print(f"{state.phase} at step {newest_step(run_dir)} of {launch['steps']}"
-          + (f": {ended.error}" if ended.error else ""), flush=True)  # fmt: skip
-    return int(state.phase == "failed")
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    reason = ended.error or (state.last_error if state.phase == "stopped" else "")
+    print(f"{state.phase} at step {newest_step(run_dir)} of {launch['steps']}" + (f": {reason}" if reason else ""),
+          flush=True)  # fmt: skip
+    return state

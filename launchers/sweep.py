@@ -34,7 +34,8 @@ from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import Config, resolve
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.monitor.logs import CommandParser, output_file, survive_terminal, user_errors
+from mdmtrain.parallel.world import heard
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ROOT / "configs/arms"
@@ -99,8 +100,9 @@ def planned_runs(
 def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
     """Train what is not finished, `workers` runs at a time, one process each. Returns the runs that failed.
 
-    SIGTERM and Ctrl-C stop the running ones with a checkpoint and start no other.
+    SIGTERM, Ctrl-C and a closed terminal stop the running ones with a checkpoint and start no other.
     """
+    survive_terminal()
     waiting = [run for run in runs if not run.finished()]
     stopping, live, lock = threading.Event(), set(), threading.Lock()
 
@@ -109,7 +111,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
         for process in list(live):
             process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
         signal.signal(number, stop)
 
     def train(run: Run) -> bool:
@@ -119,7 +121,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
         command = [sys.executable, "-m", "mdmtrain.train", *run.arguments]
         with open(run.dir / "output.log", "a") as output:  # its own session: Ctrl-C reaches it once, through `stop`
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={"OMP_NUM_THREADS": "1", **os.environ},
             )  # fmt: skip
         with lock:

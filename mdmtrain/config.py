@@ -7,12 +7,40 @@ numbers (`RunPlan`), each with its reason; nothing here is ever mutated.
 
 import difflib
 import json
+import os
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from mdmtrain import yaml12
+
+
+def expand_path(text: str) -> str:
+    """A configured path with `~`, `$NAME` and `${NAME}` replaced.
+
+    Raises ValueError where a name has no value: nothing else would tell the user before a folder of that name appears.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if "$" in path:
+        unset = re.findall(r"\$\{?(\w+)", path)
+        problem = f"environment variable {unset[0]} is not set" if unset else "'$' must start an environment variable"
+        raise ValueError(f"{text}: {problem}: set it, or write the path out")
+    if path.startswith("~"):
+        raise ValueError(f"{text}: no home folder is known for {path.split('/')[0]}: write the path out")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
 
 
 class Section(BaseModel):
@@ -20,20 +48,32 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str = Field(min_length=1, description="run folder: configuration, metrics, checkpoints, logs")
-    seed: int = Field(0, ge=0, lt=2**63, description="key of every random number of the run")
+    """The run folder, the seed, the length of the run and the size of a step."""
+
+    dir: PathText = Field(min_length=1, description="run folder: configuration, metrics, checkpoints, logs")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
     steps: int = Field(gt=0, description="optimizer steps in the whole run")
     global_batch: int = Field(gt=0, description="rows (sequences) per step, over all ranks and micro-steps")
-    micro_batch: int = Field(gt=0, description="most rows that a rank passes through the model at once")
-    max_skips: int = Field(10, gt=0, description="stop after this many non-finite (skipped) steps in a row")
-    time_limit: float | None = Field(None, gt=0, description="minutes until it saves and stops, as on a signal")
-    step_timeout: float = Field(10.0, gt=0, description="minutes that a rank may stand still within a step")
+    micro_batch: int = Field(gt=0, description="largest number of rows in one forward pass of a rank")
+    max_skips: int = Field(
+        10, gt=0, description="the run stops with an error after this many non-finite (skipped) steps in a row"
+    )
+    time_limit: float | None = Field(
+        None, gt=0, description="minutes after which the run saves a checkpoint and stops; null: no limit"
+    )
+    step_timeout: float = Field(
+        10.0, gt=0, description="minutes without progress in a step after which the run ends with an error"
+    )
     slow_timeout: float = Field(
-        60.0, gt=0, description="the same in preparation, the first two steps, evaluations, probes and saves"
+        60.0,
+        gt=0,
+        description="the same, in minutes, for preparation, the first two steps, evaluations, probes and saves",
     )
 
 
 class ModelConfig(Section):
+    """The shape of the transformer: a preset, and numbers that override it. null: as in the preset, or the default."""
+
     preset: str | None = Field(None, description="a shape from model/presets.py; the fields below override it")
     d_model: int | None = Field(None, gt=0, description="width of the residual stream")
     n_layers: int | None = Field(None, gt=0, description="number of blocks")
@@ -55,11 +95,15 @@ class ModelConfig(Section):
 
 
 class DataSource(Section):
-    path: str = Field(min_length=1, description="folder written by tools/prepare_data.py")
+    """One prepared folder among the sources of a run."""
+
+    path: PathText = Field(min_length=1, description="folder written by tools/prepare_data.py")
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
 
 
 class DataConfig(Section):
+    """Which prepared data is read, how rows are cut from it, and how it is loaded."""
+
     sources: tuple[DataSource, ...] = Field(min_length=1, description="prepared folders and their weights")
     sequence_length: int = Field(gt=0, description="tokens per row")
     document_mask: bool = Field(False, description="keep attention inside documents")
@@ -76,9 +120,9 @@ class DataConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """How rates and masks are drawn and weighed. docs/mathematics.md derives each estimator."""
+    """How masking rates and masks are drawn and how tokens are weighted. docs/mathematics.md derives each estimator."""
 
-    eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks: counted has none)")
+    eps: float = Field(1e-3, gt=0, lt=0.5, description="smallest masking rate (masks=counted has none)")
     rate_low: float | None = Field(
         None, gt=0, lt=1, description="train on masking rates from here on only (another objective); null: from eps on"
     )
@@ -89,25 +133,45 @@ class DiffusionConfig(Section):
     strata: Literal["none", "rank", "global"] = Field(
         "global", description="StraTS: rates as one stratification of the global batch; rank: each rank by itself"
     )
-    sampler: Literal["uniform", "ppots"] = Field("uniform", description="density of the masking rate; ppots is fitted")
-    target: Literal["loss", "gradient"] = Field("gradient", description="ppots: whose second moment is fitted")
-    form: Literal["histogram", "epr"] = Field("histogram", description="ppots: bins, or the paper's parametric family")
-    when: Literal["online", "once"] = Field(
-        "online", description="ppots: refit during training, or fit once, before it, on a grid"
+    sampler: Literal["uniform", "ppots"] = Field(
+        "uniform", description="density of the masking rate; ppots: fitted to the statistics (P-POTS)"
     )
-    fit_rates: int = Field(70, gt=0, description="when: once: masking rates at which the fit measures the loss")
-    fit_sequences: int = Field(15, gt=0, description="when: once: training sequences for each of these rates")
-    fit_masks: int = Field(15, gt=0, description="when: once: masks for each rate and sequence")
+    target: Literal["loss", "gradient"] = Field(
+        "gradient", description="ppots: the quantity whose second moment is fitted"
+    )
+    form: Literal["histogram", "epr"] = Field(
+        "histogram",
+        description="ppots: form of the fitted density: one value a bin, or the parametric family of the paper (EPR)",
+    )
+    when: Literal["online", "once"] = Field(
+        "online",
+        description="ppots: refit during training, or fit once before it from fit_rates x fit_sequences x fit_masks "
+        "forward passes",
+    )
+    fit_rates: int = Field(70, gt=0, description="when=once: masking rates at which the fit measures the loss")
+    fit_sequences: int = Field(15, gt=0, description="when=once: training sequences for each of these rates")
+    fit_masks: int = Field(15, gt=0, description="when=once: masks for each rate and sequence")
     bins: int = Field(64, ge=8, le=1024, multiple_of=8, description="cells of the sampler and of the statistics")
-    floor: float = Field(0.2, gt=0, le=1, description="ppots: share of the uniform; no importance weight over 1/floor")
+    floor: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="ppots: share of the uniform density in the mixture; no importance weight exceeds 1/floor",
+    )
     refit_every: int = Field(25, gt=0, description="ppots: steps between fits")
     statistics_decay: float = Field(0.99, ge=0, lt=1, description="per-step decay of the statistics by bin")
-    min_hits: int = Field(50, gt=0, description="ppots: uniform until every bin has had this many rows")
+    min_hits: int = Field(
+        50, gt=0, description="ppots: the density stays uniform until every bin has had this many rows"
+    )
     masks: Literal["independent", "counted"] = Field(
-        "independent", description="each position by itself with rate t, or exactly ceil(t P) of P positions"
+        "independent",
+        description="independent: each position is masked with probability t; "
+        "counted: a drawn number k of the P positions is masked",
     )
     views: Literal["single", "mirror", "mirror_dedup", "complement"] = Field(
-        "single", description="rows per sequence: one, or a pair that shares its noise (MIRROR, or a set and its rest)"
+        "single",
+        description="rows per sequence: one, or a pair that shares its noise "
+        "(MIRROR; complement: a set of positions and all others)",
     )
     weights: Literal["rate", "count"] = Field(
         "rate",
@@ -121,11 +185,12 @@ class DiffusionConfig(Section):
     bell: float = Field(3.0, ge=1, description="bell: a of Beta(a, a)")
     anneal_fraction: float = Field(0.0, ge=0, le=1, description="last fraction of the run in which omega moves to 1")
     isad_tokens: tuple[str | int, ...] = Field(
-        (), description="ISAD: ids or pieces masked more often; biased, see docs"
+        (), description="ISAD: token ids or pieces that are masked more often; biased, see docs/variance.md"
     )
-    isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: by how much")
+    isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: what is added to the masking rate of these tokens")
     syrm_tokens: tuple[str | int, ...] = Field(
-        (), description="SyRM: ids or pieces that are masked in prompts too; another objective, see docs"
+        (),
+        description="SyRM: token ids or pieces that are masked in prompts too; another objective, see docs/variance.md",
     )
 
     @property
@@ -178,6 +243,8 @@ class DiffusionConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimizer, the learning-rate schedule and the weight average."""
+
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the blocks, AdamW for everything else"
     )
@@ -189,12 +256,14 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last fraction of the steps, in which lr falls")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over the peak")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay, on matrices only")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean of the gradient")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean of the squared gradient")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW: epsilon in the denominator")
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="weight average per step; null: none")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="decay of the weight average (EMA) per step; null: no average"
+    )
 
     @model_validator(mode="after")
     def _has_muon(self) -> "OptimConfig":
@@ -204,13 +273,15 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How the model is spread over ranks, and memory traded for time. Only compute_dtype changes results."""
+
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the forward and backward pass; parameters and reductions stay float32"
     )
     replicate: int = Field(
         1, gt=0, description="copies of the sharded model (HSDP): gradients are reduced within a copy, then over copies"
     )
-    shard: int | None = Field(None, gt=0, description="ranks that share one copy; default: all ranks / replicate")
+    shard: int | None = Field(None, gt=0, description="ranks that share one copy; null: all ranks / replicate")
     reshard_after_forward: bool = Field(True, description="free gathered block parameters between forward and backward")
     offload: bool = Field(
         False, description="parameters, gradients and optimizer state in host memory, where the optimizer then runs"
@@ -245,23 +316,50 @@ class ParallelConfig(Section):
         return self
 
 
+def _resume(value: object) -> str | int:
+    """One error line, where a union of types would have one for each of its members."""
+    if value in ("auto", "never") or (type(value) is int and value > 0):
+        return value
+    raise ValueError("must be auto, never, or the step of a checkpoint")
+
+
 class CheckpointConfig(Section):
-    dir: str | None = Field(
-        None, min_length=1, description="where they are kept: a path or an fsspec URL; null: run.dir/checkpoints"
+    """When and where checkpoints are written, and how a run resumes."""
+
+    dir: PathText | None = Field(
+        None, min_length=1, description="folder of the checkpoints: a path or an fsspec URL; null: run.dir/checkpoints"
     )
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; the last step always saves")
-    keep_last: int = Field(2, gt=0, description="complete checkpoints kept")
-    keep_every: int | None = Field(None, gt=0, description="those of every so many steps stay for good; null: none")
-    asynchronous: bool = Field(True, description="write beside the training, which waits for a copy only")
-    resume: Literal["auto", "never"] = Field(
+    keep_last: int = Field(2, gt=0, description="number of newest complete checkpoints that are kept")
+    keep_every: int | None = Field(
+        None, gt=0, description="checkpoints at multiples of this many steps are never removed; null: none"
+    )
+    keep_best: int | None = Field(
+        None,
+        gt=0,
+        description="number of checkpoints with the lowest validation NELBO (mean over sources) that are kept too; "
+        "null: none",
+    )
+    asynchronous: bool = Field(
+        True, description="write in the background; training waits only for a copy to host memory"
+    )
+    resume: Annotated[Literal["auto", "never"] | int, PlainValidator(_resume)] = Field(
         "auto",
-        description="auto: go on from the newest complete checkpoint in run.dir; never: refuse a folder with one",
+        description="auto: resume from the newest complete checkpoint; a step: go back to the checkpoint of that step, "
+        "once; never: refuse a run folder that has a checkpoint",
     )
     allow_changed: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
         (), description="settings that may differ when resuming; see docs/checkpoints.md"
     )
-    init_from: str | None = Field(None, description="run or checkpoint whose weights start a new run")
-    export_every: int | None = Field(None, gt=0, description="steps between exports (the last too); null: none")
+    init_from: PathText | None = Field(None, description="run or checkpoint whose weights start a new run")
+    resize_vocab: bool = Field(
+        False,
+        description="init_from with another vocabulary: embedding and head rows follow their pieces; pieces that the "
+        "old vocabulary lacks start at the mean row",
+    )
+    export_every: int | None = Field(
+        None, gt=0, description="steps between exports for transformers (the last step always exports); null: none"
+    )
 
     @model_validator(mode="after")
     def _falls_on_checkpoints(self) -> "CheckpointConfig":
@@ -272,12 +370,19 @@ class CheckpointConfig(Section):
 
 
 class MonitorConfig(Section):
+    """What is recorded and shown while the run trains."""
+
     log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
     tensorboard: bool = Field(True, description="write RUN/events")
-    probe_every: int | None = Field(
-        100, ge=0, description="steps between looks at the loss's variance and the gradient's noise; 0 or null: none"
+    record_every: int = Field(
+        1, gt=0, description="steps between training records in metrics.jsonl and TensorBoard; less takes more disk"
     )
-    probe_sequences: int = Field(8, ge=4, multiple_of=2, description="validation sequences of a decomposition; even")
+    probe_every: int | None = Field(
+        100,
+        ge=0,
+        description="steps between measurements of the loss's variance and the gradient's noise; 0 or null: none",
+    )
+    probe_sequences: int = Field(8, ge=4, multiple_of=2, description="validation sequences in one measurement; even")
     probe_rates: int = Field(4, ge=2, description="masking rates for each of these sequences")
     probe_masks: int = Field(2, ge=2, description="masks for each sequence and rate")
     profile_at: int | None = Field(
@@ -287,11 +392,13 @@ class MonitorConfig(Section):
 
 
 class EvalConfig(Section):
+    """The validation NELBO that is measured during training."""
+
     every: int = Field(1000, gt=0, description="steps between evaluations; the last step always evaluates")
     rows: int = Field(256, gt=0, description="validation sequences per source, or all where there are fewer")
-    samples: int = Field(4, gt=0, description="noise draws per sequence")
+    samples: int = Field(4, gt=0, description="noise draws (forward passes) per sequence")
     batch: int = Field(32, gt=0, description="sequences per forward pass; fixed, so that any number of ranks agrees")
-    seed: int = Field(0, ge=0, lt=2**63, description="key of the evaluation noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the evaluation noise")
 
 
 class Config(Section):
@@ -304,6 +411,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> "Config":
+        save, evaluate = self.checkpoint.save_every, self.eval.every
+        if self.checkpoint.keep_best is not None and save % evaluate and evaluate % save:
+            raise ValueError(
+                f"checkpoint.keep_best needs an evaluation at its checkpoints: make eval.every={evaluate} a divisor or "
+                f"a multiple of checkpoint.save_every={save}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _causal_is_ar(self) -> "Config":
@@ -439,6 +556,8 @@ def _explain(error: dict) -> str:
             return f"unknown key '{path}': {hint}"
         case "missing":
             return f"'{path}' is missing: give it in a file or as {path}=VALUE"
+        case "value_error":  # ours: it names what it is about
+            return f"'{path}': {error['ctx']['error']}" if path else str(error["ctx"]["error"])
         case _:
             return f"'{path}': {error['msg'][0].lower()}{error['msg'][1:]}, got {json.dumps(error['input'])}"
 

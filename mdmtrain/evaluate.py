@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,21 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.config import EvalConfig
+from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
 from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.records import (
+    BadRecord,
+    Reading,
+    add_bad_record_option,
+    add_format_option,
+    present,
+    read_records,
+    string_field,
+)
 from mdmtrain.data.shards import PreparedSplit
-from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair, read_records
+from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair
 from mdmtrain.likelihood import (
     ESTIMATORS,
     MOST_ERRORS,
@@ -37,7 +49,7 @@ from mdmtrain.likelihood import (
     estimate,
 )
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, log, output_file, user_errors
+from mdmtrain.monitor.logs import CommandParser, log, output_file, survive_terminal, user_errors
 from mdmtrain.parallel.world import World, init_world
 
 BASELINE_PART = 1 << 20  # tokens read at once
@@ -62,10 +74,15 @@ class Evaluation:
     samples: int  # noise draws per row
 
     def __str__(self) -> str:
-        return (
-            f"{self.split}: NELBO {self.nelbo:.4f} +- {self.nelbo_se:.4f} nats/token, "
-            f"{self.bits_per_byte:.4f} +- {self.bits_per_byte_se:.4f} bits/byte, perplexity {self.perplexity:.2f}"
+        nelbo, bits = with_error(self.nelbo, self.nelbo_se, 4), with_error(self.bits_per_byte, self.bits_per_byte_se, 4)
+        return f"{self.split}: NELBO {nelbo} nats/token, {bits} bits/byte, perplexity {self.perplexity:.2f}" + (
+            " (errors unknown: a single row)" if self.rows == 1 else ""
         )
+
+
+def with_error(value: float, error: float, digits: int) -> str:
+    """A value with its standard error, where that is known: a single row has none."""
+    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if math.isfinite(error) else " +- ?")
 
 
 def evaluate_split(
@@ -100,7 +117,8 @@ def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
 def set_names(paths: list[str], split: str) -> list[str]:
     """The same for paths, some of which may be files, which are called what they are called."""
     folders = [split if len(paths) == 1 else f"{split}/{Path(path).name}" for path in paths]
-    return [name if Path(path).is_dir() else Path(path).name for path, name in zip(paths, folders, strict=True)]
+    files = ["standard input" if path == STANDARD_INPUT else Path(path).name for path in paths]
+    return [folder if Path(path).is_dir() else file for path, folder, file in zip(paths, folders, files, strict=True)]
 
 
 # ---- what is evaluated
@@ -120,28 +138,29 @@ class Material:
     details: dict = field(default_factory=dict)  # more counts, for the report
 
 
-def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: store.LoadedModel) -> Material:
+def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: LoadedModel) -> Material:
     """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
-    if path.endswith(".jsonl") and Path(path).is_file():
-        records = read_records(Path(path))
-        if "continuation" in records[0][1]:
-            return _continuations(records, name, loaded)
+    reading = Reading(args.on_bad_record, args.format)
     if Path(path).is_dir():
         stream = open_split(path, args.split, loaded)
     else:
-        stream = TextSplit(path, loaded.tokenizer, args.lines)
+        source = open_name(path)
+        if _has_continuations(source, reading):
+            return _continuations(source, name, reading, loaded)
+        stream = TextSplit(source, loaded.tokenizer, reading, args.lines)
+    left_out = {"left_out": dict(reading.left_out)}
     common = (stream.eligible_tokens, stream.bytes, stream.documents, stream)
     if stream.prompts:
         rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
         policy = f"a prompt and its response a row, cut at {length} tokens; the response and its eos are scored"
-        return Material(name, rows, policy, *common)
+        return Material(name, rows, policy, *common, left_out)
     scored = "bos and eos of each document are scored"
     if args.wrap == "no":
         rows, longer = document_rows(stream, count, length, args.long == "cut", pad_id)
         what = "cut there" if args.long == "cut" else "go on in rows of their own"
         policy = f"one document a row, padding not scored; those over {length} tokens {what}; {scored}"
-        return Material(name, rows, policy, *common, {"longer_documents": longer})
+        return Material(name, rows, policy, *common, {"longer_documents": longer, **left_out})
     if stream.tokens < length:
         raise ValueError(
             f"{path}: the {stream.split} split has {stream.tokens:,} tokens, not one row of data.sequence_length="
@@ -150,27 +169,42 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
     rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
     sees = "its document" if loaded.config.data.document_mask else "its row"
     policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
-    return Material(name, rows, policy, *common)
+    return Material(name, rows, policy, *common, left_out)
 
 
-def _continuations(records: list[tuple[str, dict]], name: str, loaded: store.LoadedModel) -> Material:
+def _has_continuations(source: Input, reading: Reading) -> bool:
+    """Whether its first readable record asks for the likelihood of a continuation."""
+    first = next(read_records(source, Reading("skip", reading.format), dict), None)
+    return first is not None and bool(present(first[0], "continuation"))
+
+
+def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedModel) -> Material:
     """Every record's continuation, given its prefix."""
-    length, pairs = loaded.config.data.sequence_length, []
-    for place, record in records:
-        prefix, continuation = record.get("prefix", ""), record.get("continuation")
-        if not isinstance(prefix, str) or not isinstance(continuation, str) or not continuation:
-            raise ValueError(f"{place}: needs 'continuation', a string with text in it, and 'prefix', a string")
-        pairs.append(encode_pair(loaded.tokenizer, prefix, continuation))
-        given, rest = (len(part) for part in pairs[-1])
+    length = loaded.config.data.sequence_length
+
+    def as_pair(fields: dict) -> tuple[tuple[list[int], list[int]], int]:
+        wanted = "every line needs 'continuation', a string with text in it, and 'prefix', a string"
+        prefix = string_field(fields, "prefix", wanted) if present(fields, "prefix") else ""
+        continuation = string_field(fields, "continuation", wanted)
+        if not continuation:
+            raise BadRecord("an empty 'continuation'", f": {wanted}")
+        pair = encode_pair(loaded.tokenizer, prefix, continuation)
+        given, rest = (len(part) for part in pair)
         if given + rest > length:
-            raise ValueError(
-                f"{place}: prefix ({given} tokens with bos) and continuation ({rest}) exceed the {length} tokens that "
-                "the model was trained on: shorten them"
+            raise BadRecord(
+                "longer than the model's rows",
+                f": prefix ({given} tokens with bos) and continuation ({rest}) exceed the {length} tokens that the "
+                "model was trained on: shorten them",
             )
-    size = sum(len(record["continuation"].encode()) for _, record in records)
+        return pair, len(continuation.encode())
+
+    read = [made for made, _, _ in read_records(source, reading, as_pair)]
+    if not read:
+        raise ValueError(f"{source.name}: no record in it that can be used: {', '.join(reading.left_out)}")
     policy = "continuation given bos and prefix; neither these nor an eos are scored"
-    rows = continuation_rows(pairs, loaded.tokenizer.pad_id)
-    return Material(name, rows, policy, int(rows.eligible.sum()), size, len(records), None)
+    rows = continuation_rows([pair for pair, _ in read], loaded.tokenizer.pad_id)
+    size, details = sum(size for _, size in read), {"left_out": dict(reading.left_out)}
+    return Material(name, rows, policy, int(rows.eligible.sum()), size, len(read), None, details)
 
 
 # ---- command
@@ -232,10 +266,13 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     for column in ("", "nats/token", "bits/byte", "perplexity", *(("+- by draws", "passes") if several else ())):
         table.add_column(column, justify="left" if not column else "right")
     for one in numbers["estimators"]:
-        cells = [f"{one[unit]:.{digits}f} +- {one[unit + '_se']:.{digits}f}" for unit, digits in UNITS.items()]
+        cells = [with_error(one[unit], one[unit + "_se"], digits) for unit, digits in UNITS.items()]
         if several:
             table.add_row(
-                f"{one['estimator']} x {one['samples']}", *cells, f"{one['noise_se']:.4f}", f"{one['passes']:,}"
+                f"{one['estimator']} x {one['samples']}",
+                *cells,
+                f"{one['noise_se']:.4f}" if math.isfinite(one["noise_se"]) else "?",
+                f"{one['passes']:,}",
             )
         else:
             table.add_row("model" if one["estimator"] == NEXT_TOKEN else "model (upper bound)", *cells)
@@ -247,7 +284,9 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
     for pair in numbers["comparisons"]:
         a, b = pair["between"]
         verdict = "agree" if pair["agree"] else "DISAGREE"
-        console.print(f"{a} - {b}: {pair['difference']:+.4f} +- {pair['standard_error']:.4f}: {verdict}")
+        if not math.isfinite(pair["standard_error"]):
+            verdict = "cannot be compared: more rows, or more draws"
+        console.print(f"{a} - {b}: {with_error(pair['difference'], pair['standard_error'], 4)}: {verdict}")
     if base is not None:
         better = 1 - numbers["nelbo"] / base.unigram_nats_per_token
         found = f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline"
@@ -257,6 +296,8 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
         f"({numbers['bytes_scored']:,} of {numbers['bytes']:,} bytes), seed {numbers['seed']}",
         style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
+    for reason, count in sorted(numbers["left_out"].items()):
+        console.print(f"left out {count:,} records: {reason}", highlight=False)
 
 
 def row_count(argument: str) -> int:
@@ -267,9 +308,14 @@ def row_count(argument: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
-    add("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
-    inputs = "prepared folders, text files, jsonl with 'text' or with 'prefix' and 'continuation' (default: the run's)"
+    add("checkpoint", help="run folder (its newest checkpoint counts), checkpoint folder, or exported folder")
+    inputs = (
+        "prepared folders, text files, or files of JSON lines with 'text', with 'prompt' and 'response', or with "
+        "'prefix' and 'continuation'; - is standard input (default: the run's)"
+    )
     add("--data", nargs="+", metavar="PATH", help=inputs)
+    add_format_option(parser)
+    add_bad_record_option(parser)
     add("--split", default="validation", help="split of the prepared folders (default: validation)")
     add("--rows", type=row_count, help="rows (or documents) per set, evenly spaced, or 'all' (default: eval.rows)")
     add("--wrap", choices=["yes", "no"], default="yes", help="no: one document a row (default: yes, end to end)")
@@ -297,15 +343,18 @@ def main(arguments: list[str] | None = None) -> None:
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
-    loaded = store.load_model(args.checkpoint, args.weights, world)
+    loaded = load_model(args.checkpoint, args.weights, world)
     estimators = world.agree(lambda: choose_estimators(args, loaded))
-    paths = args.data or [source.path for source in loaded.config.data.sources]
+    paths = args.data or world.agree(lambda: own_data(loaded))
     count = args.rows or loaded.config.eval.rows
     console, results = Console(), []
+    if args.json:
+        survive_terminal()  # the results are there
     if world.is_main:
         console.print(str(loaded.folder), highlight=False)
     for path, name in zip(paths, set_names(paths, args.split), strict=True):
-        material = world.agree(lambda path=path, name=name: open_material(path, name, args, count, loaded))
+        opened = partial(open_material, path, name, args, count, loaded)
+        material = world.agree(opened, main_only=True)  # standard input is that of one rank
         estimates = {
             one: estimate(loaded.model, material.rows, one, loaded.config.eval.batch, loaded.tokenizer.mask_id, world)
             for one in estimators
@@ -314,8 +363,10 @@ def main(arguments: list[str] | None = None) -> None:
         if world.is_main:
             base = None if material.stream is None else baselines(material.stream, loaded.tokenizer.decode)
             numbers = report(material, estimates, comparisons)
-            _show(numbers, base, console)
             results.append({**numbers, **(asdict(base) if base else {})})
+            if args.json:
+                write_json(args.json, {"checkpoint": str(loaded.folder), "results": results})
+            _show(numbers, base, console)
             for pair in comparisons:
                 if not pair.agree:
                     log.warning(
@@ -323,13 +374,26 @@ def main(arguments: list[str] | None = None) -> None:
                         "wrong, or has too few rows for its error to be known",
                         material.name, *pair.between, MOST_ERRORS,
                     )  # fmt: skip
-    if args.json and world.is_main:
-        numbers = {"checkpoint": str(loaded.folder), "results": results}
-        whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)  # as `finite` does
-        store.write_atomically(args.json, json.dumps(whole, indent=1) + "\n")
 
 
-def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> list[Estimator]:
+def write_json(file: Path, numbers: dict) -> None:
+    """Write what is known so far: what is not finite is null, as `finite` has it."""
+    whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
+    store.write_atomically(file, json.dumps(whole, indent=1) + "\n")
+
+
+def own_data(loaded: LoadedModel) -> list[str]:
+    """The folders that the model was trained on. Raises ValueError where they are not here."""
+    paths = [source.path for source in loaded.config.data.sources]
+    for path in paths:
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{loaded.folder}: its data folder {path} is not found: name what to evaluate with --data PATH"
+            )
+    return paths
+
+
+def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Estimator]:
     """What the options ask for. Raises ValueError."""
     config = loaded.config
     draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
@@ -343,7 +407,7 @@ def choose_estimators(args: argparse.Namespace, loaded: store.LoadedModel) -> li
     ]
 
 
-def open_split(folder: str, split: str, loaded: store.LoadedModel) -> PreparedSplit:
+def open_split(folder: str, split: str, loaded: LoadedModel) -> PreparedSplit:
     """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
     opened = PreparedSplit(folder, split)
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:

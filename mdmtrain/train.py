@@ -7,6 +7,7 @@ Read `train` from top to bottom: that is the whole run. To change what a step do
 """
 
 import gc
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,10 +18,20 @@ import numpy as np
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
-from mdmtrain.checkpoint.resume import changes, choose_checkpoint, continued, load_initial_weights, run_identity
-from mdmtrain.checkpoint.run_folder import RunLock, describe_run
+from mdmtrain.checkpoint.resume import (
+    changes,
+    choose_checkpoint,
+    continued,
+    describe_resume,
+    leave_behind,
+    load_initial_weights,
+    run_identity,
+)
+from mdmtrain.checkpoint.run_folder import RunLock, add_to_history, describe_run, removed_if_refused
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
+from mdmtrain.config_help import HelpAction
+from mdmtrain.data.checks import describe_epochs, shared_documents
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START
 from mdmtrain.data.tokenizer import Tokenizer
@@ -29,8 +40,8 @@ from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
 from mdmtrain.model.presets import describe_shape, model_shape
 from mdmtrain.model.transformer import masked_cross_entropy
-from mdmtrain.monitor.logs import CommandParser, log, log_to_file, user_errors
-from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, evaluated
+from mdmtrain.monitor.logs import CommandParser, log, log_to_file, survive_terminal, user_errors
+from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, MetricsLog, disk_use, evaluated, thinned, validation_scores
 from mdmtrain.monitor.profile import Profiler, out_of_memory
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.monitor.recorder import StepRecorder
@@ -55,6 +66,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     stop = watch.stop
 
     # ---- what there is: folder, data, tokenizer, model
+    main_dir = run_dir if world.is_main else None
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)  # held until the process ends
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
     sources = world.agree(lambda: open_sources(config.data, "train", share=(world.rank, world.size)))
@@ -81,7 +93,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         init_weights(model, run.seed)
         origin = f"fresh weights from seed {run.seed}"
     elif resumed is None:
-        origin = f"weights of {load_initial_weights(config, identity, model, world)}"
+        origin = f"weights of {load_initial_weights(config, identity, tokenizer, model, world)}"
     if config.optim.ema_decay is not None:
         average = EMA(model, config.optim.ema_decay)
     step, cursor, recorder = 0, START, StepRecorder(config, plan, world.device, world.rank)
@@ -91,21 +103,28 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         store.spread_adam_step(optimizer)
         sampler.restored()
         meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
-        step, changed = meta["step"], changes(meta, identity)
-        cursor = continued(meta, identity)
-        recorder.restore(meta["recorder"], cursor, same_batch=not changed)
-        origin = "; ".join([f"resumed from {resumed}", *changed])
-    owed = world.agree(lambda: config.evaluates(step) and not evaluated(run_dir, step), main_only=True)
+        step, cursor = meta["step"], continued(meta, identity)
+        recorder.restore(meta["recorder"], cursor, same_batch=not changes(meta, identity))
+        origin = describe_resume(resumed, meta, identity, config)
+    owes = config.evaluates(step) and step <= run.steps
+    owed = world.agree(lambda: owes and not evaluated(run_dir, step), main_only=True)
     if step >= run.steps and not owed:
         SideExports(config, resumed, world.is_main).finish()  # one that went with the process that made it
-        say(world, f"{run_dir} is complete: {step} of {run.steps} steps; raise run.steps to go on, or evaluate it")
+        say(world, nothing_to_do(run_dir, step, run.steps))
         return
     pin = world.device.type == "cuda"
     loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, pin, cursor))
-    world.agree(lambda: describe_run(run_dir, config), main_only=True)
+    notes = world.agree(lambda: leave_behind(config, home, step), main_only=True)
+    world.agree(lambda: describe_run(run_dir, config, step, origin, world.size), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
+    notes += metrics.notes if metrics is not None else []
     rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
-    for line in (f"run folder {run_dir}", origin, describe_shape(shape), *rows, *plan.reasons):
+    rows += describe_epochs(config, sources, cursor)
+    for line in world.agree(lambda: shared_documents(sources, validation), main_only=True):
+        log.warning(line)  # on the terminal of rank 0
+    for line in (
+        f"run folder {run_dir}", origin, *notes, describe_shape(shape), *rows, *plan.reasons, disk_use(config)
+    ):  # fmt: skip
         say(world, line)
     if config.parallel.offload and world.device.type == "cpu":
         say(world, "parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
@@ -119,13 +138,13 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     device = world.device
     splits = list(zip(split_names(validation, [s.path for s in config.data.sources]), validation, strict=True))
     batches = iter(loader)
-    recorder.resume_clock()
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
     writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world, LATE + run.slow_timeout)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     graphs = GraphCount(config.parallel.compile)
     profiler = Profiler(config.monitor, run_dir, world)
+    scores = validation_scores(run_dir) if world.is_main else {}
 
     def evaluation() -> int:
         """Evaluate after `step` steps and record it; where a stop comes first, nothing is recorded. The stop, or 0."""
@@ -141,12 +160,15 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
             return interruption.args[0]
         for one in found:
             progress.note(f"step {step}  {one}")
+        scores[step] = float(np.mean([one.nelbo for one in found]))
         if metrics is not None:
             metrics.write([{"step": step, **asdict(one)} for one in found])
         return 0
 
     stopped = evaluation() if owed else 0  # a stop came before it, or in the middle of it
     model.train()
+    recorder.resume_clock()
+    progress.start_clock()
     while step < run.steps and not stopped:
         profiler.before(step)
         if step % GARBAGE_EVERY == 0:
@@ -202,7 +224,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
                 if metrics is not None:
                     metrics.probe_cost(step, seconds, share)
             if metrics is not None:
-                metrics.write(records)
+                metrics.write(thinned(records, config.monitor.record_every, evaluating or saving))
                 for record in records:
                     if record["skipped"]:
                         metrics.skipped(record["step"], loader.dataset.samples(record["step"] - 1))
@@ -212,12 +234,12 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
                 log.warning("step %d: %s", step, slow)
             if saving:
                 watch.at("checkpoint")  # the one before may still be written
-            announce(writer.finish() if saving else writer.poll(), progress, exports)
+            announce(writer.finish() if saving else writer.poll(), progress, exports, main_dir)
         if evaluating and not stopped:
             stopped = evaluation()
             if stopped and not saving:
                 saving = True
-                announce(writer.finish(), progress, exports)
+                announce(writer.finish(), progress, exports, main_dir)
         if saving:
             watch.at("checkpoint")
             if metrics is not None:
@@ -230,14 +252,15 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
                 "has_average": average is not None,
                 "recorder": recorder.state(),
                 "config": config.model_dump(mode="json"),
+                "working_directory": os.getcwd(),  # which relative paths in it are relative to
             }
-            writer.save(step, tensors, meta)
+            writer.save(step, tensors, meta, scores)
             gc.collect()
         if evaluating or saving or probe.due(step):
             recorder.resume_clock()
             graphs.resume()
 
-    announce(writer.finish(), progress, exports)
+    announce(writer.finish(), progress, exports, main_dir)
     stop.drain()
     profiler.close()
     progress.close()
@@ -245,6 +268,8 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     exports.finish()
     if metrics is not None:
         metrics.close()
+    if config.checkpoint.keep_best and (best := store.best_of(store.complete_checkpoints(home), scores)):
+        say(world, f"best checkpoint by validation NELBO ({scores[store.step_of(best[0])]:.4f}): {best[0]}")
     if stopped:
         left = " but for its evaluation" if config.evaluates(step) else ""
         what = f"stopped by {reason(stopped)} after step {step}{left}, checkpoint saved"
@@ -270,9 +295,11 @@ def in_loop_evaluation(
 # ---- small things
 
 
-def announce(checkpoint: Path | None, progress: TrainingProgress, exports: SideExports) -> None:
-    """Say that a checkpoint is committed, and start what waits for that."""
+def announce(checkpoint: Path | None, progress: TrainingProgress, exports: SideExports, run_dir: Path | None) -> None:
+    """Say that a checkpoint is committed, and start what waits for that. run_dir: where to record it; on rank 0."""
     if checkpoint is not None:
+        if run_dir is not None:
+            add_to_history(run_dir, "checkpoint", step=store.step_of(checkpoint))
         progress.note(f"step {store.step_of(checkpoint)}  checkpoint {checkpoint}")
         exports.start(checkpoint)
 
@@ -289,25 +316,40 @@ def check_skips(records: list[dict], in_a_row: int, most: int, run_dir: Path) ->
         )
 
 
+def nothing_to_do(run_dir: Path, done: int, wanted: int) -> str:
+    """Why a run that has done at least `wanted` steps does not train."""
+    if done > wanted:
+        return (
+            f"{run_dir} has done {done} steps, more than run.steps={wanted}: nothing to train; raise run.steps to "
+            "continue, or go back to an older checkpoint with checkpoint.resume=STEP"
+        )
+    return f"{run_dir} is complete: {done} of {wanted} steps; raise run.steps to go on, or evaluate it"
+
+
 def say(world: World, text: str) -> None:
     if world.is_main:
         print(text, flush=True)
+        log.info("%s", text)  # the terminal may be gone
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m mdmtrain.train",
         description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
-        "Started again with the same arguments, a run goes on from its newest checkpoint.",
+        "Started again with the same arguments, a run resumes from its newest checkpoint.",
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=HelpAction)
     parser.add_argument(
         "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
     )
     config = configuration.load(parser.parse_args(arguments).config)
+    survive_terminal()  # what is printed is in the run folder too
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
-    with Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+    folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
+    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
         train(config, world, watch)
 
 

@@ -148,11 +148,11 @@ class Lab:
         return path
 
     def state(self) -> dict[str, bytes | None]:
-        """Every file and folder here, but for a run folder's lock and logs, which say that someone tried."""
+        """Every file and folder here, but for the lock and the logs of a run folder. A new run folder counts."""
         return {
             str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(self.folder.rglob("*"))
-            if path != self.run and path.name != ".lock" and "logs" not in path.parts
+            if path.name != ".lock" and "logs" not in path.parts
         }
 
 
@@ -533,7 +533,7 @@ def numbers_into_a_missing_folder(lab):
     return ["a-run-to-look-for-later", "--json", str(lab.folder / "nowhere/numbers.json")]
 
 
-@case("evaluate", "{lab}/nowhere.txt: no such file or prepared folder", "check the path")
+@case("evaluate", "{lab}/nowhere.txt: no such file", "check the path")
 def text_that_is_missing(lab):
     return [str(lab.finished), "--data", str(lab.folder / "nowhere.txt")]
 
@@ -543,7 +543,7 @@ def text_that_is_empty(lab):
     return [str(lab.finished), "--data", str(lab.file("empty.txt", ""))]
 
 
-@case("evaluate", "{lab}/bytes.txt: not UTF-8 text", "convert")
+@case("evaluate", "{lab}/bytes.txt:1: not UTF-8 text", "convert")
 def text_that_is_no_text(lab):
     file = lab.folder / "bytes.txt"
     file.write_bytes(b"ab\xff" * 100)
@@ -555,13 +555,19 @@ def text_shorter_than_a_row(lab):
     return [str(lab.finished), "--data", str(lab.file("short.txt", "short"))]
 
 
-@case("evaluate", "{lab}/pairs.jsonl:3: needs 'continuation'")
+@case("evaluate", "{lab}/pairs.jsonl:3: no 'continuation' field")
 def pairs_without_a_continuation(lab):
     lines = '{"prefix": "a", "continuation": "b"}\n\n{"prefix": "a"}\n'
     return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", lines))]
 
 
-@case("evaluate", "{lab}/pairs.jsonl:1: prefix (3 tokens with bos)", "(30)", "exceed the 32 tokens", "shorten")
+@case(
+    "evaluate",
+    "{lab}/pairs.jsonl:1: longer than the model's rows: prefix (3 tokens with bos)",
+    "(30)",
+    "exceed the 32 tokens",
+    "shorten",
+)
 def pairs_longer_than_the_model(lab):
     record = json.dumps({"prefix": "\x01\x02", "continuation": "\x03" * 30})
     return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", record))]
@@ -620,12 +626,17 @@ def guidance_below_zero(lab):
     return [str(lab.finished), "--cfg-scale", "-0.5"]
 
 
-@case("generate", "--input {lab}/nowhere.jsonl: no such file", "check the path")
+@case("generate", "{lab}/nowhere.jsonl: no such file", "check the path")
 def prompts_that_are_missing(lab):
     return [str(lab.finished), "--input", str(lab.folder / "nowhere.jsonl"), "--output", str(lab.folder / "out.jsonl")]
 
 
-@case("generate", "{lab}/in.jsonl:2: needs 'text' with <mask> for every gap", "'prefix' and 'suffix'")
+@case(
+    "generate",
+    "{lab}/in.jsonl:2: a 'text' without <mask>",
+    "needs 'text' with <mask> for every gap",
+    "'prefix' and 'suffix'",
+)
 def prompts_without_a_gap(lab):
     file = lab.file("in.jsonl", '{"prefix": "a"}\n{"text": "no gap"}\n')
     return [str(lab.finished), "--input", str(file), "--output", str(lab.folder / "out.jsonl")]

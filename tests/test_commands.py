@@ -107,6 +107,20 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(trained, tmp_path):
     assert json.loads(raw.read_text())["results"][0]["nelbo"] != result["nelbo"], "the average is not the raw weights"
 
 
+def test_the_variance_of_the_estimators(trained, tmp_path):
+    """tools/estimator_variance.py: every estimator targets the NELBO, so their means agree within their errors."""
+    file = tmp_path / "variance.json"
+    options = ["--rows", "2", "--mc-num", "4", "--seeds", "3", "--estimator", "counted", "systematic"]
+    command = [sys.executable, "tools/estimator_variance.py", str(trained), *options, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted, systematic = json.loads(file.read_text())["results"].values()
+    assert counted["passes"] == systematic["passes"] == 2 * 4
+    errors = math.hypot(counted["nelbo_se"], systematic["nelbo_se"])
+    assert abs(counted["nelbo"] - systematic["nelbo"]) < 5 * errors
+    assert all(row["low"] < row["pass_variance"] < row["high"] for row in (counted, systematic))
+
+
 def test_evaluation_of_other_text(trained, tmp_path):
     """All estimators at once, on text, documents and continuations; the result of two ranks is that of one."""
     text = tmp_path / "lines.txt"
@@ -195,6 +209,7 @@ def ask_the_harness_adapter(world, path):
     scored = adapter.loglikelihood(
         requests(("import", " os\n"), ("import", " zq\u00e9 9 9 9"), (long, " x"), ("", "a"))
     )
+    longer = adapter.loglikelihood(requests(("import", long))), adapter.loglikelihood_rolling(requests((long,)))
     greedy = adapter.generate_until(requests(("import os\n", {"until": []}), (long, {"until": ["\n", "i"]})))
     rolling = adapter.loglikelihood_rolling(requests(("import os",), (long,)))
     filled = harness.fill(adapter._loaded, ["def ", ""], harness.Sampling(4, 4, 4), 0, world)
@@ -202,6 +217,7 @@ def ask_the_harness_adapter(world, path):
     rest = filled.ids[len(given) :]
     return (
         scored,
+        longer,
         rolling,
         greedy,
         adapter._is_greedy(given, rest),
@@ -211,9 +227,11 @@ def ask_the_harness_adapter(world, path):
 
 def test_the_harness_adapter(trained):
     """Without the harness, whose requests are objects with `args`. tools/harness.py was run with lm_eval by hand."""
-    [(scored, rolling, texts, greedy, other)] = run_world(ask_the_harness_adapter, 1, str(trained))
+    [(scored, longer, rolling, texts, greedy, other)] = run_world(ask_the_harness_adapter, 1, str(trained))
     (likelier, _), (less, no), (cut, _), (unconditional, _) = scored
     assert less < likelier < 0 and cut < 0 and unconditional < 0 and no is False
+    [(whole, is_greedy)], [pieces] = longer
+    assert whole == pieces and is_greedy is False, "a continuation that is longer than the model is scored in pieces"
     assert rolling[1] < rolling[0] < 0, "the longer text, in pieces"
     assert len(texts) == 2 and not set(texts[1]) & set("\ni")
     assert greedy is True and other is False, "what greedy unmasking gives, and one token of it changed"

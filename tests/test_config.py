@@ -1,5 +1,6 @@
 """A run's configuration: what is read, what is refused and how, and the numbers that follow from it."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mdmtrain import config, yaml12
+from mdmtrain import config, config_help, yaml12
 from mdmtrain.config import Config, resolve
+from tests.conftest import ROOT
 
 BASE = """
 run: {dir: runs/x, steps: 10, global_batch: 8, micro_batch: 4}
@@ -134,9 +136,36 @@ NUMBER_LIKE = st.from_regex(r"[0-9+.:_-]{1,6}([eE][+-]?[0-9]{1,3})?", fullmatch=
 @example(name="null")
 @settings(deadline=None, derandomize=True, max_examples=150, phases=[Phase.explicit, Phase.generate])
 def test_any_string_survives_to_yaml(name):
-    """Written by a YAML 1.1 dumper and read as 1.2, a folder called 1e3 must stay a string."""
-    loaded = built(dir=name)
+    """Written by a YAML 1.1 dumper and read as 1.2, a name called 1e3 must stay a string."""
+    tree = yaml12.parse(BASE, "BASE")
+    tree["diffusion"] = {"isad_tokens": [name]}
+    loaded = config.validate(tree, "BASE")
     assert config.validate(yaml12.parse(loaded.to_yaml(), "config.yaml"), "config.yaml") == loaded
+
+
+def test_configured_paths_are_expanded(monkeypatch):
+    """And what cannot be expanded is refused: the run would write into a folder called $SCRATCH."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("UNSET", raising=False)
+    tree = yaml12.parse(BASE, "BASE")
+    tree["run"]["dir"] = "~/runs/x"
+    tree["data"]["sources"] = [{"path": "$SCRATCH/a"}, {"path": "b/~c"}]
+    tree["checkpoint"] = {"dir": "s3://${SCRATCH}/x", "init_from": "~"}
+    loaded = config.validate(tree, "here")
+    assert loaded.run.dir == "/home/me/runs/x"
+    assert [source.path for source in loaded.data.sources] == ["/scratch/me/a", "b/~c"]
+    assert (loaded.checkpoint.dir, loaded.checkpoint.init_from) == ("s3:///scratch/me/x", "/home/me")
+    assert config.validate(yaml12.parse(loaded.to_yaml(), "stored"), "stored") == loaded
+    for text, problem in {
+        "$UNSET/x": "environment variable UNSET is not set",
+        "a/${UNSET}": "environment variable UNSET is not set",
+        "a$": "must start an environment variable",
+        "~no-such-user/x": "no home folder is known for ~no-such-user",
+    }.items():
+        with pytest.raises(ValueError, match=problem) as caught:
+            built(dir=text)
+        assert str(caught.value).startswith(f"BASE: 'run.dir': {text}: ") and "\n" not in str(caught.value)
 
 
 def test_nothing_can_be_changed_afterwards(base):
@@ -333,6 +362,32 @@ def test_every_configuration_that_we_ship_loads_and_resolves(path):
     resolve(config.load([str(file) for file in files]), 1)
 
 
+ARMS = [path for path in CONFIGS if path.parent.name == "arms"]
+METHODS = {
+    "strata", "schedule", "rate_low", "rate_high", "sampler", "target", "form", "when", "masks", "views", "weights",
+    "objective", "bell", "anneal_fraction", "isad_tokens", "syrm_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ARMS, ids=lambda path: path.stem)
+def test_an_arm_is_the_same_over_every_configuration(base, path):
+    """It sets every method and the optimizer. One key less, and the presets' recipe would leak into the arm."""
+    tree = yaml12.read_file(str(path))
+    assert tree.keys() == {"diffusion", "optim"} | ({"model"} if path.stem == "ar" else set())
+    assert tree["diffusion"].keys() == METHODS and tree["optim"].keys() == {"name", "muon_lr"}
+    presets = [str(file) for file in CONFIGS if file.parent.name == "configs"]
+    arms = [config.load([below, str(path)]) for below in (base, *presets)]
+    methods = [arm.diffusion.model_dump(include=METHODS) for arm in arms]
+    assert all(one == methods[0] for one in methods) and len({arm.optim.name for arm in arms}) == 1
+
+
+def test_the_standard_arm_is_the_standard_objective_with_adamw():
+    over = config.load(["configs/quickstart.yaml", "configs/arms/standard.yaml"])
+    plain = config.DiffusionConfig(strata="none")
+    assert over.diffusion == plain and over.optim.name == "adamw"
+    assert config.load(["configs/quickstart.yaml"]).diffusion.objective == "bell", "the preset trains with the recipe"
+
+
 def test_there_are_configurations_to_ship():
     assert "quickstart" in {path.stem for path in CONFIGS}
 
@@ -358,3 +413,48 @@ def test_a_stored_configuration_of_an_older_version_is_read_under_the_new_keys()
         "run": {"steps": 5},
     }
     assert "grid" in old["diffusion"], "the caller's tree is left as it was"
+
+
+# ---- what --help says
+
+
+def model_keys(prefix: str, model: type) -> set[str]:
+    """section.key of every field, found without config_help."""
+    found = set()
+    for name, field in model.model_fields.items():
+        inner = field.annotation if isinstance(field.annotation, type) else None
+        if inner is not None and issubclass(inner, config.Section):
+            found |= model_keys(f"{prefix}{name}.", inner)
+        else:
+            found.add(prefix + name)
+    return found
+
+
+def test_help_has_every_key_with_its_default_and_meaning():
+    listed = {key.name: key for section in config_help.sections() for key in config_help.keys(section)}
+    assert set(listed) - {"data.sources[].path", "data.sources[].weight"} == model_keys("", Config)
+    assert all(key.meaning and key.kind for key in listed.values())
+    assert listed["run.dir"].default is None and listed["optim.adam_eps"].default == "1e-08"
+    assert listed["optim.ema_decay"].kind == "number > 0, < 1 or null"
+    assert listed["checkpoint.allow_changed"].kind == "list of global_batch | data | sequence_length"
+    whole = config_help.text()
+    for key in listed.values():
+        value = "(required)" if key.default is None else f"= {key.default}"
+        assert f"  {key.name} {value}    [{key.kind}]\n" in whole
+        assert " ".join(key.meaning.split()[:5]) in " ".join(whole.split())
+
+
+def test_help_of_one_section(capsys):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--help", action=config_help.HelpAction)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help", "optim"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "optim.lr (required)" in shown and "run.dir" not in shown
+    with pytest.raises(ValueError, match="no section 'optimm' in a configuration: there are run, model, data"):
+        config_help.text("optimm")
+
+
+def test_the_page_of_configuration_keys_is_current():
+    assert (ROOT / "docs/configuration.md").read_text() == config_help.markdown(), "run `make configuration`"

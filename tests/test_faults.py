@@ -25,6 +25,7 @@ from launchers import lifecycle
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import RunConfig
+from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.parallel import world as parallel
 from mdmtrain.parallel.watchdog import Watchdog, judge
 from tests.conftest import read_metrics, write_config
@@ -32,6 +33,9 @@ from tests.spawn import free_port, run_world
 from tests.test_bad_inputs import LIMIT, WARM, Outcome, server  # noqa: F401 (a fixture)
 
 # ---- in a world of two: skipped steps, stops, a slow rank
+
+
+SLOW_BATCH = 0.5  # seconds
 
 
 def watched(world, trees: dict[str, dict]) -> dict:
@@ -75,6 +79,8 @@ def watched(world, trees: dict[str, dict]) -> dict:
         def corrupting(*arguments):
             nonlocal count
             count += 1
+            if count <= 8 < batch:  # an evaluation made up before any step
+                time.sleep(SLOW_BATCH)
             if world.rank == 1 and count == batch:
                 os.kill(os.getpid(), signal.SIGTERM)
             batches.append(count)
@@ -154,10 +160,28 @@ def test_a_stop_in_an_evaluation_is_agreed_and_the_evaluation_made_up(two_ranks)
         assert second == "Interrupted: 15" and third == ""
         assert batches == seen[0]["stops"][1], "the ranks left at different batches"
     assert seen[0]["stops"][3]["step"] == 3 and "split" not in seen[0]["stops"][3]
-    assert "stopped by signal 15 after step 3 but for its evaluation, checkpoint saved" in seen[0]["said"]
+    assert "stopped by SIGTERM after step 3 but for its evaluation, checkpoint saved" in seen[0]["said"]
     assert read_metrics(folder / "stopped") == read_metrics(folder / "calm")
     for file in (folder / "calm/checkpoints/step-00000006").glob("*.distcp"):
         assert file.read_bytes() == (folder / "stopped/checkpoints/step-00000006" / file.name).read_bytes()
+
+
+def test_clocks_start_with_the_first_step(two_ranks):
+    """The evaluation that the second start makes up takes seconds: they are no part of the speed of step 4."""
+    folder, _ = two_ranks
+    with open(folder / "stopped/metrics.jsonl", encoding="utf-8") as lines:
+        (speed,) = [r["tokens_per_second"] for r in map(json.loads, lines) if r["step"] == 4 and "split" not in r]
+    assert 16 * 64 / speed < 8 * SLOW_BATCH
+
+
+def test_the_time_left_counts_steps_alone(capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 104.0])  # made; the steps begin; two of ten are done
+    monkeypatch.setattr("mdmtrain.monitor.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    progress = TrainingProgress(0, 10, visible=True)
+    progress.start_clock()
+    record = {"step": 2, "loss": 1.0, "nelbo": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
+    progress.update(record, 1.0)
+    assert capsys.readouterr().out.rstrip().endswith("ETA 0:16")
 
 
 def test_a_time_limit_is_a_stop_that_says_so(two_ranks):
@@ -320,7 +344,7 @@ def test_a_dead_rank_is_named(broken, victim, said):
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
     folder, (zero, one) = broken("stop")
     assert (zero.status, one.status) == (parallel.EARLY, parallel.EARLY) == (lifecycle.EARLY, lifecycle.EARLY)
-    assert zero.out == "stopped by signal 15 in preparation, before any step: the same command begins again\n"
+    assert zero.out == "stopped by SIGTERM in preparation, before any step: the same command begins again\n"
     assert zero.err == one.err == one.out == ""
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
 

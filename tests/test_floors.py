@@ -11,10 +11,10 @@ PACKAGE = ROOT / "mdmtrain"
 
 FLOORS = {
     **dict.fromkeys(["train", "generate"], 5),
-    **dict.fromkeys(["evaluate", "likelihood", "measure", "probe", "cost", "observed"], 4),
+    **dict.fromkeys(["evaluate", "likelihood", "unmask", "measure", "probe", "cost", "observed"], 4),
     **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim", "muon"], 2),
-    "diffusion": 1,
+    **dict.fromkeys(["diffusion", "config_help"], 1),
     "config": 0,
     "yaml12": -1,  # under config: it knows nothing of runs
 }

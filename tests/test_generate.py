@@ -1,5 +1,6 @@
 """The sampler by itself: which tokens it fills in, in which order, and how it ends."""
 
+import argparse
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mdmtrain.generate import Sampling, never_chosen, show_step, unmask
+from mdmtrain.generate import Filled, Prompt, gap_lengths, never_chosen, result, show_step, temperature
+from mdmtrain.likelihood import Estimate
+from mdmtrain.unmask import MaskedRow, Sampling, _truncated, unmask, unmask_rows
 
 
 class Oracle:
@@ -159,8 +162,111 @@ def test_what_watch_shows():
 
 def test_an_eos_that_is_also_the_pad_may_be_chosen():
     """As in LLaDA's tokenizer: forbidding every pad would leave texts without an end."""
-    own = SimpleNamespace(mask_id=4, pad_id=3, bos_id=1, eos_id=2, vocab_size=6)
+    own = SimpleNamespace(eos_id=2, reserved=frozenset({1, 2, 3, 4}), vocab_size=6)
     shape = SimpleNamespace(vocab_size=8)
     assert never_chosen(SimpleNamespace(tokenizer=own, model=SimpleNamespace(shape=shape))) == [1, 3, 4, 6, 7]
-    own.pad_id = own.eos_id
+    own.reserved = frozenset({1, 2, 4})
     assert never_chosen(SimpleNamespace(tokenizer=own, model=SimpleNamespace(shape=shape))) == [1, 4, 6, 7]
+
+
+class Segmented(torch.nn.Module):
+    """Logits of a position depend on the tokens of its segment and their places, as in the real model."""
+
+    def __init__(self, vocabulary: int, length: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.parts = torch.randn(vocabulary, length, length, vocabulary, generator=generator, dtype=torch.float64)
+        self.rows: list[int] = []
+
+    def forward(self, ids, positions, segments=None):
+        self.rows.append(len(ids))
+        length = ids.shape[1]
+        seen = torch.ones_like(ids) if segments is None else (segments == 0).int()
+        parts = torch.stack([self.parts[ids[:, j], j, :length] * seen[:, j, None, None] for j in range(length)])
+        return parts.sum(0).flatten(0, 1)[positions]
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_a_batch_gives_what_its_texts_give_alone(cfg_scale):
+    """Of different lengths, gaps, steps and ends: padding that is seen, shared noise or swapped logits would differ."""
+    model, eos = Segmented(10, 9), 8
+    shapes = [([1, *[MASK] * 6], (6,), 3), ([1, 2, *[MASK] * 2, 4, *[MASK] * 4], (2, 4), 4), ([1, MASK, 3], (1,), 1)]
+    rows = []
+    for n, (ids, gaps, steps) in enumerate(shapes):
+        sampling = Sampling(max(gaps), steps, max(gaps), 0.7, cfg_scale, seed=4, top_p=0.9)
+        rows.append(MaskedRow(torch.tensor(ids), sampling, n, gaps, (eos, 1)))
+    together = [out.tolist() for out in unmask_rows(model, rows, MASK, [MASK])]
+    most = max(model.rows)
+    alone = [unmask_rows(model, [row], MASK, [MASK])[0].tolist() for row in rows]
+    assert together == alone and most == (3 if cfg_scale == 0 else 6)
+
+
+def test_gaps_of_their_own_lengths_are_filled_in_blocks_from_the_left():
+    """Gaps of 2 and 4 in blocks of 2: the short one is full after the first block."""
+    ids = torch.tensor([1, *[MASK] * 2, 2, *[MASK] * 4, 3])
+    seen = []
+    row = MaskedRow(ids, Sampling(4, 4, 2), 0, (2, 4))
+    unmask_rows(Segmented(10, 9), [row], MASK, [MASK], lambda out: seen.append(out.tolist()))
+    left = [{i for i, token in enumerate(out) if token == MASK} for out in seen]
+    assert left[1] == {6, 7} and left[-1] == set()
+
+
+def test_top_k_and_top_p_leave_what_they_say():
+    """Every token that is left is drawn at its share, and no other; top_p counts the probability before a token."""
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    allowed = {(2, 1.0): 2, (None, 0.39): 1, (None, 0.41): 2, (None, 0.69): 2, (3, 0.75): 2, (9, 1.0): 4}
+    for (k, p), count in allowed.items():
+        sampling = Sampling(1, 1, 1, 1.0, top_k=k, top_p=p)
+        left = _truncated(probabilities.log()[None].expand(2, -1), sampling)
+        assert (left.isfinite().sum(dim=1) == count).all() and left[0, :count].isfinite().all(), (k, p)
+        ids, drawn = torch.tensor([4]), set()
+        for sample in range(100):
+            drawn.add(unmask(Oracle(probabilities.log()[None]), ids, 4, [], sampling, sample).item())
+        assert drawn == set(range(count)), (k, p)
+
+
+def test_eos_is_held_back():
+    """It is the surest proposal everywhere: chosen at once, after all others, or never."""
+    eos, logits = 8, torch.zeros(5, 10)
+    logits[:, 5] = 1.0
+    logits[2, eos] = 9.0
+    results = {}
+    for way in ("any", "last", "never"):
+        model, seen = Oracle(logits), []
+        row = MaskedRow(torch.tensor([1, *[MASK] * 4]), Sampling(4, 4, 4, eos=way), 0, None, (eos, 1))
+        (out,) = unmask_rows(model, [row], MASK, [MASK], lambda ids, seen=seen: seen.append(ids.tolist()))
+        results[way] = out.tolist(), model.calls, seen[0].count(eos)
+    assert results == {
+        "any": ([1, 5, eos, eos, eos], 2, 1), "last": ([1, 5, eos, 5, 5], 4, 0), "never": ([1, 5, 5, 5, 5], 4, 0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["1e-400", "1e-320", "1e-7", "0.0000001", "-0.1", "nan", "inf"])
+def test_a_temperature_that_is_lost_in_rounding_is_refused(text):
+    with pytest.raises((ValueError, argparse.ArgumentTypeError), match=r"temperature|too small"):
+        Sampling(1, 1, 1, temperature(text))
+    for fine in ("0", "0.0", "0e5", "1e-3", "1.5"):
+        Sampling(1, 1, 1, temperature(fine))
+    with pytest.raises(ValueError, match="--top-k and --top-p change nothing"):
+        Sampling(1, 1, 1, 0.0, top_p=0.5)
+
+
+def test_results_keep_the_inputs_own_fields():
+    text = Filled(["a", "x", "b"], [1, 2, 3], np.array([False, True, False]), False)
+    found = Estimate(np.array([2.0]), np.array([0.1]), np.array([1]), 1)
+    own = {"id": 7, "text": "a<mask>b", "tokens": "mine", "meta": {"k": 1}}
+    made = result(Prompt("place", own, ["a", "b"], (1,), Sampling(1, 1, 1)), 0, text, found, 0.0)
+    assert (made["id"], made["meta"], made["text"], made["tokens"]) == (7, {"k": 1}, "axb", 1)
+    assert made["input"] == {"text": "a<mask>b", "tokens": "mine"}
+    assert "input" not in result(Prompt("p", {"id": 1}, ["a", "b"], (1,), Sampling(1, 1, 1)), 0, text, found, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted", "lengths"),
+    [({}, [3], (3, 3)), ({}, [3, 5], (3, 5)), ({"gen_length": 2}, [3], (2, 2)), ({"gen_length": [1, 4]}, [3], (1, 4))],
+)
+def test_lengths_of_gaps(record, wanted, lengths):
+    assert gap_lengths("f:1", record, ["", "", ""], wanted) == lengths
+    for wrong in ([1, 2, 3], 0, [2, 0], "4", [1.5, 2], [], True):
+        with pytest.raises(ValueError, match="f:1: 'gen_length'"):
+            gap_lengths("f:1", {"gen_length": wrong}, ["", "", ""], wanted)

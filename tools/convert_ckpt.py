@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """A trained model for other programs, and their models for training.
 
-  tools/convert_ckpt.py runs/quickstart --to llama --out runs/quickstart-llama     transformers loads the folder
+  tools/convert_ckpt.py runs/quickstart --to qwen3 --out runs/quickstart-qwen3     transformers loads the folder
   tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         checkpoint.init_from=runs/start
 
 SRC of --to is a run, a checkpoint or an exported folder. Memory: a few times the largest tensor. The self-check after
@@ -10,6 +10,7 @@ SRC of --to is a run, a checkpoint or an exported folder. Memory: a few times th
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import re
 import sys
@@ -22,15 +23,17 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import formats
 from mdmtrain.checkpoint.export import cast, export, import_checkpoint
+from mdmtrain.checkpoint.loading import open_any
 from mdmtrain.checkpoint.storage import place
-from mdmtrain.checkpoint.weights import DTYPES, Weights, open_checkpoint, open_folder
+from mdmtrain.checkpoint.weights import DTYPES, Weights, open_folder
+from mdmtrain.data.lossless import ROLES
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.monitor.logs import CommandParser, user_errors
 
 CHECK_TOKENS = 32
 TOLERANCE = 1e-4  # of the largest logit, float32: other orders of summation, and no more
-CHECK_TEXT = Path(__file__).read_text() + "    \t  \r\n\0 <mask></s> caf\u00e9 \u4e16\U0001f600 "
+CHECK_TEXT = Path(__file__).read_text()
 
 
 def byte_size(argument: str) -> int:
@@ -39,22 +42,6 @@ def byte_size(argument: str) -> int:
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{argument!r} is no size: write it as 5GB, 200MB or 1000KB")
     return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
-
-
-def open_any(source: Path, weights: str | None) -> Weights:
-    """A run, a checkpoint or an exported folder. Raises ValueError."""
-    if not (source / "config.json").is_file():
-        return open_checkpoint(source, weights)
-    if weights is not None:
-        raise ValueError(f"{source} is an exported folder, which has one kind of weights: leave out --weights")
-    try:
-        kind = json.loads((source / "config.json").read_text()).get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{source / 'config.json'}: damaged (no JSON object): get the original file") from None
-    kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
-    if kind not in kinds:
-        raise ValueError(f"{source / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
-    return open_folder(source, kinds[kind])
 
 
 # ---- the self-check
@@ -70,6 +57,8 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
         if not torch.equal(again.read(name), cast(weights.read(name), dtype, name)):
             raise ValueError(f"self-check: {name} came back changed")
     found.append(f"{len(names)} tensors read back, hashes and values equal")
+    if has_transformers():
+        found.append(compare_tokenizer(folder, tokenizer))
     ids = torch.arange(CHECK_TOKENS)[None] * 7919 % tokenizer.vocab_size
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % tokenizer.vocab_size
@@ -78,7 +67,6 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
         theirs = transformers_logits(folder, ids, other)
         if theirs is None:
             return [*found, "logits not compared: pip install 'mdmtrain[transformers]'"]
-        found.append(compare_tokenizer(folder, tokenizer))
     else:
         theirs = our_logits(again, "float32", torch.cat([ids, other])).chunk(2)
     difference, largest = float((theirs[0] - ours).abs().max()), float(ours.abs().max())
@@ -90,6 +78,10 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
         raise ValueError(f"self-check: the last token changes the first logits by {seen:.3g}: wrong attention")
     found.append(f"attention as it should be: the last token changes the first logits by {seen:.3g}")
     return found
+
+
+def has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 @torch.no_grad()
@@ -106,10 +98,9 @@ def our_logits(weights: Weights, dtype: str, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
     """The same by transformers, batch by batch; None where it is not installed. Raises ValueError if it is too old."""
-    try:
-        installed = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
+    if not has_transformers():
         return None
+    installed = importlib.metadata.version("transformers")
     least = formats.MINIMUM_TRANSFORMERS
     if [int(n) for n in installed.split(".")[:2]] < [int(n) for n in least.split(".")[:2]]:
         raise ValueError(
@@ -125,13 +116,27 @@ def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
 
 
 def compare_tokenizer(folder: Path, tokenizer: Tokenizer) -> str:
-    """Raises ValueError where transformers gives other ids than our tokenizer."""
+    """Raises ValueError where transformers' tokenizer of a folder is another than ours.
+
+    Compared are the ids of texts, among them one with every special and user-defined piece, and the id of every piece.
+    """
     from transformers import AutoTokenizer
 
-    theirs, ids = AutoTokenizer.from_pretrained(folder), tokenizer.encode(CHECK_TEXT)
-    if theirs.encode(CHECK_TEXT, add_special_tokens=False) != ids or theirs.mask_token_id != tokenizer.mask_id:
-        raise ValueError("self-check: transformers gives other token ids than ours: this tokenizer cannot be exported")
-    return f"tokenizer gives the same {len(ids)} ids"
+    theirs, count = AutoTokenizer.from_pretrained(folder), 0
+    for text in (CHECK_TEXT, *tokenizer.probes()):
+        ids = tokenizer.encode(text)
+        if theirs.encode(text, add_special_tokens=False) != ids or theirs.decode(ids) != text:
+            raise ValueError(
+                "self-check: transformers gives other token ids than ours: this tokenizer cannot be exported"
+            )
+        count += len(ids)
+    for number, piece in enumerate(tokenizer.raw_pieces()):
+        if piece and theirs.convert_tokens_to_ids(piece) != number:
+            raise ValueError(f"self-check: transformers gives {piece!r} another id than {number}")
+    for role in ROLES:
+        if getattr(theirs, f"{role}_token_id") != getattr(tokenizer, f"{role}_id"):
+            raise ValueError(f"self-check: transformers has another {role} token")
+    return f"tokenizer gives the same {count} ids, and every piece its id"
 
 
 # ---- command

@@ -15,8 +15,8 @@ from rich.table import Table
 from scipy.stats import chi2
 
 from mdmtrain.checkpoint import store
-from mdmtrain.data.loader import open_sources
-from mdmtrain.evaluate import wrapped_rows
+from mdmtrain.checkpoint.loading import load_model
+from mdmtrain.data.loader import open_sources, validation_rows
 from mdmtrain.likelihood import ESTIMATORS, Estimate, Estimator, estimate
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
@@ -69,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     if min(args.rows, args.orders, args.mc_num, args.seeds) < 2:
         raise ValueError("--rows, --orders, --mc-num and --seeds must be at least 2")
     world = init_world()
-    loaded = store.load_model(args.checkpoint, None, world)
+    loaded = load_model(args.checkpoint, None, world)
     config = loaded.config
     split = world.agree(lambda: open_sources(config.data, "validation"))[0]
-    rows = wrapped_rows(split, args.rows, config.data.sequence_length, config.data.document_mask)
+    rows = validation_rows(split, args.rows, config.data.sequence_length, config.data.document_mask)
     results = {}
     with Progress(disable=not world.is_main, transient=True) as bar:
         for name in args.estimator:

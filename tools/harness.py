@@ -9,18 +9,21 @@ Arguments of --model_args: path, weights, mc_num, estimator, batch, seed, check_
 cfg_scale, remasking. One process.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import load_model
 from mdmtrain.data.text import continuation_rows, encode_pair
-from mdmtrain.generate import Sampling, fill, never_chosen, unmask
+from mdmtrain.generate import fill, never_chosen
 from mdmtrain.likelihood import ESTIMATORS, Estimator, estimate
 from mdmtrain.monitor.logs import log, user_errors
 from mdmtrain.parallel.world import init_world
+from mdmtrain.unmask import Sampling, unmask
 
+Pair = tuple[list[int], list[int]]  # tokens that are given, bos first, and tokens that are scored
 ROWS_AT_ONCE = 64  # of similar length, so that little is padded
 
 
@@ -60,7 +63,7 @@ class Adapter:
             gen_length, steps or gen_length, block_length or gen_length, 0.0, cfg_scale, remasking, seed
         )
         self._world = init_world()
-        self._loaded = store.load_model(path, weights, self._world)
+        self._loaded = load_model(path, weights, self._world)
         if self._loaded.model.shape.causal:
             raise ValueError(f"{path} is a causal model: this adapter is for masked ones")
         self._estimator = Estimator(estimator, mc_num, seed, self._loaded.config.diffusion.eps)
@@ -73,22 +76,14 @@ class Adapter:
         """(lower bound on log p(continuation | context) in nats, whether greedy unmasking would give it)."""
         pairs = [self._fit(*encode_pair(self._loaded.tokenizer, *request.args)) for request in requests]
         return [
-            (-nats, self._is_greedy(*pair) if self._check_greedy else False)
-            for nats, pair in zip(self._nats(pairs), pairs, strict=True)
+            (-nats, self._is_greedy(*rows[0]) if self._check_greedy and len(rows) == 1 else False)
+            for nats, rows in zip(self._total_nats(pairs), pairs, strict=True)
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
         """The same of whole texts, bos given, no eos; those longer than the model in pieces that do not see another."""
-        pieces, owners = [], []
-        for number, request in enumerate(requests):
-            bos, ids = encode_pair(self._loaded.tokenizer, "", request.args[0])
-            for start in range(0, len(ids), self._longest - 1):
-                pieces.append((bos, ids[start : start + self._longest - 1]))
-                owners.append(number)
-        totals = [0.0] * len(requests)
-        for owner, nats in zip(owners, self._nats(pieces), strict=True):
-            totals[owner] -= nats
-        return totals
+        texts = [encode_pair(self._loaded.tokenizer, "", request.args[0]) for request in requests]
+        return [-nats for nats in self._total_nats([self._pieces(*text) for text in texts])]
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
         """gen_length tokens after each context, cut at the first stop text; the request's max_gen_toks is not used."""
@@ -98,25 +93,39 @@ class Adapter:
             ids, room = tokenizer.encode(context), self._longest - self._sampling.gen_length - 1
             if len(ids) > room:
                 log.warning("a context of %d tokens is cut on the left to %d", len(ids), room)
-                context = tokenizer.decode(ids[len(ids) - room :])
-            text = fill(self._loaded, [context, ""], self._sampling, number, self._world).spans[1]
+                ids = ids[len(ids) - room :]
+            text = fill(self._loaded, [ids, ""], self._sampling, number, self._world).spans[1]
             stops = wanted.get("until") or []
             for stop in [stops] if isinstance(stops, str) else stops:
                 text = text.split(stop)[0] if stop else text
             texts.append(text)
         return texts
 
-    def _fit(self, given: list[int], rest: list[int]) -> tuple[list[int], list[int]]:
-        """A context that is too long loses its beginning, but for bos."""
+    def _fit(self, given: list[int], rest: list[int]) -> list[Pair]:
+        """A context that is too long loses its beginning, but for bos; a continuation that is makes several rows."""
         over = len(given) + len(rest) - self._longest
         if over <= 0:
-            return given, rest
+            return [(given, rest)]
         if over >= len(given):
-            raise ValueError(f"a continuation of {len(rest)} tokens does not fit the model's {self._longest} with bos")
+            log.warning(
+                "a continuation of %d tokens is scored without its context and in pieces, as it does not fit the "
+                "model's %d tokens", len(rest), self._longest,
+            )  # fmt: skip
+            return self._pieces(given[:1], rest)
         log.warning("a context of %d tokens is cut on the left to %d", len(given), len(given) - over)
-        return given[:1] + given[1 + over :], rest
+        return [(given[:1] + given[1 + over :], rest)]
 
-    def _nats(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def _pieces(self, bos: list[int], ids: list[int]) -> list[Pair]:
+        """A long text as rows of the model's length, none of which sees another."""
+        most = self._longest - 1
+        return [(bos, ids[start : start + most]) for start in range(0, len(ids), most)]
+
+    def _total_nats(self, texts: list[list[Pair]]) -> list[float]:
+        """The nats of each text, the sum over its rows."""
+        nats = iter(self._nats([row for rows in texts for row in rows]))
+        return [sum(next(nats) for _ in rows) for rows in texts]
+
+    def _nats(self, pairs: list[Pair]) -> list[float]:
         nats = [0.0] * len(pairs)  # where there is nothing to predict
         order = sorted((n for n, pair in enumerate(pairs) if pair[1]), key=lambda n: sum(map(len, pairs[n])))
         for start in range(0, len(order), ROWS_AT_ONCE):
@@ -145,6 +154,9 @@ def main() -> None:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as error:
+        if {"-h", "--help"} & set(sys.argv):  # with the harness it shows all of its options
+            print(__doc__)
+            return
         raise ValueError(f"{error}: the harness is not installed here: pip install 'mdmtrain[harness]'") from None
 
     @register_model("mdmtrain")

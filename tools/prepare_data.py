@@ -4,20 +4,20 @@
 Examples:
   tools/prepare_data.py corpus/ --include '*.txt' --vocab-size 32768 --out data/corpus
   tools/prepare_data.py 'dumps/*.jsonl.gz' notes.txt --tokenizer data/corpus --out data/dumps
+  zstdcat dumps/*.jsonl.zst | tools/prepare_data.py - --out data/dumps
 """
 
 import argparse
-import glob
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 # Worker processes import this file: what they do not need is imported in main.
-from mdmtrain.data.prepare import LONGEST_TEXT, Options, Summary, prepare
+from mdmtrain.data.inputs import find_inputs
+from mdmtrain.data.prepare import Options, Summary, prepare
+from mdmtrain.data.records import LONGEST_TEXT, add_bad_record_option, add_format_option
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,14 +33,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="text file, folder, quoted glob (** for any depth), .jsonl or .jsonl.gz (one object with a 'text' field a "
-        "line = one document), or other .gz (text); a text file is one document, cut at line ends every "
-        f"{LONGEST_TEXT:,} bytes; hidden files in folders are not read. Or .jsonl whose objects all have 'prompt' and "
-        "'response': prompts are never masked in training, and sizes in bytes are those of the responses",
+        help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), folder, "
+        "quoted glob (** for any depth), or - for standard input; each also gzipped. A JSON object has a 'text' field, "
+        "which is one document, or 'prompt' and 'response': prompts are never masked in training, and sizes in bytes "
+        f"are those of the responses. A text file is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In "
+        "folders, links are followed and hidden files are not read. docs/data.md has the details",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--tokenizer", metavar="PATH", help="use this sentencepiece model, or that of a prepared folder")
+    kind.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a sentencepiece model or "
+        "tokenizer.json file; docs/tokenizers.md says which are accepted",
+    )
     kind.add_argument(
         "--vocab-size",
         type=int,
@@ -64,52 +70,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="most tokens in a shard file (default %(default)s)",
     )
-    add(
-        "--bad-utf8",
-        choices=("error", "skip"),
-        default=Options.bad_utf8,
-        help="a document that is not UTF-8: stop, or leave it out and count it (default %(default)s)",
-    )
+    add_format_option(parser)
+    add_bad_record_option(parser)
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="tokenizing processes (default: cores, %(default)s)")
     return parser.parse_args(argv)
-
-
-def find_inputs(arguments: list[str], include: list[str], exclude: list[str], out: Path) -> list[Path]:
-    """The files that `arguments` (files, folders, globs) name, each once, in a fixed order, absolute.
-
-    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
-    names and `out` are left alone. Raises ValueError where an argument names nothing.
-    """
-    found: dict[Path, None] = {}
-    for argument in arguments:
-        named = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        before = len(found)
-        for path in named:
-            files = _walk(path, include, exclude, out.resolve()) if os.path.isdir(path) else [path]
-            found.update((Path(file).resolve(), None) for file in files)
-        if not named:
-            raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
-        if len(found) == before and all(os.path.isdir(path) for path in named):
-            raise ValueError(f"no new file in {argument!r} matches --include and --exclude: widen the patterns")
-    return list(found)
-
-
-def _walk(root: str, include: list[str], exclude: list[str], out: Path) -> Iterator[str]:
-    def any_match(name: str, patterns: list[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if not name.startswith(".") and not any_match(name, exclude) and Path(folder, name).resolve() != out
-        )
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            wanted = any_match(name, include or ["*"]) and not any_match(name, exclude) and not name.startswith(".")
-            if wanted and os.path.isfile(path):
-                yield path
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,7 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers} is not positive")
-    options = Options(args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.bad_utf8)
+    if args.tokenizer and os.path.isdir(os.path.join(args.tokenizer, "checkpoints")):
+        from mdmtrain.checkpoint import store
+
+        args.tokenizer = str(store.find(args.tokenizer))
+    options = Options(
+        args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.on_bad_record, args.format
+    )
     inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
     percent = TextColumn("{task.percentage:>3.0f}%")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
@@ -148,8 +119,11 @@ def print_summary(summary: Summary, seconds: float) -> None:
             f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
             + (f"  {learned:,} tokens of responses" if learned else "")
         )
-    for reason, count in sorted(summary.skipped.items()):
-        print(f"left out   {count:,} documents: {reason}")
+    kinds = {"text": "text", "jsonl": "JSON lines"}
+    files = [f"{count:,} of {kinds[kind]}" for kind, count in sorted(summary.reading.files.items())]
+    print(f"files      {', '.join(files)}")
+    for line in summary.reading.summary():
+        print(line)
     print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}")
     print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]}) in {seconds:.1f} s")
 

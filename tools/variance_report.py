@@ -24,6 +24,7 @@ from rich.table import Table
 from mdmtrain import config as configuration
 from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.loading import load_model
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
 from mdmtrain.measure import (
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     if min(args.slots, args.pairs, args.single_rows) < 2:
         raise ValueError("--slots, --pairs and --single-rows must be at least 2")
     world = init_world()
-    loaded = store.load_model(args.checkpoint, "raw", world)
+    loaded = load_model(args.checkpoint, "raw", world)
     tree = loaded.config.model_dump(mode="json")
     if args.data:
         tree["data"]["sources"] = [{"path": path} for path in args.data]

@@ -179,6 +179,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
 
     def read(name: str) -> Tensor:
         tensor = weights.read(name.removeprefix("model.")).float()
+        assert tensor.shape == promised[name].shape, name
         advance(tensor.numel())
         return tensor
 

@@ -1,19 +1,27 @@
 """What a run goes on from: a checkpoint of its own, or another run's weights."""
 
+import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mdmtrain.checkpoint import store
+import torch
+from torch import Tensor
+
+from mdmtrain.checkpoint import run_folder, store
+from mdmtrain.checkpoint.loading import copy_into
 from mdmtrain.config import Config, validate
 from mdmtrain.data.order import Cursor
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
+from mdmtrain.optim import learning_rate
 from mdmtrain.parallel.world import AgreedError, World
 
 log = logging.getLogger("mdmtrain")
 CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow_changed
 REORDERING = ("data", "sequence_length")  # sample numbers then stand for other samples
+PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each piece of the vocabulary
+MOST_SHOWN = 200  # characters of a setting's value
 
 
 def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
@@ -33,7 +41,8 @@ def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, finger
 
 
 def choose_checkpoint(config: Config, home: Path, identity: dict, world: World) -> Path | None:
-    """The checkpoint to go on from, None for a new run: the newest whose content is what was written. A collective.
+    """The checkpoint to resume from, None for a new run: the newest whose content is what was written, or the one of
+    checkpoint.resume. A collective.
 
     Raises AgreedError where it belongs to a different run, and where all are damaged.
     """
@@ -49,13 +58,24 @@ def choose_checkpoint(config: Config, home: Path, identity: dict, world: World) 
 
 
 def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] | None = None) -> Path | None:
-    """The newest checkpoint but for damaged ones, or None. Raises ValueError where it belongs to a different run."""
-    folder = store.newest(home, damaged or ())
+    """The newest checkpoint but for damaged ones, the one that checkpoint.resume names, or None.
+
+    Raises ValueError where it belongs to a different run, where the one named is not there, and where a run has records
+    of what its checkpoints are gone of.
+    """
+    back = step_to_go_back_to(config)
+    folder = store.newest(home, damaged or ()) if back is None else named(home, back, damaged or ())
     if folder is None:
         if before := store.complete_checkpoints(Path(config.run.dir)):
             raise ValueError(
                 f"{config.run.dir} kept its checkpoints in {before[0].parent} and {home} has none: copy them "
                 "there, change checkpoint.dir back, or choose another run.dir"
+            )
+        lost, metrics = run_folder.lost_checkpoint(Path(config.run.dir)), Path(config.run.dir) / "metrics.jsonl"
+        if lost is not None and metrics.is_file() and metrics.stat().st_size > 0:
+            raise ValueError(
+                f"{config.run.dir} has its records, but its checkpoints are gone (the last one was of step {lost}): "
+                f"bring one back, choose another run.dir, or move {metrics} away to start again from step 0"
             )
         return None
     if config.checkpoint.resume == "never":
@@ -81,6 +101,77 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
             f"it does not hold: set optim.name={optimizer}, or start a new run.dir with checkpoint.init_from={folder}"
         )
     return folder
+
+
+def step_to_go_back_to(config: Config) -> int | None:
+    """The step of checkpoint.resume, unless the run's last start has already gone back to it.
+
+    The same command given again (by a person, torchrun or a scheduler) resumes from what it has reached since.
+    """
+    wanted = config.checkpoint.resume
+    before = run_folder.last_start(Path(config.run.dir)).get("config", {}).get("checkpoint", {}).get("resume")
+    return wanted if isinstance(wanted, int) and wanted != before else None
+
+
+def named(home: Path, step: int, damaged: list[Path]) -> Path:
+    """The checkpoint of a step. Raises ValueError where there is none, or it is damaged."""
+    folders = {store.step_of(folder): folder for folder in store.complete_checkpoints(home)}
+    if step not in folders or folders[step] in damaged:
+        state = "is damaged" if step in folders else "does not exist"
+        steps = ", ".join(str(n) for n, folder in folders.items() if folder not in damaged)
+        raise ValueError(
+            f"checkpoint.resume={step}: the checkpoint of this step {state} in {home}; there are: {steps or 'none'}"
+        )
+    return folders[step]
+
+
+def leave_behind(config: Config, home: Path, step: int) -> list[str]:
+    """Take what lies beyond `step` out of the way of a run that resumes there; a sentence about what was renamed.
+
+    That is exports, which would pass for the newest, and after going back (checkpoint.resume=STEP) newer checkpoints.
+    """
+    moved = run_folder.abandon(Path(config.run.dir) / "exports", step)
+    if step_to_go_back_to(config) is not None:
+        moved += run_folder.abandon(home, step)
+    if not moved:
+        return []
+    return [f"beyond step {step}, renamed (remove what you do not need): {', '.join(map(str, moved))}"]
+
+
+def differences(meta: dict, config: Config) -> list[str]:
+    """Every setting that differs from the checkpoint's, as "key old -> new"; then the learning rate, if that moved."""
+    try:
+        before = validate(meta["config"], "the checkpoint's configuration")
+    except ValueError as error:  # of a version with other rules: no reason not to resume
+        return [f"changes of the configuration are not known ({error})"]
+    old, new = (flat(one.model_dump(mode="json")) for one in (before, config))
+    found = [f"{key} {shown(old[key])} -> {shown(value)}" for key, value in new.items() if old[key] != value]
+    step = meta["step"]
+    was, becomes = (learning_rate(one.optim, step, one.run.steps) for one in (before, config))
+    if was != becomes:
+        found.append(f"learning rate of step {step + 1} {was:.4g} -> {becomes:.4g}")
+    return found
+
+
+def describe_resume(folder: Path, meta: dict, identity: dict, config: Config) -> str:
+    """One line: from where a run resumes, and all that differs from what the checkpoint was trained with."""
+    changed = differences(meta, config)
+    return "; ".join([
+        f"resumed from {folder}", *changes(meta, identity), *([f"changed: {', '.join(changed)}"] if changed else [])
+    ])  # fmt: skip
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """The leaves of a tree by their dotted paths."""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " ..."
 
 
 def changes(meta: dict, identity: dict) -> list[str]:
@@ -112,18 +203,56 @@ def brief(saved, wanted) -> str:
     return f"{str(saved)[:200]}, not {str(wanted)[:200]}"
 
 
-def load_initial_weights(config: Config, identity: dict, model, world: World) -> Path:
-    """Fill the model with another run's weights (its average, where it kept one). Returns their folder."""
+# ---- another run's weights
+
+
+def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, model, world: World) -> str:
+    """Fill the model with another run's weights (its average, where it kept one); what was taken, for a person.
+
+    With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
+    """
     folder = world.agree(lambda: store.find(config.checkpoint.init_from), main_only=True)
     meta = world.agree(lambda: store.read_meta(folder), main_only=True)
-    for name in ("model", "tokenizer"):
-        if meta["identity"][name] != identity[name]:
-            raise AgreedError(
-                f"checkpoint.init_from={folder}: its {name} is {brief(meta['identity'][name], identity[name])}: "
-                "start from weights of the same model and tokenizer"
-            )
+    saved, resize, where = meta["identity"], config.checkpoint.resize_vocab, f"checkpoint.init_from={folder}"
+    networks = [{**one["model"], "vocab_size": None} for one in (saved, identity)]
+    if networks[0] != networks[1]:
+        raise AgreedError(f"{where}: its model is {brief(*networks)}: start from weights of the same network")
+    vocabularies = [(one["model"]["vocab_size"], one["tokenizer"]) for one in (saved, identity)]
+    other = vocabularies[0] != vocabularies[1]
+    if other and not resize:
+        (rows, theirs), (wanted, ours) = vocabularies
+        what = f"its vocabulary has {rows} rows, not {wanted}" if rows != wanted else "it has another tokenizer"
+        what += ", and another tokenizer" if rows != wanted and theirs != ours else ""
+        raise AgreedError(
+            f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
+            "the embedding and the head then follow their pieces, and new pieces start at the mean row"
+        )
     if problem := store.damage(folder, world):
-        raise AgreedError(f"checkpoint.init_from={folder}: {problem}: use another checkpoint")
+        raise AgreedError(f"{where}: {problem}: use another checkpoint")
     source = "average" if meta["has_average"] else "model"
-    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
-    return folder
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    by_piece = [name for name in PER_PIECE if name in parameters] if other else []
+    old = {name: torch.empty(saved["model"]["vocab_size"], parameters[name].shape[1]) for name in by_piece}
+    store.load(folder, {f"{source}.{name}": tensor for name, tensor in (parameters | old).items()}, world)
+    if not other:
+        return str(folder)
+    pieces = world.agree(lambda: Tokenizer.load(folder / store.TOKENIZER_FILE).pieces())
+    rows = rows_by_piece(pieces, tokenizer.pieces(), identity["model"]["vocab_size"])
+    kept = int((rows >= 0).sum())
+    if not kept:
+        raise AgreedError(f"{where}: the two vocabularies have no piece in common: start from other weights")
+    for name in by_piece:
+        copy_into(parameters[name], resized(old[name], rows, len(pieces)))
+    others = "the others start at the mean row"
+    return f"{folder}, resized: {kept} of {tokenizer.vocab_size} pieces keep their rows, {others}"
+
+
+def rows_by_piece(old: list[str], new: list[str], rows: int) -> Tensor:
+    """Of each row of a new vocabulary the row of the same piece in the old one, -1 without one: int64 [rows]."""
+    ids = {piece: number for number, piece in enumerate(old)}
+    return torch.tensor([ids.get(piece, -1) for piece in new] + [-1] * (rows - len(new)))
+
+
+def resized(old: Tensor, rows: Tensor, used: int) -> Tensor:
+    """The rows [R] of a matrix [V, d]; where it is -1, the mean of its first `used` rows. Returns [R, d]."""
+    return torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], old[:used].mean(dim=0))

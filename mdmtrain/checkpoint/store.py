@@ -9,13 +9,14 @@ the rest.
 
 import json
 import logging
+import math
 import textwrap
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
@@ -34,19 +35,17 @@ from mdmtrain.checkpoint.storage import (
     storage_writer,
     write_atomically,
 )
-from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade, validate
-from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import EMA, Optimizer
-from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
+NO_SCORES: Mapping[int, float] = {}
 HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # waiting heals none
 log = logging.getLogger("mdmtrain")
 # DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
@@ -97,13 +96,14 @@ class Streaming(DefaultSavePlanner):
 
 def save(
     home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
-    world: World, copies: dict[str, Tensor] | None = None,
+    world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove those that are not to be kept. A collective.
 
-    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. An attempt that failed is
-    made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last one
-    failed on any; what was complete before stays complete.
+    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. scores: the validation
+    NELBO after a step, of those that were evaluated, for checkpoint.keep_best; needed on rank 0. An attempt that failed
+    is made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last
+    one failed on any; what was complete before stays complete.
     """
     folder = home / f"step-{step:08d}"
     for pause in (*RETRY_SECONDS, None):
@@ -119,7 +119,7 @@ def save(
                 log.warning("%s (trying once more in %g s)", error, pause)
             time.sleep(pause)
     if world.is_main:
-        retain(folder, config)
+        retain(folder, config, scores)
     return folder
 
 
@@ -164,26 +164,32 @@ def _own_checksum(meta: dict) -> str:
     return f"{zlib.crc32(json.dumps(meta).encode()):08x}"
 
 
-def retain(newest: Path, config: CheckpointConfig) -> None:
+def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] = NO_SCORES) -> None:
     """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written.
 
-    What cannot be removed is a warning: the run must not stop for it.
+    scores: see `save`. What cannot be removed is a warning: the run must not stop for it.
     """
 
     def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        return old in last or (for_good and (old / "meta.json").exists()) or held(old)
+        return old in last or old in best or (for_good and (old / "meta.json").exists()) or held(old)
 
     try:
         with storage_errors(newest.parent):
             # Later steps are of a future that was given up (damaged, passed over on resuming): they are not counted.
             until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
-            last = until[-config.keep_last :]
+            last, best = until[-config.keep_last :], best_of(until, scores)[: config.keep_best or 0]
             for old in newest.parent.glob(FOLDERS):
                 if step_of(old) < step_of(newest) and not stays(old):
                     remove(old)
     except OSError as error:
         log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe_error(error))
+
+
+def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
+    """The checkpoints that have a finite score, best (lowest) first; of equals the older one."""
+    scored = [folder for folder in folders if math.isfinite(scores.get(step_of(folder), math.inf))]
+    return sorted(scored, key=lambda folder: (scores[step_of(folder)], step_of(folder)))
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -234,10 +240,25 @@ def home_of(run: Path) -> Path:
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         section = tree.get("checkpoint") if isinstance(tree, dict) else None
         if isinstance(section, dict) and section.get("dir"):
-            return place(section["dir"])
+            base = started_in(run, str((tree.get("run") or {}).get("dir")))
+            there = "://" not in section["dir"] and base is not None and (base / section["dir"]).is_dir()
+            return base / section["dir"] if there else place(section["dir"])
     if any(run.glob(FOLDERS)):
         return run
     return run / "checkpoints" if (run / "checkpoints").is_dir() else run
+
+
+def started_in(folder: Path, run_dir: str) -> Path | None:
+    """The working directory where a run was started, from its place and its relative run.dir; None: they do not fit.
+
+    folder: the run's, or one inside it.
+    """
+    wanted = Path(run_dir).parts
+    for whole in (folder.absolute(), folder.resolve()):
+        for place_of_run in (whole, *whole.parents):
+            if not Path(run_dir).is_absolute() and place_of_run.parts[-len(wanted) :] == wanted:
+                return Path(*place_of_run.parts[: -len(wanted)])
+    return None
 
 
 def step_of(folder: Path) -> int:
@@ -276,7 +297,7 @@ def find(path: str | Path) -> Path:
     path = place(str(path))
     with storage_errors(path):
         if not path.exists():
-            raise ValueError(f"{path}: no such run or checkpoint folder: check the path")
+            raise ValueError(f"{path}: no such run, checkpoint or exported folder: check the path")
         run = (path / "checkpoints").is_dir() or (path / "config.yaml").is_file()
     if run or complete_checkpoints(path):
         folder = newest(path)
@@ -291,7 +312,10 @@ def read_meta(folder: Path) -> dict:
     """A checkpoint's meta.json, if every file has the size it was committed with. Raises ValueError."""
     marker = folder / "meta.json"
     if not marker.is_file():
-        raise ValueError(f"{folder}: not a complete checkpoint (no meta.json); name a run folder or another checkpoint")
+        raise ValueError(
+            f"{folder}: not a complete checkpoint (no meta.json) and no exported folder (no config.json): name a run, "
+            "a checkpoint or an exported folder"
+        )
     try:
         meta = json.loads(marker.read_text(encoding="utf-8"))
         version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
@@ -317,7 +341,8 @@ def _today(meta: dict) -> dict:
     if "diffusion" in identity:
         stored = upgrade({"diffusion": identity["diffusion"]})["diffusion"]
         identity["diffusion"] = {**DiffusionConfig().model_dump(mode="json"), **stored}
-    identity["model"] = asdict(ModelShape(**identity["model"]))
+    if "model" in identity:
+        identity["model"] = asdict(ModelShape(**identity["model"]))
     return {**meta, "config": config, "identity": identity}
 
 
@@ -337,35 +362,3 @@ def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
     if weights == "average" and not meta["has_average"]:
         raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
     return "average" if weights != "raw" and meta["has_average"] else "model"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A checkpoint's model, ready to use, with what is needed to talk to it."""
-
-    folder: Path
-    model: Transformer
-    tokenizer: Tokenizer
-    config: Config
-    meta: dict
-
-
-def load_model(path: str | Path, weights: str | None, world: World) -> LoadedModel:
-    """Build and load the model of a run or checkpoint, sharded over the present ranks. A collective.
-
-    weights: "raw", "average", or None for the average where there is one. Raises AgreedError.
-    """
-    folder = world.agree(lambda: find(path), main_only=True)
-    meta = world.agree(lambda: read_meta(folder))
-    source = chosen_weights(folder, meta, weights)
-    config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
-    file = folder / TOKENIZER_FILE
-    tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
-    if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
-    elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
-    here = config.parallel.model_copy(update=elsewhere)  # any number of ranks, any torch
-    model = build_model(ModelShape(**meta["identity"]["model"]), here, world)
-    load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
-    model.eval()
-    return LoadedModel(folder, model, tokenizer, config.model_copy(update={"parallel": here}), meta)

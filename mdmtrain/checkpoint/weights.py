@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from mdmtrain.checkpoint import formats, storage, store
 from mdmtrain.config import Config, validate
-from mdmtrain.data.hub import bundle
-from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+from mdmtrain.data.tokenizer import MODEL_FILE, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.parallel.world import describe_error
 
+log = logging.getLogger("mdmtrain")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
 FACTS_FILE, INDEX_FILE = "mdmtrain.json", "model.safetensors.index.json"
 
@@ -121,20 +122,28 @@ def open_folder(folder: Path, kind: str) -> Weights:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}: it cannot be read as {kind}") from None
     facts.pop("minimum_transformers", None)
+    files, stored = _locate_tensors(folder, kind, stored)
     start_anew = kind in formats.TRANSFORMERS and stored.causal
-    model, known = _read_tokenizer(folder, config, add_missing=start_anew)
+    tokenizer, known = read_folder(folder, config, add_missing=start_anew)
     if facts:
-        _check_tokenizer(model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
-    pieces = Tokenizer(model, str(folder)).vocab_size
-    grows, shape = pieces > known, stored
-    if start_anew:
-        shape = replace(stored, causal=False, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64 * grows))
+        _check_tokenizer(tokenizer.model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
+    pieces = tokenizer.vocab_size
+    shape, kept = replace(stored, causal=stored.causal and not start_anew), stored.vocab_size
+    beyond = pieces > stored.vocab_size and (start_anew or known <= stored.vocab_size)
+    if beyond or (start_anew and pieces > known):
+        kept = min(known, kept) if start_anew else kept  # a masked model's spare rows are in its softmax: they stay
+        shape = replace(shape, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64))
+    if start_anew and known > stored.vocab_size:
+        log.warning(
+            "%s: the tokenizer has %d tokens, but the embedding %d rows: the others get new rows, the mean of these",
+            folder, known, stored.vocab_size,
+        )  # fmt: skip
     try:
         bare = _bare_config(shape, length)
         model_shape(bare.model, pieces)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: no model of ours: {error}") from None
-    files, hashes = _locate_tensors(folder, kind, stored), facts.pop("sha256", None)
+    hashes, sizes = facts.pop("sha256", None), formats.tensor_shapes(shape)
 
     def read(name: str) -> Tensor:
         theirs = formats.name_in(kind, name)
@@ -142,14 +151,15 @@ def open_folder(folder: Path, kind: str) -> Weights:
             tensor = file.get_tensor(theirs).clone()  # the original is a view of the file, which goes
         if hashes and hashlib.sha256(tensor_bytes(tensor)).hexdigest() != hashes.get(theirs):
             raise ValueError(f"{files[theirs]}: {theirs} is not what was exported: get the original file")
-        if grows and name in ("embed.weight", "head.weight"):
-            more = tensor[:known].float().mean(dim=0).to(tensor.dtype).expand(shape.vocab_size - known, -1)
-            tensor = torch.cat([tensor[:known], more])
+        if name in ("embed.weight", "head.weight") and kept < shape.vocab_size:
+            more = tensor[:kept].float().mean(dim=0).to(tensor.dtype).expand(shape.vocab_size - kept, -1)
+            tensor = torch.cat([tensor[:kept], more])
+        assert tuple(tensor.shape) == sizes[name], name
         return tensor
 
     if not facts or ModelShape(**facts["identity"]["model"]) != shape:
         facts = {**facts, "config": bare.model_dump(mode="json")}
-    return Weights(folder, shape, model, facts, read)
+    return Weights(folder, shape, tokenizer.model, facts, read)
 
 
 def _read_json(file: Path) -> dict:
@@ -159,42 +169,80 @@ def _read_json(file: Path) -> dict:
         raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
 
 
-def _read_tokenizer(folder: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """The folder's tokenizer as the content of one file, and its size before tokens were added."""
-    file = folder / MODEL_FILE
-    if file.is_file():
-        try:
-            return file.read_bytes(), Tokenizer(file.read_bytes(), str(file)).vocab_size
-        except ValueError:
-            if not (folder / "tokenizer.json").is_file():
-                raise
-    return bundle(folder, config, add_missing)
+def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[str, Path], ModelShape]:
+    """Their name of each tensor -> its file. All there, of the right sizes, in a dtype that we read, and no other.
 
-
-def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> dict[str, Path]:
-    """Their name of each tensor -> its file. All there, of the right sizes, in a dtype that we read, and no other."""
-    shards = ["model.safetensors"]
-    if (folder / INDEX_FILE).is_file():
-        shards = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
-    expected = {formats.name_in(kind, name): size for name, size in formats.tensor_shapes(shape).items()}
-    found: dict[str, Path] = {}
-    for path in (folder / shard for shard in shards):
+    Also the shape, without tied_embeddings where the head that is there is not the embedding.
+    """
+    files: dict[str, Path] = {}
+    for path in _shards(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(name)
-                if name.endswith("rotary_emb.inv_freq") or (shape.tied_embeddings and name == "lm_head.weight"):
-                    continue  # copies, in old folders, of what the rest says
-                if name not in expected:
-                    raise ValueError(f"{path}: {name} has no place in our model: this is another network")
-                if tuple(part.get_shape()) != expected[name]:
-                    raise ValueError(f"{path}: {name} is {part.get_shape()}, config.json says {[*expected[name]]}")
-                if part.get_dtype() not in DTYPES.values():
-                    raise ValueError(f"{path}: {name} is {part.get_dtype()}: save it as {', '.join(DTYPES)}")
-                found[name] = path
+                if name in files:
+                    raise ValueError(f"{path}: {name} is in {files[name].name} too: get the original files")
+                files[name] = path
+    head = formats.name_in(kind, "head.weight")
+    if shape.tied_embeddings and head in files:
+        if _equal(files, head, formats.name_in(kind, "embed.weight")):
+            del files[head]  # a copy, in old folders
+        else:
+            log.warning(
+                "%s: config.json says that embedding and head are one, but %s has values of its own: read as untied",
+                folder, head,
+            )  # fmt: skip
+            shape = replace(shape, tied_embeddings=False)
+    expected = {formats.name_in(kind, name): size for name, size in formats.tensor_shapes(shape).items()}
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a copy, in old folders, of what config.json says
+        if name not in expected:
+            raise ValueError(f"{path}: {name} has no place in our model: this is another network")
+        with _opened(path) as file:
+            part = file.get_slice(name)
+            if tuple(part.get_shape()) != expected[name]:
+                raise ValueError(f"{path}: {name} is {part.get_shape()}, config.json says {[*expected[name]]}")
+            if part.get_dtype() not in DTYPES.values():
+                raise ValueError(f"{path}: {name} is {part.get_dtype()}: save it as {', '.join(DTYPES)}")
+        found[name] = path
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)}): get all its files")
-    return found
+    return found, shape
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that hold the tensors. Raises ValueError where there are none that we read, or nothing names them."""
+    index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    if index.is_file():
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(
+                f"{index}: no weight_map in it, which names the file of each tensor: get the original file"
+            )
+        return [folder / name for name in sorted(set(places.values()))]
+    others = [
+        file.name for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(ending)
+    ]
+    if not single.is_file() and others:
+        why = (
+            f"several files need their {INDEX_FILE}"
+            if others[0].endswith(".safetensors")
+            else ("load it with transformers and save it again with save_pretrained")
+        )
+        raise ValueError(f"{folder}: it has {sorted(others)[0]}, but no model.safetensors: {why}")
+    return [single]
+
+
+def _equal(files: dict[str, Path], one: str, other: str) -> bool:
+    """Whether two tensors have the same values."""
+    if other not in files:
+        return False
+    tensors = []
+    for name in (one, other):
+        with _opened(files[name]) as file:
+            tensors.append(file.get_tensor(name))
+    return tensors[0].shape == tensors[1].shape and bool((tensors[0] == tensors[1]).all())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Checkpoints written beside the training: the loop waits for a copy of its tensors, then it goes on."""
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import replace
@@ -34,20 +35,24 @@ class CheckpointWriter:
         self._copies: dict[str, Tensor] = {}  # used again by each save: pinning memory takes long
         self._saving: Future[Path] | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Write the checkpoint of `step`; the one before must be finished. Raises AgreedError, if not asynchronous."""
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict, scores: Mapping[int, float]) -> None:
+        """Write the checkpoint of `step`; the one before must be finished. Raises AgreedError, if not asynchronous.
+
+        scores: see `store.save`.
+        """
         assert self._saving is None, "finish() comes first"
         self._saving = saving = Future()
-        # What the loop goes on changing is copied, `meta` too.
+        # What the loop goes on changing is copied, `meta` and `scores` too.
+        scores = dict(scores)
         arguments = (self._home, step, tensors, deepcopy(meta), self._tokenizer, self._config)
         if not self._config.asynchronous:
-            saving.set_result(store.save(*arguments, self._world))
+            saving.set_result(store.save(*arguments, self._world, scores=scores))
             return
         self._copy(tensors)
 
         def write() -> None:
             try:
-                saving.set_result(store.save(*arguments, self._beside, self._copies))
+                saving.set_result(store.save(*arguments, self._beside, self._copies, scores))
             except BaseException as error:  # for the thread that asks
                 saving.set_exception(error)
 

@@ -1,25 +1,31 @@
 """Tokenizers as model folders on the hub have them, tokenizer.json: ours written for others, theirs read for us.
 
-A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json and the names of its bos,
-eos, pad and mask tokens. `Tokenizer` takes either kind.
+A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json, made lossless, and the
+names of its bos, eos, pad and mask tokens. `Tokenizer` takes either kind.
 """
 
 import json
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 
-import sentencepiece
+from mdmtrain.data.lossless import (
+    ESCAPE,
+    FLAGS,
+    ROLES,
+    SPACE_MARK,
+    escaping,
+    keep_apart,
+    load,
+    neutralise,
+    replacements,
+    spelled,
+    tokenizers_library,
+    unescaping,
+    vocabulary,
+)
+from mdmtrain.data.sentencepieces import PIECE, SentencePieces
 
-ROLES = ("bos", "eos", "pad", "mask")
-SPACE_MARK, ESCAPE = "\u2581", "\U0010f581"  # see tokenizer.py
-
-
-def _library():
-    try:
-        import tokenizers
-    except ImportError:
-        raise ValueError("tokenizer.json needs the tokenizers library: pip install mdmtrain[transformers]") from None
-    return tokenizers
+log = logging.getLogger("mdmtrain")
 
 
 class HubPieces:
@@ -27,12 +33,14 @@ class HubPieces:
 
     def __init__(self, model: bytes):
         """model: what `bundle` gave. Raises ValueError where it is none, or the library is missing."""
-        library = _library()
         try:
             content = json.loads(model)
             self.names: dict[str, str] = content["roles"]
             self.content: dict = content["tokenizer"]
-            self._tokenizer = library.Tokenizer.from_str(json.dumps(self.content))
+            self._tokenizer = load(self.content)
+            assert self.names.keys() == set(ROLES)
+        except ValueError:
+            raise
         except Exception:  # the library raises Exception itself
             raise ValueError("no JSON of a tokenizer and its roles") from None
         self._tokenizer.encode_special_tokens = True  # text never becomes a reserved id
@@ -41,8 +49,8 @@ class HubPieces:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def get_piece_size(self) -> int:
         return max(self._vocabulary.values()) + 1
@@ -54,93 +62,228 @@ class HubPieces:
         return self._tokenizer.id_to_token(number) or ""  # a foreign vocabulary may have holes
 
     def unk_id(self) -> int:
-        return self.piece_to_id(self.content["model"].get("unk_token") or "")
+        unknown = self.content["model"].get("unk_id")
+        return self.piece_to_id(self.content["model"].get("unk_token") or "") if unknown is None else unknown
+
+    def reserved(self) -> set[int]:
+        """Ids that no text becomes: special tokens, the piece of what is unknown, and numbers without a piece."""
+        special = {token["id"] for token in self.content["added_tokens"] if token["special"]}
+        holes = set(range(self.get_piece_size())) - set(self._vocabulary.values())
+        return special | holes | ({self.unk_id()} - {-1})
+
+    def added(self) -> list[str]:
+        """Pieces with a meaning of their own: tokens that text spells, or that it must not become."""
+        return [token["content"] for token in self.content["added_tokens"]]
 
 
-def bundle(folder: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """The tokenizer of a foreign model folder as one file, and its vocabulary size before anything was added.
+def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
+    """A foreign tokenizer.json as one file, made lossless, and its vocabulary size before anything was added.
 
-    config: the model's config.json, which may name a role's id where tokenizer_config.json names no token. A role that
-    neither names gets a new token at the end of the vocabulary if `add_missing`. Raises ValueError.
+    The names of bos, eos, pad and mask are in tokenizer_config.json (or special_tokens_map.json) beside `file`, or
+    config, the model's config.json, has their ids. A role that nothing names gets a new token at the end of the
+    vocabulary if `add_missing`; one that shares its token with another always does. What had to be changed is logged.
+    Raises ValueError.
     """
-    library, settings = _library(), folder / "tokenizer_config.json"
+    library = tokenizers_library()
     try:
-        tokenizer = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        usual = library.Tokenizer.from_str(json.dumps(content))
     except Exception:  # the library raises Exception itself
-        raise ValueError(f"{folder} has no readable tokenizer.json: copy the model's tokenizer files there") from None
-    size, roles = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, {}
+        raise ValueError(f"{file}: not a tokenizer.json that can be read: copy the model's original file") from None
+    settings = _settings(file.parent)
+    try:
+        content.setdefault("added_tokens", [])
+        _add_from_settings(content, settings)
+        content = json.loads(load(content).to_str())  # as the library writes it today
+        size = max(number for _, number in vocabulary(content)) + 1
+        notes = neutralise(content)
+        for token in content["added_tokens"]:
+            if usual.token_to_id(token["content"]) not in (None, token["id"]):
+                notes.append(
+                    f"{token['content']!r} has the id of the file, {token['id']}; transformers gives it another"
+                )
+                break
+        names = _named(content, settings, config, notes)
+        roles = _own_tokens(content, names, add_missing, notes)
+        keep_apart(content)
+        content = json.loads(load(content).to_str())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}, or its settings: not in the format ({error!r}): get the original files") from None
+    if notes:
+        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
+    return _dump(roles, content), size
+
+
+def _settings(folder: Path) -> dict:
+    """What tokenizer_config.json says, and special_tokens_map.json of older folders where that says nothing."""
+    found: dict = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            try:
+                found = {**dict(json.loads((folder / name).read_text(encoding="utf-8"))), **found}
+            except (ValueError, TypeError):
+                raise ValueError(f"{folder / name}: damaged (no JSON object): get the original file") from None
+    return found
+
+
+def _text(token: str | dict | None) -> str | None:
+    """A token of the settings, which have either its text or an object with that. Raises ValueError."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"tokenizer_config.json names {text!r} as a token: it must be a text")
+    return text
+
+
+def _add_from_settings(content: dict, settings: dict) -> None:
+    """Tokens, and which of them are special, that tokenizer_config.json knows and tokenizer.json does not."""
+    known = {token["content"]: token for token in content["added_tokens"]}
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        entry = known.setdefault(token["content"], {**FLAGS, **token, "id": int(number)})
+        entry["special"] |= token.get("special", False)
+        if entry["id"] != int(number):
+            raise ValueError(f"{token['content']!r} has id {entry['id']}, but {number} in tokenizer_config.json")
+    more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    for token in more.values() if isinstance(more, dict) else more:
+        if _text(token) in known:
+            known[_text(token)]["special"] = True
+    content["added_tokens"] = list(known.values())
+
+
+def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dict[str, str]:
+    """The tokens that the settings, or the model's configuration by their ids, name for the roles.
+
+    An id in the configuration that is an ordinary piece (its default, often) does not count, which `notes` says.
+    """
+    by_id, names = {number: piece for piece, number in vocabulary(content)}, {}
+    declared = {token["content"] for token in content["added_tokens"]}
     for role in ROLES:
-        token, number = named.get(f"{role}_token"), config.get(f"{role}_token_id")
-        token = token["content"] if isinstance(token, dict) else token
-        number = number[0] if isinstance(number, list) else number
-        if token is None and number is not None:
-            token = tokenizer.id_to_token(number)
-        if token is not None or add_missing:
-            roles[role] = token or f"<|mdm_{role}|>"
-    # All of them special: text that spells one is then never taken for it.
-    tokenizer.add_special_tokens(
-        [library.AddedToken(token, normalized=False, special=True) for token in roles.values()]
-    )
-    content = {"roles": roles, "tokenizer": json.loads(tokenizer.to_str())}
-    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode(), size
+        token, number = _text(settings.get(f"{role}_token")), config.get(f"{role}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if token is None and isinstance(number, int):
+            token = by_id.get(number)
+            if token is not None and token not in declared and spelled(content, [token]):
+                notes.append(
+                    f"{role}_token_id {number} of config.json is not used, as it is the ordinary piece {token!r}"
+                )
+                token = None
+        if token:
+            names[role] = token
+    return names
+
+
+def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str]) -> dict[str, str]:
+    """A special token for each role, shared with no other. Adds tokens to `content`; what it changes is in `notes`."""
+    model, tokens = content["model"], {token["content"]: token for token in content["added_tokens"]}
+    unknown = model.get("unk_token")
+    if unknown is None and model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    ordinary = spelled(content, [name for name in names.values() if name not in tokens])
+    roles, taken = {}, {unknown: "unk"} if unknown else {}
+    for role in ("eos", "bos", "mask", "pad"):  # the first keeps a token that several have
+        name = names.get(role)
+        if name is None and not add_missing:
+            raise ValueError(f"it names no {role} token: tokenizer_config.json must have {role}_token")
+        if name in ordinary:
+            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which text has: name a token of its own")
+        if name in taken:
+            notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
+        if name is None or name in taken:
+            name = f"<|mdm_{role}|>"
+        roles[role], taken[name] = name, role
+    numbers = dict(vocabulary(content))
+    for role in ROLES:
+        number = numbers.setdefault(roles[role], max(numbers.values()) + 1)
+        tokens.setdefault(roles[role], {"id": number, "content": roles[role], **FLAGS})["special"] = True
+    content["added_tokens"] = list(tokens.values())
+    return {role: roles[role] for role in ROLES}
 
 
 def hub_files(model: bytes) -> dict[str, bytes]:
-    """The files that give transformers' AutoTokenizer the ids of the tokenizer in `model`: name -> content."""
+    """The files that give transformers' AutoTokenizer the ids of the tokenizer in `model`: name -> content.
+
+    Raises ValueError where a tokenizer.json cannot say the same.
+    """
     if model[:1] == b"{":
         pieces, files = HubPieces(model), {}
-        content, names = pieces.content, pieces.names
+        content = pieces.content
     else:
-        pieces, files = sentencepiece.SentencePieceProcessor(model_proto=model), {"tokenizer.model": model}
+        pieces, files = SentencePieces(model), {"tokenizer.model": model}
+        if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
+            raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
-        numbers = (pieces.bos_id(), pieces.eos_id(), pieces.pad_id(), pieces.piece_to_id("<mask>"))
-        names = {role: pieces.id_to_piece(number) for role, number in zip(ROLES, numbers, strict=True)}
-    settings = {f"{role}_token": name for role, name in names.items()}
+    settings = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}
     return files | {name: json.dumps(text, ensure_ascii=False, indent=1).encode() for name, text in texts.items()}
 
 
-def _converted(pieces: sentencepiece.SentencePieceProcessor) -> dict:
-    """A sentencepiece BPE model of ours as a tokenizer.json, our escape of U+2581 included.
+def bundle_unigram(pieces: SentencePieces) -> bytes:
+    """A sentencepiece unigram model as `bundle` gives a tokenizer.json: exact in transformers from the start.
 
-    sentencepiece merges the neighbours whose union has the best score, so every way to split a piece into two others is
-    a merge, in the order of the scores.
+    Where two ways to split a word are equally likely the ids may be others than sentencepiece's.
     """
-    numbers = range(pieces.get_piece_size())
-    reserved = [i for i in numbers if pieces.is_control(i) or pieces.is_unknown(i)]
-    ordinary = {pieces.id_to_piece(i): i for i in numbers if i not in reserved and not pieces.is_byte(i)}
-    if any(pieces.get_score(i) % 1 for i in ordinary.values()):  # BPE scores are ranks
-        raise ValueError("the tokenizer is a sentencepiece model, but not BPE: a tokenizer.json of it would differ")
+    content = json.loads(load(_converted(pieces)).to_str())
+    return _dump(pieces.names, content)
+
+
+def _dump(roles: dict[str, str], content: dict) -> bytes:
+    return json.dumps({"roles": roles, "tokenizer": content}, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _converted(pieces: SentencePieces) -> dict:
+    """A sentencepiece model as a tokenizer.json, our escape of U+2581 included. Raises ValueError.
+
+    User-defined pieces become added tokens: like these they are found first, and are merged with nothing.
+    """
+    added = []
+    for number in pieces.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED):
+        piece, special = pieces.id_to_piece(number), pieces.pieces[number].type != PIECE.USER_DEFINED
+        if not special and (SPACE_MARK in piece or ESCAPE in piece):
+            raise ValueError(f"user-defined piece {piece!r}: a tokenizer.json cannot have one with a space")
+        if special or " " not in piece:  # sentencepiece sees no spaces, so it never finds one with them
+            added.append({"id": number, "content": piece, **FLAGS, "special": special})
+    marked = [*escaping(SPACE_MARK), *replacements((" ", SPACE_MARK))]
+    back = [*replacements((SPACE_MARK, " ")), {"type": "ByteFallback"}, *unescaping(SPACE_MARK)]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": marked},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": _unigram(pieces) if pieces.model_type == "Unigram" else _bpe(pieces),
+    }
+    if pieces.model_type == "Unigram":
+        keep_apart(content)
+    return content
+
+
+def _unigram(pieces: SentencePieces) -> dict:
+    vocabulary = [[piece.piece, piece.score] for piece in pieces.pieces]
+    return {"type": "Unigram", "unk_id": pieces.unk_id(), "byte_fallback": True, "vocab": vocabulary}
+
+
+def _bpe(pieces: SentencePieces) -> dict:
+    """sentencepiece merges the neighbours whose union has the best score, so every way to split a piece into two others
+    is a merge, in the order of the scores.
+    """
+    ordinary = {pieces.id_to_piece(i): i for i in pieces.of_type(PIECE.NORMAL)}
     merges = [
-        (-pieces.get_score(i), ordinary[piece[:k]], ordinary[piece[k:]], [piece[:k], piece[k:]])
+        (-pieces.pieces[i].score, ordinary[piece[:k]], ordinary[piece[k:]], [piece[:k], piece[k:]])
         for piece, i in ordinary.items()
         for k in range(1, len(piece))
         if piece[:k] in ordinary and piece[k:] in ordinary
     ]
-
-    def swaps(*pairs: tuple[str, str]) -> list[dict]:
-        return [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
-
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    escape = swaps((ESCAPE, ESCAPE + "0"), (SPACE_MARK, ESCAPE + "1"), (" ", SPACE_MARK))
-    back = [*swaps((SPACE_MARK, " ")), {"type": "ByteFallback"}, {"type": "Fuse"}]
-    back += swaps((ESCAPE + "1", SPACE_MARK), (ESCAPE + "0", ESCAPE))
     return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": pieces.id_to_piece(i), **flags} for i in reserved],
-        "normalizer": {"type": "Sequence", "normalizers": escape},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": back},
-        "model": {
-            "type": "BPE",
-            "unk_token": pieces.id_to_piece(pieces.unk_id()),
-            "byte_fallback": True,
-            "fuse_unk": True,
-            "vocab": {pieces.id_to_piece(i): i for i in numbers},
-            "merges": [pair for *_, pair in sorted(merges)],
-        },
+        "type": "BPE",
+        "unk_token": pieces.id_to_piece(pieces.unk_id()),
+        "byte_fallback": True,
+        "fuse_unk": True,
+        "vocab": {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())},
+        "merges": [pair for *_, pair in sorted(merges)],
     }

@@ -3,6 +3,7 @@
 A split is one stream, its shards end to end; a document is bos + tokens + eos and never crosses a shard. Per shard
 `train-00000.bin` holds the tokens (uint16 or uint32) and `train-00000.docs` where each document starts (int64). Where
 documents are a prompt and its response, `train-00000.responses` holds where each response starts (int64).
+`train-00000.hashes` holds a hash of each document's normalised text (int64): documents in two places are found by it.
 """
 
 import hashlib
@@ -37,8 +38,9 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._bytes = self._response_tokens = 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int, response: int | None = None) -> None:
-        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text.
+    def add(self, tokens: np.ndarray, text_bytes: int, hash: int, response: int | None = None) -> None:
+        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text; hash:
+        of the text, normalised, 63 bits.
 
         response: where in a document with a prompt the response starts; text_bytes are then those of the response.
         """
@@ -47,9 +49,10 @@ class ShardWriter:
         if not self._file:
             name = f"{self._split}-{len(self._shards):05d}.bin"
             self._file = open(self._folder / name, "wb")  # noqa: SIM115 (open across calls)
-            self._tokens, self._starts, self._responses = 0, [], []
+            self._tokens, self._starts, self._responses, self._hashes = 0, [], [], []
         self._file.write(tokens.tobytes())
         self._starts.append(self._tokens)
+        self._hashes.append(hash)
         if response is not None:
             self._responses.append(self._tokens + response)
             self._response_tokens += len(tokens) - response
@@ -69,7 +72,11 @@ class ShardWriter:
         self._file.close()
         file, self._file = Path(self._file.name), None
         shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
-        indices = {"documents": (".docs", self._starts), "responses": (".responses", self._responses)}
+        indices = {
+            "documents": (".docs", self._starts),
+            "responses": (".responses", self._responses),
+            "hashes": (".hashes", self._hashes),
+        }
         for name, (suffix, positions) in indices.items():
             if positions:
                 index = file.with_suffix(suffix)
@@ -167,7 +174,9 @@ class PreparedSplit:
         for number, shard in enumerate(self._shards):
             mine = number % share[1] == share[0]
             files = [(shard["file"], shard["tokens"] * self._dtype.itemsize, shard["sha256"])]
-            for index in ("documents", "responses") if self.prompts else ("documents",):
+            for index in ("documents", "responses", "hashes"):
+                if f"{index}_file" not in shard:  # no prompts; or a folder from before there were hashes
+                    continue
                 files.append((shard[f"{index}_file"], shard["documents"] * 8, shard[f"{index}_sha256"]))
             for name, size, digest in files:
                 file = self.folder / name
@@ -236,6 +245,10 @@ class PreparedSplit:
         """Where each document starts in the stream, ascending: int64 [documents]."""
         parts = zip(self._shards, self._firsts, strict=False)  # the last of the firsts is the end
         return np.concatenate([self._index(shard, "documents") + first for shard, first in parts])
+
+    def document_hashes(self) -> Iterator[np.ndarray]:
+        """The hashes of the documents' normalised texts, shard by shard: int64 [documents of the shard]."""
+        return (self._index(shard, "hashes") for shard in self._shards if "hashes_file" in shard)
 
     def _index(self, shard: dict[str, Any], name: str) -> np.ndarray:
         return _map(self.folder / shard[f"{name}_file"], np.dtype("<i8"))

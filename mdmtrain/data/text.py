@@ -1,15 +1,17 @@
 """Text that nobody prepared: files tokenized in memory, and documents or continuations as padded rows."""
 
-import json
-from collections import Counter
+import re
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mdmtrain.data.inputs import Input
 from mdmtrain.data.loader import Rows
-from mdmtrain.data.prepare import read_documents
+from mdmtrain.data.prepare import encode_document
+from mdmtrain.data.records import Document, Reading, read_documents
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
 
@@ -17,46 +19,61 @@ from mdmtrain.data.tokenizer import Tokenizer
 class TextSplit:
     """A text or jsonl file as one stream of tokens in memory, read like a `PreparedSplit`."""
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, lines: bool):
+    def __init__(self, source: Input, tokenizer: Tokenizer, reading: Reading, lines: bool = False):
         """Documents are those of tools/prepare_data.py, or with `lines` the lines of them that are not blank.
 
-        Raises ValueError naming the file that is missing, unreadable or empty.
+        Raises ValueError naming the file that is unreadable or empty, and the line.
         """
-        self.folder, self.split = Path(path), "text"
+        self.folder, self.split = Path(source.name), "text"
         self.vocab_size, self.pad_id, self.bytes = tokenizer.vocab_size, tokenizer.pad_id, 0
-        documents = []
-        for text in _texts(self.folder, lines):
-            documents.append(np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32))
-            self.bytes += len(text.encode())
+        documents, responses = [], []
+        for document in _documents(source, reading, lines):
+            tokens, response = encode_document(tokenizer, document)
+            documents.append(np.array(tokens, dtype=np.int32))
+            responses.append(response)
+            self.bytes += len(document.text.encode())
         if not documents:
-            raise ValueError(f"{path}: no text in it: give a file with text")
+            why = f" ({', '.join(reading.left_out)})" if reading.left_out else ""
+            raise ValueError(f"{source.name}: no text in it{why}: give a file with text")
+        self.prompts = responses[0] is not None
         self._ids = np.concatenate(documents)
         self._starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
+        self._responses = self._starts + responses if self.prompts else self._starts
         self.tokens, self.documents = len(self._ids), len(documents)
-        self.prompts, self.eligible_tokens = False, self.tokens
+        self.eligible_tokens = int(self.eligible(0, self.tokens).sum())
 
     def read(self, start: int, length: int) -> np.ndarray:
         return self._ids[start : start + length].astype(np.int64)
 
     def documents_in(self, start: int, length: int) -> np.ndarray:
-        document = np.searchsorted(self._starts, np.arange(start, start + length), side="right")
+        document = self._document_of(start, length)
         return (document - document[0]).astype(np.int32)
 
     def eligible(self, start: int, length: int) -> np.ndarray:
-        return np.ones(length, dtype=bool)
+        return np.arange(start, start + length) >= self._responses[self._document_of(start, length)]
+
+    def document(self, number: int) -> tuple[int, int]:
+        start = int(self._starts[number])
+        return start, int(np.append(self._starts, self.tokens)[number + 1]) - start
+
+    def document_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._responses - self._starts, np.diff(self._starts, append=self.tokens)
 
     def document_starts(self) -> np.ndarray:
         return self._starts
 
+    def _document_of(self, start: int, length: int) -> np.ndarray:
+        return np.searchsorted(self._starts, np.arange(start, start + length), side="right") - 1
 
-def _texts(path: Path, lines: bool) -> Iterator[str]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or prepared folder: check the path")
-    skipped = Counter[str]()
-    for document, _ in read_documents(path, "skip", skipped, prompts=False):
-        yield from (line for line in document.text.split("\n") if line.strip()) if lines else [document.text]
-    if skipped["not UTF-8"]:
-        raise ValueError(f"{path}: not UTF-8 text, in {skipped['not UTF-8']} of its documents: convert the file")
+
+def _documents(source: Input, reading: Reading, lines: bool) -> Iterator[Document]:
+    """The documents of an input; with `lines`, a text in a record has one on each of its lines too."""
+    for document, _ in read_documents(source, reading, lines=lines):
+        if lines and document.record and document.prompt is None:
+            texts = re.split(r"\r\n|\r|\n", document.text)
+            yield from (document._replace(text=text) for text in texts if text.strip(string.whitespace))
+        else:
+            yield document
 
 
 def document_rows(split: PreparedSplit | TextSplit, rows: int, length: int, cut: bool, pad_id: int) -> tuple[Rows, int]:
@@ -97,24 +114,3 @@ def pad_rows(rows: Sequence[tuple[Sequence[int], np.ndarray]], pad_id: int) -> R
         ids[row, : len(tokens)], segments[row, : len(tokens)], eligible[row, : len(tokens)] = tokens, 0, predicted
     padded = (segments < 0).any()
     return Rows(torch.from_numpy(ids), torch.from_numpy(eligible), torch.from_numpy(segments) if padded else None)
-
-
-def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The objects of a jsonl file, each with its place, "path:line". Raises ValueError naming a line that is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}): convert the file") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: not a JSON object: every line must be one")
-            records.append((f"{path}:{number}", record))
-    if not records:
-        raise ValueError(f"{path}: no records in it: give one JSON object a line")
-    return records

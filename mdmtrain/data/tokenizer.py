@@ -1,11 +1,12 @@
-"""Text <-> token ids: a sentencepiece BPE model that loses nothing.
+"""Text <-> token ids, and nothing lost: every text comes back as it was, or is refused.
 
-Any text comes back byte for byte (byte fallback, no normalisation), and no text ever becomes a reserved id: bos, eos,
-pad and mask are control pieces, which sentencepiece does not match in its input.
+No text ever becomes a reserved id. Our own tokenizers are sentencepiece BPE models with byte fallback whose bos, eos,
+pad and mask are control pieces; `hub.py` reads those of other models.
 """
 
 import hashlib
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,70 +14,63 @@ from pathlib import Path
 
 import sentencepiece
 
-from mdmtrain.data.hub import ESCAPE, ROLES, SPACE_MARK, HubPieces
+from mdmtrain.data.hub import HubPieces, bundle, bundle_unigram
+from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
+from mdmtrain.data.sentencepieces import SentencePieces, escape
 
-MODEL_FILE = "tokenizer.model"
+MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
 
-# sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
-# private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
-_PROBE = f"a  b \n\n\t\r\n\0 {SPACE_MARK}{ESCAPE}0 </s><pad><mask><unk><0x41> e\u0301 \u00e9\ufb01\u4e16\U0001f600 "
+# Characters that tokenizers are known to drop, join, compose or replace, one by one and side by side.
+_RANGES = [(0, 0x250), (0x300, 0x370), (0x1100, 0x1120), (0x2000, 0x2070), (0xFB00, 0xFB07), (0xFEFF, 0xFF20)]
+_CHARACTERS = "".join(chr(i) for first, end in _RANGES for i in range(first, end))
+_TEXTS = [
+    " ", "  ", "\n", "\r\n", "\ta\n\n  b \n", "a  b   c    d", f" {SPACE_MARK}a{SPACE_MARK} {ESCAPE}0{ESCAPE}1", "x y ",
+    "Do n't . , ! ? 's 're 'll 've isn 't", "\u00c9 e\u0301 E\u0301 \u1e9b\u0323 \u212b", "<0x41><0xE4>", "``a'' \"b\"",
+    "\ufdfa \u3000 \uac00 \u4e16\u754c \U0001f600\U0001f468\u200d\U0001f469 \U0001d54f \ufffd", "ABC abc \u0130\u1e9e",
+]  # fmt: skip
 
 
-def _escape(text: str) -> str:
-    return text.replace(ESCAPE, ESCAPE + "0").replace(SPACE_MARK, ESCAPE + "1")
+class TextChanged(ValueError):
+    """Text that a tokenizer would not give back as it is."""
 
-
-def _unescape(text: str) -> str:
-    return text.replace(ESCAPE + "1", SPACE_MARK).replace(ESCAPE + "0", ESCAPE)
+    def __init__(self, message: str, line: int):
+        """line: where in the text, from 1."""
+        super().__init__(message)
+        self.line = line
 
 
 class Tokenizer:
-    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one; `sha256` is its identity in every manifest."""
+    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one.
+
+    `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` has the ids that no text
+    becomes: those of special tokens (bos, eos, pad, mask and others), of the piece for what is unknown, and numbers
+    without a piece.
+    """
 
     def __init__(self, model: bytes, name: str):
         """`model` is the content of a sentencepiece model file, or what `hub.bundle` made of a foreign tokenizer.
 
-        `name` stands for it in errors (ValueError).
+        `name` stands for it in errors. Raises ValueError for one that loses text or reserves no ids for its roles.
         """
-        foreign = model[:1] == b"{"
         try:
-            if foreign:
-                pieces = HubPieces(model)
-                numbers = [pieces.piece_to_id(pieces.names.get(role, "")) for role in ROLES]
-            else:
-                pieces = sentencepiece.SentencePieceProcessor()
-                pieces.LoadFromSerializedProto(model)
-                numbers = [pieces.bos_id(), pieces.eos_id(), pieces.pad_id(), pieces.piece_to_id("<mask>")]
-                numbers = [i if i >= 0 and pieces.is_control(i) else -1 for i in numbers]
+            self._pieces = HubPieces(model) if model[:1] == b"{" else SentencePieces(model)
+            names = self._pieces.names
+            if names["mask"] in (names["bos"], names["eos"], names["pad"]):
+                raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: {error}") from None
-        except (RuntimeError, OSError):
-            raise ValueError(f"{name} is not a sentencepiece model") from None
-        self._pieces = pieces
-        self._escaped = not foreign or pieces.piece_to_id(SPACE_MARK) >= 0  # byte-level pieces have no mark for spaces
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = pieces.get_piece_size()
-        self.bos_id, self.eos_id, self.pad_id, self.mask_id = numbers
-        reserved = dict(zip(ROLES, numbers, strict=True))
-        missing = [role for role, i in reserved.items() if i < 0]
-        if missing:
-            raise ValueError(
-                f"tokenizer {name} has no control piece for {', '.join(missing)}: train one with "
-                "--vocab-size, or add <mask> to control_symbols and set pad_id when you train yours"
-            )
-        ids = self.encode(_PROBE)
-        if self.decode(ids) != _PROBE or set(ids) & {*reserved.values(), self._pieces.unk_id()}:
-            raise ValueError(
-                f"tokenizer {name} does not give text back byte for byte: it needs byte_fallback, identity "
-                "normalisation, add_dummy_prefix and remove_extra_whitespaces false; or train one with --vocab-size"
-            )
+        self.name, self.model, self.sha256 = name, model, hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._pieces.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
+        self.reserved = frozenset(self._pieces.reserved())
+        for text in self.probes():
+            self.encode(text)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer in a model file, or in a prepared folder. Raises ValueError where there is none that fits."""
-        file = model_file(path)
-        return cls(file.read_bytes(), str(file))
+        """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
+        return read_model(path)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
@@ -121,26 +115,95 @@ class Tokenizer:
         return cls(model.getvalue(), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no bos or eos added, never a reserved id."""
-        return self._pieces.encode(_escape(text) if self._escaped else text)
+        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
+        ids = self._pieces.encode(text)
+        back = self._pieces.decode(ids)
+        if back == text and self.reserved.isdisjoint(ids):
+            return ids
+        bad = next((i for i in ids if i in self.reserved), None)
+        if bad is None:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
+            )
+            start = max(at - 8, 0)
+            what = f"{text[start : at + 8]!r} would become {back[start : at + 8]!r}"
+        elif bad == self._pieces.unk_id():
+            at = next((i for i, c in enumerate(text) if bad in self._pieces.encode(c)), 0)
+            what = f"it has no piece for {text[at : at + 1]!r}"
+        else:
+            piece = self._pieces.id_to_piece(bad)
+            at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
+        raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; reserved ids give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
+
+        What is decoded part by part is what is decoded at once, but for characters cut into parts.
+        """
         skip = {self.bos_id, self.eos_id, self.pad_id, self.mask_id}
-        text = self._pieces.decode([int(i) for i in ids if i not in skip])
-        return _unescape(text) if self._escaped else text
+        return self._pieces.decode([int(i) for i in ids if i not in skip])
 
     def pieces(self) -> list[str]:
         """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
-        return [self._pieces.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(self.vocab_size)]
+        return [piece.replace(SPACE_MARK, " ") for piece in self.raw_pieces()]
+
+    def raw_pieces(self) -> list[str]:
+        """Every id's piece as the tokenizer's file has it, "" where there is none."""
+        return [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def probes(self) -> list[str]:
+        """Texts that a tokenizer which loses something would change; all of its special and added pieces are in one."""
+        added = self._pieces.added()
+        within = "".join(f" {piece} a{piece}b\n{piece}\n " for piece in added)
+        return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
 
 
-def model_file(path: str | Path) -> Path:
-    """The model file that `path` (itself, or a folder with one in it) names. Raises ValueError where there is none."""
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"no tokenizer at {file}: give a sentencepiece model file or a prepared folder")
-    return file
+def read_model(path: str | Path) -> tuple[Tokenizer, int]:
+    """The tokenizer that `path` names, and its vocabulary size before tokens were added.
+
+    path: a model file of ours, a tokenizer.json, or a folder with one: prepared data, a checkpoint, or a model. Foreign
+    ones become lossless, and get the roles that they lack. Raises ValueError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, _json_object(path / "config.json") if (path / "config.json").is_file() else {})
+    if not path.is_file():
+        raise ValueError(f"no tokenizer at {path}: give a run, a prepared or model folder, or a tokenizer's file")
+    content = path.read_bytes()
+    if content.lstrip()[:1] == b"{" and "roles" not in _json_object(path):
+        config = path.parent / "config.json"
+        return _bundled(path, _json_object(config) if config.is_file() else {}, add_missing=True)
+    tokenizer = Tokenizer(content, str(path))
+    if isinstance(tokenizer._pieces, SentencePieces) and tokenizer._pieces.model_type == "Unigram":
+        tokenizer = Tokenizer(bundle_unigram(tokenizer._pieces), str(path))
+    return tokenizer, tokenizer.vocab_size
+
+
+def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
+    """The same of a folder. config: the model's config.json. add_missing: roles that it lacks get new tokens."""
+    ours, theirs = folder / MODEL_FILE, folder / HUB_FILE
+    if ours.is_file():
+        try:
+            tokenizer = Tokenizer(ours.read_bytes(), str(ours))
+            return tokenizer, tokenizer.vocab_size
+        except ValueError as error:
+            if not theirs.is_file():
+                raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
+    if not theirs.is_file():
+        raise ValueError(f"{folder} has no {HUB_FILE} and no {MODEL_FILE}: copy the model's tokenizer files there")
+    return _bundled(theirs, config, add_missing)
+
+
+def _bundled(file: Path, config: dict, add_missing: bool) -> tuple[Tokenizer, int]:
+    model, size = bundle(file, config, add_missing)
+    return Tokenizer(model, str(file)), size
+
+
+def _json_object(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
 
 
 def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
@@ -185,6 +248,6 @@ def _sentences(texts: list[str], rare: dict[int, str]) -> Iterator[str]:
     """
     out = {**rare, 0: " ", 0x2585: " "}
     for text in texts:
-        text = _escape(text).translate(out)
+        text = escape(text).translate(out)
         for start in range(0, len(text), 4096):
             yield text[start : start + 4096]

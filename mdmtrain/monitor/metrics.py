@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from mdmtrain.config import Config
 from mdmtrain.monitor.logs import log
 from mdmtrain.parallel.world import writing
 
 METRICS = "metrics.jsonl"
+RECORD_BYTES, EVENT_BYTES = (950, 1_850), (1_250, 17_000)  # (of a step, more of a probe) in the two, measured
 OCTILES = 8
 LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
@@ -23,15 +25,31 @@ DENSITY = "rate_density"  # {"used", "wanted"}: p by cell of the rate
 
 
 class MetricsLog:
-    """Appends one JSON object a line. On resume everything after the checkpoint's step is cut away first."""
+    """Appends one JSON object a line. On resume the records after the checkpoint's step first go to another file.
+
+    notes: sentences about what was found and moved, for a person.
+    """
 
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
-        self.path, self._skipped = run_dir / METRICS, run_dir / "skipped.jsonl"
+        self.path, self._skipped, self.notes = run_dir / METRICS, run_dir / "skipped.jsonl", []
+        events = run_dir / "events"
         with writing(run_dir):
-            for file in (self.path, self._skipped):
-                cut(file, resume_step)
+            last, moved = cut(self.path, resume_step)
+            cut(self._skipped, resume_step)
+            if moved:
+                where = f"{len(moved)} records of steps {moved[0]} to {moved[-1]}"
+                self.notes.append(f"{where} go from {METRICS} to {abandoned(self.path).name}: resumed at {resume_step}")
+            if moved and resume_step == 0 and events.is_dir():  # TensorBoard would hide all that is in them
+                older = abandoned(events)
+                events.rename(older)
+                self.notes.append(f"{events.name} is renamed {older.name}")
+        if last < resume_step:
+            self.notes.append(
+                f"{self.path} lacks the records of steps {last + 1} to {resume_step}: they were removed or lost, and "
+                "are not made again"
+            )
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._board = SummaryWriter(str(run_dir / "events"), purge_step=resume_step + 1) if tensorboard else None
+        self._board = SummaryWriter(str(events), purge_step=resume_step + 1) if tensorboard else None
 
     def write(self, records: list[dict]) -> None:
         """Append records and hand them to the operating system."""
@@ -102,22 +120,84 @@ class MetricsLog:
             self._board.close()
 
 
-def cut(file: Path, step: int) -> None:
-    """Keep the records of steps up to `step`; a line torn by a crash goes too. The file is replaced as a whole."""
+def abandoned(path: Path) -> Path:
+    """Where what a run leaves behind goes: records to one file, to be appended to; a folder to a name of its own."""
+    new, number = path.with_name(f"{path.stem}.abandoned{path.suffix}"), 1
+    while not path.suffix and new.exists():
+        number += 1
+        new = path.with_name(f"{path.stem}.abandoned-{number}")
+    return new
+
+
+def cut(file: Path, step: int) -> tuple[int, list[int]]:
+    """Keep the records of steps up to `step`, move later ones to the end of `abandoned(file)`; a line torn by a crash
+    is dropped. The file is replaced as a whole. Returns the last step kept, and the steps of the records moved.
+    """
+    last, moved = 0, []
     if not file.exists():
-        return
-    temporary = file.with_suffix(".tmp")
+        return last, moved
+    temporary, others = file.with_suffix(".tmp"), []
     with open(file, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
         for number, line in enumerate(old, 1):
             try:
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                if not line.endswith("\n"):
+                    continue
+                at = json.loads(line)["step"]
+                if at <= step:
                     new.write(line)
+                    last = max(last, at)
+                else:
+                    others.append(line)
+                    moved.append(at)
             except (json.JSONDecodeError, KeyError, TypeError):
                 # A power cut may leave zeros behind what was brought to the disk.
                 log.warning("%s line %d was damaged and is left out", file, number)
         new.flush()
         os.fsync(new.fileno())
+    if others:  # first: a crash in between leaves them in both files, and never in none
+        with open(abandoned(file), "a", encoding="utf-8") as rest:
+            rest.writelines(others)
+            rest.flush()
+            os.fsync(rest.fileno())
     os.replace(temporary, file)
+    return last, moved
+
+
+def validation_scores(run_dir: Path) -> dict[int, float]:
+    """The NELBO after each step that was evaluated, nats per token: the mean over the validation splits."""
+    nelbos: dict[int, list[float]] = {}
+    if (run_dir / METRICS).exists():
+        with open(run_dir / METRICS, encoding="utf-8", errors="replace") as lines:
+            for record in (json.loads(line) for line in lines if '"split"' in line and line.endswith("\n")):
+                value = record["nelbo"]
+                nelbos.setdefault(record["step"], []).append(math.inf if value is None else value)
+    return {step: sum(values) / len(values) for step, values in nelbos.items()}
+
+
+def thinned(records: list[dict], every: int, saving: bool) -> list[dict]:
+    """The records to keep where only every so many steps are recorded: those, what was skipped or measured in between,
+    and the last one before a checkpoint, from which a resumed run sees that none is missing.
+    """
+    return [
+        record
+        for number, record in enumerate(records, 1)
+        if record["step"] % every == 0
+        or record["skipped"]
+        or record.keys() & {COMPONENTS, "grad_noise"}
+        or (saving and number == len(records))
+    ]
+
+
+def disk_use(config: Config) -> str:
+    """What the records of a run take on the disk, for a person: before training."""
+    monitor = config.monitor
+    counts = (1000 / monitor.record_every, 1000 / monitor.probe_every if monitor.probe_every else 0)
+    files = {"metrics.jsonl": RECORD_BYTES} | ({"TensorBoard": EVENT_BYTES} if monitor.tensorboard else {})
+    sizes = [
+        f"{name} {sum(c * size for c, size in zip(counts, each, strict=True)) / 1e6:.2g} MB"
+        for name, each in files.items()
+    ]
+    return f"disk per 1,000 steps: {', '.join(sizes)} (monitor.record_every={monitor.record_every} thins them out)"
 
 
 def evaluated(run_dir: Path, step: int) -> bool:

@@ -3,7 +3,9 @@
 import sys
 import time
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from mdmtrain.monitor.logs import log
 
 
 class TrainingProgress:
@@ -11,13 +13,16 @@ class TrainingProgress:
 
     def __init__(self, first_step: int, steps: int, visible: bool):
         self._first, self._steps, self._visible = first_step, steps, visible
-        self._start = time.monotonic()
-        self._bar = None
+        self._start, self._bar = time.monotonic(), None
         if visible and sys.stdout.isatty():
-            done, numbers = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}  ETA")
-            self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers, TimeRemainingColumn())
+            done, numbers = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}")
+            self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers)
             self._bar.start()
             self._task = self._bar.add_task("train", total=steps, completed=first_step, numbers="starting")
+
+    def start_clock(self) -> None:
+        """The steps begin: what came before does not count for the time left."""
+        self._start = time.monotonic()
 
     def update(self, record: dict, bits_per_nat: float) -> None:
         """Show the newest training record. bits_per_nat: bits per byte of one nat per token, on this data."""
@@ -26,18 +31,19 @@ class TrainingProgress:
         step, loss = record["step"], "not finite"
         if record["loss"] is not None:
             loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * bits_per_nat:.3f}"
+        left = round((time.monotonic() - self._start) / (step - self._first) * (self._steps - step))
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  data wait {record['data_wait']:.1%}"
+        numbers += f"  ETA {left // 60}:{left % 60:02d}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
-        left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
-        eta = f"{round(left) // 60}:{round(left) % 60:02d}"
-        print(f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}  ETA {eta}", flush=True)
+        print(f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}", flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, in the log too."""
         if not self._visible:
             return
+        log.info("%s", text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

@@ -8,8 +8,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -108,8 +108,9 @@ def describe_error(error: Exception) -> str:
 def exit_at_once(status: int) -> NoReturn:
     """End the process without the interpreter's shutdown, which may wait for threads and ranks that are gone."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody may be reading it any more
+            stream.flush()
     os._exit(status)
 
 
@@ -194,13 +195,13 @@ def meeting_point(name: str) -> dist.Store:
 class AgreedStop:
     """A stop that all ranks take at the same step.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them, and so does the time limit (minutes from
-    now). Each step sends the flag round without waiting, and the next step reads what arrived, so agreement costs no
-    stall and comes one step late. A second Ctrl-C takes its default course; the others may come twice (Slurm does
-    that), with SIGKILL to follow.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them, and so does the time limit
+    (minutes from now). SIGHUP stays ignored where the process was started so (nohup). Each step sends the flag round
+    without waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second
+    Ctrl-C takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     TIME_LIMIT = 1000  # the flag where it was no signal
 
     def __init__(self, world: World, time_limit: float | None = None):
@@ -208,7 +209,7 @@ class AgreedStop:
         self._requested = 0
         self._deadline = float("inf") if time_limit is None else time.monotonic() + 60 * time_limit
         self._in_flight: tuple | None = None
-        for number in self.SIGNALS:
+        for number in heard(self.SIGNALS):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame) -> None:
@@ -249,4 +250,9 @@ class AgreedStop:
 
 def reason(number: int) -> str:
     """Why a run stops, as AgreedStop numbers it."""
-    return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else f"signal {number}"
+    return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else signal.Signals(number).name
+
+
+def heard(numbers: Iterable[int]) -> list[int]:
+    """The signals among these that the process may handle: all but a SIGHUP that it was told to ignore (nohup)."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]

@@ -112,7 +112,7 @@ def average_that_is_not_there(lab):
 
 @case("qwen3 has qk_norm", "--to llama")
 def plain_model_in_qwen3(lab):
-    return [lab.folder / "native", "--to", "qwen3"]
+    return [lab.copy("native"), "--to", "qwen3"]
 
 
 @case("llada cannot express a head_dim", "--to llama")
@@ -215,7 +215,7 @@ def folder_of_an_unknown_kind(lab):
     return [lab.folder / "native", "--to", "llama"]
 
 
-@case("{lab}/native", "no control piece for mask")
+@case("{lab}/native", "no control piece for mask", "no tokenizer.json beside it")
 def tokenizer_without_a_mask_token(lab):
     folder, model = lab.copy("native"), io.BytesIO()
     options = {"vocab_size": 280, "model_type": "bpe", "byte_fallback": True, "pad_id": 3, "hard_vocab_limit": False}
@@ -233,6 +233,46 @@ def safetensors_with_a_header_that_lies(lab):
     file = lab.copy("native") / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
     return [file.parent, "--from", "native"]
+
+
+@case("{lab}/llama/model.safetensors.index.json", "no weight_map", "original")
+def index_without_a_weight_map(lab):
+    return [
+        edit_json(lab.copy("llama") / "model.safetensors.index.json", lambda i: i.pop("weight_map")).parent,
+        "--from",
+        "llama",
+    ]
+
+
+@case("{lab}/native", "it has pytorch_model.bin, but no model.safetensors", "save_pretrained")
+def only_pickled_weights(lab):
+    folder = lab.copy("native")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return [folder, "--from", "native"]
+
+
+@case("{lab}/llama", "it has model-00001-of-", "need their model.safetensors.index.json")
+def shards_without_an_index(lab):
+    (lab.copy("llama") / "model.safetensors.index.json").unlink()
+    return [lab.folder / "llama", "--from", "llama"]
+
+
+@case("norm.weight is in model", "original files")
+def a_tensor_in_two_files(lab):
+    folder = lab.copy("llama")
+    last = sorted(folder.glob("model-*"))[-1]
+    first = sorted(folder.glob("model-*"))[0]
+    save_file({**load_file(first), "model.norm.weight": torch.ones(48)}, first)
+    save_file({**load_file(last), "model.norm.weight": torch.ones(48)}, last)
+    return [folder, "--from", "llama"]
+
+
+@case("{lab}/native has no tokenizer.json and no tokenizer.model")
+def no_tokenizer_at_all(lab):
+    folder = lab.copy("native")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (folder / name).unlink()
+    return [folder, "--from", "native"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mdmtrain.checkpoint import formats, store
 from mdmtrain.checkpoint.export import SideExports, export, import_checkpoint
@@ -26,6 +26,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import PRESETS, ModelShape
 from tests.checkpoint.models import SHAPES, checkpoint, in_memory, our_logits, our_model, parameters, save_on_ranks
 from tests.conftest import ROOT, write_config
+from tests.data import foreign as foreign_tokenizers
 from tests.spawn import run_world
 from tools import convert_ckpt, prepare_data
 
@@ -412,6 +413,50 @@ def test_training_starts_from_a_foreign_model(foreign, tmp_path):
     assert all(torch.allclose(found[name], wanted[name], atol=1e-9) for name in wanted)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_embedding_is_dropped_only_where_it_is_the_same(same, corpus, tmp_path, caplog):
+    """As transformers does it: a head with values of its own is kept, whatever config.json says, with a warning."""
+    export(in_memory(SHAPES["tied-gqa"], corpus), "llama", tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama/model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + (0.0 if same else 1.0)
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "llama/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "llama/mdmtrain.json").unlink()
+    found = open_folder(tmp_path / "llama", "llama")
+    assert found.shape.tied_embeddings == same
+    assert ("read as untied" in caplog.text) == (not same)
+    if not same:
+        assert torch.equal(found.read("head.weight"), head)
+        convert(tmp_path / "llama", "--to", "llama", "--out", tmp_path / "again")
+        transformers = pytest.importorskip("transformers")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        assert torch.equal(again.lm_head.weight, head) and not again.config.tie_word_embeddings
+
+
+def test_tokens_beyond_the_embedding_get_the_rows_that_are_promised(tmp_path, caplog):
+    """430 rows, ids up to 483 and the new mask token: as many rows as the shape says, the old ones as they were."""
+    folder = foreign_tokenizers.beyond().write_model(tmp_path / "foreign")
+    found, old = open_folder(folder, "llama"), load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    pieces = Tokenizer(found.tokenizer, "it").vocab_size
+    new = found.read("embed.weight")
+    assert found.shape.vocab_size == len(new) == -(-pieces // 64) * 64 and len(old) == 430 < pieces
+    assert torch.equal(new[:430], old) and torch.allclose(new[430:], old.mean(dim=0), atol=1e-6)
+    assert "but the embedding 430 rows" in caplog.text
+
+
+def test_a_masked_model_whose_pad_is_its_eos_gets_a_pad_of_its_own_and_keeps_its_rows(tmp_path):
+    """LLaDA's tokenizer names one token for both. A spare row is taken, and every logit stays what it was."""
+    foreign = foreign_tokenizers.qwen()
+    foreign.settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "<|im_end|>"}
+    folder = foreign.write_model(tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    found, old = open_folder(folder, "llama"), load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    tokenizer = Tokenizer(found.tokenizer, "it")
+    roles = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert len(set(roles)) == 4 and tokenizer.pad_id == tokenizer.vocab_size - 1 < len(old) == 512
+    assert found.shape.vocab_size == 512 and torch.equal(found.read("embed.weight"), old)
+
+
 # ---- beside a run
 
 
@@ -471,7 +516,7 @@ def test_the_lines_in_the_readme_run_as_they_stand(corpus, tmp_path):
     pytest.importorskip("transformers")
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line]) == 6
-    export(in_memory(SHAPES["tied-mha"], corpus), "llama", tmp_path / "runs/quickstart-llama")
+    export(in_memory(SHAPES["qk-norm"], corpus), "qwen3", tmp_path / "runs/quickstart-qwen3")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def add(a, b):\n    return") and "<mask>" not in done.stdout

@@ -13,6 +13,7 @@ import torch
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import storage, store
+from mdmtrain.checkpoint.loading import load_model
 from mdmtrain.data.loader import Dataset, open_sources
 from tests.conftest import read_metrics
 from tests.spawn import run_world
@@ -87,7 +88,7 @@ def die_while_saving(tree: dict, elsewhere: dict) -> None:
     world = alone()
     part = {**elsewhere, "run": {**elsewhere["run"], "steps": 6}}
     assert [saw["steps"] for saw in train_with(world, [(part, None), (elsewhere, None)])] == [6, 6]
-    assert store.load_model("memory://somewhere", None, world).meta["step"] == 12
+    assert load_model("memory://somewhere", None, world).meta["step"] == 12
     write = store.write_marker
 
     def killed(folder, *arguments):

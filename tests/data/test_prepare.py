@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 
 from mdmtrain.data import prepare as module
-from mdmtrain.data import staging
-from mdmtrain.data.prepare import Options, prepare, read_documents
+from mdmtrain.data import records, staging
+from mdmtrain.data.inputs import Input, find_inputs
+from mdmtrain.data.prepare import Options, prepare
+from mdmtrain.data.records import Reading, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 from mdmtrain.monitor.logs import user_errors
 from tests.conftest import ROOT
-from tools.prepare_data import find_inputs
 
 TOOL = [sys.executable, str(ROOT / "tools/prepare_data.py")]
 OPTIONS = Options(vocab_size=300, validation_fraction=0.2, shard_tokens=4000)
@@ -87,7 +88,7 @@ def test_every_document_is_there_once_and_workers_change_nothing(texts, tmp_path
     for workers, out in enumerate(outs, 1):
         inputs = find_inputs([str(texts), str(texts / "00.txt")], *PATTERNS, out)
         summary = prepare(inputs, out, OPTIONS, workers)
-        assert not summary.already and summary.skipped == {"empty": 2}  # empty.txt and a blank line
+        assert not summary.already and summary.reading.left_out == {"empty": 2}  # empty.txt and a blank line
     train, validation = documents_of(outs[0], "train"), documents_of(outs[0], "validation")
     assert Counter(train + validation) == expected(texts)
     assert not set(train) & set(validation) and 0 < len(validation) < len(train)
@@ -133,15 +134,15 @@ def test_a_long_text_is_cut_between_characters_and_nothing_is_lost(line_ends, tm
     text = ("\u00e9\u4e16\U0001f600ab" * 7 + ("\n" if line_ends else "")) * 60
     (tmp_path / "long.txt").write_bytes(text.encode())
     for limit in range(97, 110):
-        monkeypatch.setattr(module, "LONGEST_TEXT", limit)
-        pieces = [document.text for document, _ in read_documents(tmp_path / "long.txt", "error", Counter())]
+        monkeypatch.setattr(records, "LONGEST_TEXT", limit)
+        pieces = [document.text for document, _ in read_documents(Input(str(tmp_path / "long.txt")), Reading())]
         assert "".join(pieces) == text and max(len(piece.encode()) for piece in pieces) <= limit
         assert not line_ends or all(piece.endswith("\n") for piece in pieces)
 
 
 def test_inputs_are_files_folders_and_globs_each_file_once(texts):
     def names(*arguments, include=(), exclude=(), out=Path("/nowhere")):
-        return [path.name for path in find_inputs([str(texts / a) for a in arguments], include, exclude, out)]
+        return [Path(one.name).name for one in find_inputs([str(texts / a) for a in arguments], include, exclude, out)]
 
     assert names("01.txt", "0[01].txt", "01.txt") == ["01.txt", "00.txt"]
     assert names("deep") == ["a.txt.gz", "b.jsonl", "c.jsonl.gz", "d.txt"]
@@ -154,9 +155,9 @@ def test_inputs_are_files_folders_and_globs_each_file_once(texts):
 def test_documents_that_are_not_utf8_can_be_left_out(texts, tmp_path):
     (texts / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n{"text": "fine"}\n')
     inputs = find_inputs([str(texts)], [], ["skipped"], tmp_path / "out")
-    options = Options(vocab_size=300, validation_fraction=0.2, bad_utf8="skip")
+    options = Options(vocab_size=300, validation_fraction=0.2, on_bad_record="skip")
     summary = prepare(inputs, tmp_path / "out", options, 1)
-    assert summary.skipped["not UTF-8"] == 2
+    assert summary.reading.left_out == {"not UTF-8": 1, "half a surrogate pair": 1, "empty": 2}
     everything = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "validation")
     assert Counter(everything) == expected(texts) + Counter(["fine"])
 
@@ -237,7 +238,11 @@ BAD = {
         ["{}/a.txt", "--tokenizer", "{tokenizer}"],
         "no text in the 1 input files",
     ),
-    "not UTF-8": ({"a.txt": GOOD, "b.txt": b"caf\xe9"}, ["{}"], "b.txt at byte 3: not UTF-8"),
+    "not UTF-8": (
+        {"a.txt": GOOD, "b.txt": b"caf\xe9"},
+        ["{}"],
+        "b.txt:1: not UTF-8 text",
+    ),
     "not JSON": ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, ["{}"], "a.jsonl:2: not JSON"),
     "no text field": ({"a.jsonl": '{"text": "a"}\n\n{"txt": "b"}\n'}, ["{}"], "a.jsonl:3: no 'text' field"),
     "text is no string": ({"a.jsonl": '{"text": 3}\n'}, ["{}"], "a.jsonl:1: no 'text' field"),
@@ -250,11 +255,15 @@ BAD = {
     "text after pairs": (
         {"a.jsonl": PAIR, "b.txt": "b"},
         ["{}", "--tokenizer", "{tokenizer}"],
-        "b.txt: plain text",
+        "b.txt:1: plain text",
     ),
-    "surrogate in prompt": ({"a.jsonl": '{"prompt": "\\ud800", "response": "a"}\n'}, ["{}"], "a.jsonl:1: not UTF-8"),
-    "surrogate in JSON": ({"a.jsonl": '{"text": "\\ud800"}\n'}, ["{}"], "a.jsonl:1: not UTF-8"),
-    "not gzip": ({"a.txt.gz": b"plain"}, ["{}"], "a.txt.gz: damaged gzip file"),
+    "surrogate in prompt": (
+        {"a.jsonl": '{"prompt": "\\ud800", "response": "a"}\n'},
+        ["{}"],
+        "a.jsonl:1: half a surrogate",
+    ),
+    "surrogate in JSON": ({"a.jsonl": '{"text": "\\ud800"}\n'}, ["{}"], "a.jsonl:1: half a surrogate"),
+    "not gzip": ({"a.txt.gz": b"plain"}, ["{}"], "a.txt.gz: named like a gzip file, but it begins with b'plain'"),
     "truncated gzip": ({"a.txt.gz": gzip.compress(GOOD.encode())[:-20]}, ["{}"], "a.txt.gz: damaged gzip file"),
     "damaged gzip": ({"a.gz": gzip.compress(GOOD.encode())[:200] + b"\0" * 99}, ["{}"], "a.gz: damaged gzip file"),
     "vocabulary too large": ({"a.txt": GOOD, "b.txt": "b"}, ["{}", "--vocab-size", "9999"], "too large for this"),
@@ -398,11 +407,12 @@ def test_the_command_prepares_and_says_what_it_made(texts, tmp_path):
     arguments += ["--validation-fraction", 0.2, "--workers", 1, "--out", tmp_path / "deeper" / "out"]
     first, second = run(arguments), run(arguments)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert "bytes/token" in first.stdout and "left out   2 documents: empty" in first.stdout and not first.stderr
+    assert "bytes/token" in first.stdout and "left out 2 records: empty" in first.stdout and not first.stderr
+    assert "files      2 of JSON lines, 33 of text" in first.stdout
     assert second.stdout.startswith("already prepared: ")
 
 
 def test_help_names_every_option():
     text = run(["--help"]).stdout
     options = ["--out", "--tokenizer", "--vocab-size", "--include", "--exclude", "--validation-fraction"]
-    assert all(option in text for option in [*options, "--shard-tokens", "--bad-utf8", "--workers", ".jsonl.gz"])
+    assert all(option in text for option in [*options, "--shard-tokens", "--on-bad-record", "--workers", ".jsonl.gz"])

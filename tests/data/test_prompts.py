@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     (base / "a.jsonl").write_text("\n".join(lines[:100]) + "\n\n")
     (base / "b.jsonl").write_text("\n".join(lines[100:]))
     summary = prepare([base / "a.jsonl", base / "b.jsonl"], base / "out", OPTIONS, 1)
-    assert summary.skipped["empty"] == sum(not response for _, response in pairs()) + 1 and not summary.already
+    assert summary.reading.left_out["empty"] == sum(not response for _, response in pairs()) + 1 and not summary.already
     return base / "out"
 
 
@@ -100,6 +100,7 @@ def test_a_folder_of_plain_text_is_what_it_was(corpus):
     for split in content["splits"].values():
         assert set(split) == {"tokens", "documents", "bytes", "shards"}
         names = {"file", "tokens", "documents", "sha256", "documents_file", "documents_sha256"}
+        names |= {"hashes_file", "hashes_sha256"}
         assert all(set(shard) == names for shard in split["shards"])
     assert not list(corpus.glob("*.responses"))
     split = PreparedSplit(corpus, "train")

@@ -32,7 +32,7 @@ def prepared(model, tmp_path):
     for split, part in (("train", documents), ("validation", documents[:2])):
         writer = ShardWriter(folder, split, shard_tokens=50)
         for document in part:
-            writer.add(document.astype(dtype_for(VOCABULARY)), text_bytes=2 * len(document))
+            writer.add(document.astype(dtype_for(VOCABULARY)), text_bytes=2 * len(document), hash=len(document))
         splits[split] = writer.close()
     write_manifest(folder, tokenizer, splits, made_from="test")
     return folder, documents

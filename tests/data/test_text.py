@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdmtrain.data.inputs import Input
 from mdmtrain.data.prepare import Options, prepare
+from mdmtrain.data.records import Reading
 from mdmtrain.data.shards import PreparedSplit
-from mdmtrain.data.text import TextSplit, document_rows, encode_pair, pad_rows, read_records
+from mdmtrain.data.text import TextSplit, document_rows, encode_pair, pad_rows
 from mdmtrain.data.tokenizer import Tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i} \u00e9\n\n" * (1 + i % 4) for i in range(40)]
@@ -40,7 +42,7 @@ def test_the_stream_is_that_of_a_prepared_folder(jsonl, corpus, tokenizer, tmp_p
             ids = split.read(start, end - start)
             assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id and tokenizer.decode(ids) in TEXTS
         seen += split.bytes
-    text = TextSplit(jsonl, tokenizer, lines=False)
+    text = TextSplit(Input(str(jsonl)), tokenizer, Reading())
     assert (text.documents, text.bytes) == (40, seen) and seen == sum(len(t.encode()) for t in TEXTS)
     whole = [i for t in TEXTS for i in (tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id)]
     assert text.read(0, text.tokens).tolist() == whole and text.read(7, 5).tolist() == whole[7:12]
@@ -50,7 +52,7 @@ def test_the_stream_is_that_of_a_prepared_folder(jsonl, corpus, tokenizer, tmp_p
 
 def test_every_line_is_a_document(tokenizer, tmp_path):
     (tmp_path / "lines.txt").write_text("one\n\n  \ntwo words\nthree")
-    split = TextSplit(tmp_path / "lines.txt", tokenizer, lines=True)
+    split = TextSplit(Input(str(tmp_path / "lines.txt")), tokenizer, Reading(), lines=True)
     assert (split.documents, split.bytes) == (3, len("onetwo wordsthree"))
     starts = [*split.document_starts(), split.tokens]
     documents = [tokenizer.decode(split.read(a, b - a)) for a, b in pairwise(starts)]
@@ -59,7 +61,7 @@ def test_every_line_is_a_document(tokenizer, tmp_path):
 
 def test_documents_as_rows(jsonl, tokenizer):
     """Split: every token once, in order. Cut: the first of each. Padding is neither predicted nor seen."""
-    split = TextSplit(jsonl, tokenizer, lines=False)
+    split = TextSplit(Input(str(jsonl)), tokenizer, Reading())
     lengths = np.diff([*split.document_starts(), split.tokens])
     most = int(np.median(lengths))
     for cut in (False, True):
@@ -91,10 +93,23 @@ def test_a_pair_is_the_text_and_parts_where_the_prefix_ends(tokenizer, prefix, c
     assert (tokenizer.decode(before), tokenizer.decode(after)) == (prefix, continuation)
 
 
-def test_records_name_their_lines(tmp_path):
-    file = tmp_path / "records.jsonl"
-    file.write_text('{"a": 1}\n\n{"a": 2}\n')
-    assert [place.rsplit(":", 1)[1] for place, _ in read_records(file)] == ["1", "3"]
-    file.write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(ValueError, match=r"records.jsonl:2: not a JSON object"):
-        read_records(file)
+def test_prompts_and_responses_are_those_of_a_prepared_folder(corpus, tokenizer, tmp_path):
+    """Rows to evaluate, tokens and bytes: whether the records are prepared first makes no difference."""
+    records = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    prepare([tmp_path / "pairs.jsonl"], tmp_path / "out", Options(tokenizer=str(corpus), validation_fraction=0.4), 1)
+    text = TextSplit(Input(str(tmp_path / "pairs.jsonl")), tokenizer, Reading())
+    splits = [PreparedSplit(tmp_path / "out", name) for name in ("train", "validation")]
+    assert text.prompts and text.documents == sum(split.documents for split in splits)
+    assert text.eligible_tokens == sum(split.eligible_tokens for split in splits)
+    assert text.bytes == sum(split.bytes for split in splits) == sum(len(t.encode()) for t in TEXTS)
+
+    def documents(split) -> list:
+        lengths = zip(*split.document_lengths(), strict=True)
+        places = [split.document(number) for number in range(split.documents)]
+        return [
+            (split.read(*place).tolist(), split.eligible(*place).tolist(), split.documents_in(*place).tolist(), *length)
+            for place, length in zip(places, lengths, strict=True)
+        ]
+
+    assert sorted(documents(text)) == sorted(documents(splits[0]) + documents(splits[1]))

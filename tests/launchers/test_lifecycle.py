@@ -66,6 +66,10 @@ Traceback (most recent call last):
 srun: error: n1: task 3: Exited with exit code 1
 srun: error: n2: task 7: Aborted
 """
+INVISIBLE = """\
+slurmstepd: error: execve(): /home/me/.venv/bin/python: No such file or directory
+srun: error: n2: task 1: Exited with exit code 2
+"""
 TOLD_TO_STOP = "srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited with exit code 75\n"
 
 
@@ -75,6 +79,7 @@ TOLD_TO_STOP = "srun: error: n1: task 0: Killed\nsrun: error: n2: task 1: Exited
         (KILLED, "rank 1 on n2: Killed", "n2", False),
         (REFUSED, "run.global_batch=16 does not divide over 3 ranks", "", False),
         (RAISED, "torch.OutOfMemoryError: CUDA out of memory.", "n1", False),
+        (INVISIBLE, "cannot execute /home/me/.venv/bin/python: No such file or directory", "", False),
         (TOLD_TO_STOP, "rank 0 on n1: Killed", "n1", True),
         ("", "status 9", "", False),
     ],

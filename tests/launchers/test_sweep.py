@@ -105,7 +105,7 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
     failing = start("model.d_model=31", "--arms", "standard", "--seeds", "4")
     assert failing.returncode == 2 and "1 of 1 runs failed" in failing.stderr and failing.stderr.count("\n") == 1
     assert "failed: standard seed 4, status 2" in failing.stdout
-    assert "must be an even whole number" in (tmp_path / "sweep/standard/seed-4/output.log").read_text()
+    assert "is not a multiple of model.n_heads" in (tmp_path / "sweep/standard/seed-4/output.log").read_text()
 
 
 @pytest.mark.parametrize(

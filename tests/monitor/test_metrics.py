@@ -10,7 +10,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdmtrain import config
 from mdmtrain.diffusion.objective import MaskingRates, plain_process
-from mdmtrain.monitor.metrics import BY_OCTILE, COMPONENTS, DENSITY, HISTOGRAM, OCTILES, MetricsLog
+from mdmtrain.monitor.metrics import (
+    BY_OCTILE,
+    COMPONENTS,
+    DENSITY,
+    HISTOGRAM,
+    OCTILES,
+    MetricsLog,
+    thinned,
+    validation_scores,
+)
 from mdmtrain.monitor.recorder import StepRecorder, finite
 from tests.conftest import WALL_CLOCK
 
@@ -42,14 +51,56 @@ def lines(steps):
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 3, "loss": 0.3}', "{"])
-def test_a_resume_keeps_what_the_checkpoint_knows_and_drops_a_torn_line(tmp_path, torn):
+def test_a_resume_keeps_what_the_checkpoint_knows_and_moves_the_rest(tmp_path, torn):
+    """Nothing is destroyed but a torn line: later records are in another file, once."""
     evaluation = json.dumps({"step": 3, "split": "validation", "nelbo": 2.0}) + "\n"
     kept = lines([1, 2, 3]) + evaluation
     write(tmp_path, kept + lines([4, 5]) + torn)
     for _ in range(2):  # idempotent: a resume that is itself killed and resumed
         MetricsLog(tmp_path, 3, tensorboard=False).close()
         assert (tmp_path / "metrics.jsonl").read_text() == kept
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.abandoned.jsonl", "metrics.jsonl"]
+    assert (tmp_path / "metrics.abandoned.jsonl").read_text() == lines([4, 5])
+
+
+def test_what_is_missing_or_moved_is_said(tmp_path):
+    write(tmp_path, lines([1, 2, 3, 4]))
+    assert MetricsLog(tmp_path, 4, tensorboard=False).notes == []
+    (moved,) = MetricsLog(tmp_path, 2, tensorboard=False).notes
+    assert moved.startswith("2 records of steps 3 to 4 go from metrics.jsonl to metrics.abandoned.jsonl")
+    (missing,) = MetricsLog(tmp_path, 5, tensorboard=False).notes
+    assert "lacks the records of steps 3 to 5" in missing
+
+
+def test_a_new_start_sets_the_old_records_and_events_aside(tmp_path):
+    """Twice: the second one must not write over what the first one kept."""
+    for _ in range(2):
+        log = MetricsLog(tmp_path, 0, tensorboard=True)
+        log.write([record(1)])
+        log.close()
+    MetricsLog(tmp_path, 0, tensorboard=False).close()
+    assert (tmp_path / "metrics.abandoned.jsonl").read_text() == lines([1, 1])
+    assert all(list((tmp_path / name).glob("*tfevents*")) for name in ("events.abandoned", "events.abandoned-2"))
+
+
+def test_thinning_keeps_what_happened_in_between():
+    """Every third; a skipped step, a probe, a gradient pair; and the last one where a checkpoint follows."""
+    kept = {2: {"skipped": True}, 4: {COMPONENTS: {}}, 5: {"grad_noise": 1.0}}
+    records = [{"step": step, "skipped": False, **kept.get(step, {})} for step in range(1, 9)]
+    assert [r["step"] for r in thinned(records, 3, saving=False)] == [2, 3, 4, 5, 6]
+    assert [r["step"] for r in thinned(records, 3, saving=True)] == [2, 3, 4, 5, 6, 8]
+    assert thinned(records, 1, saving=False) == records
+
+
+def test_the_best_evaluation_is_the_mean_over_splits(tmp_path):
+    """A value that is not finite is never the best; training records do not count."""
+    evaluations = [(2, "a", 3.0), (2, "b", 1.0), (4, "a", 1.0), (4, "b", None)]
+    (tmp_path / "metrics.jsonl").write_text(
+        lines([1])
+        + "".join(json.dumps({"step": s, "split": name, "nelbo": n}) + "\n" for s, name, n in evaluations)
+        + '{"step": 6, "split": "a", "nel'
+    )
+    assert validation_scores(tmp_path) == {2: 2.0, 4: math.inf}
 
 
 def test_steps_from_another_course_are_cut_in_whatever_order_they_stand(tmp_path):

@@ -54,6 +54,7 @@ InactiveLimit=0
 KillWait=15
 OverTimeLimit=0
 JobRequeue=1
+MaxArraySize=8
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2,batch_sched_delay=0

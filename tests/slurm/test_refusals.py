@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launchers import local, slurm
+from launchers import local, slurm, slurm_client
 from tests.conftest import ROOT, write_config
 
 
@@ -45,6 +45,24 @@ def test_what_the_cluster_cannot_give(case, cluster, run_file, tmp_path, capsys)
     text = refusal(capsys, run_file, *arguments)
     assert re.search(pattern, text), text
     assert not (tmp_path / "run").exists() and cluster.run("squeue", "-h") == ""
+
+
+def test_no_default_partition(cluster, run_file, tmp_path, capsys):
+    cluster.run("scontrol", "update", "PartitionName=main", "Default=NO")
+    try:
+        text = refusal(capsys, run_file)
+        assert re.search(r"Slurm would refuse this job: .*: choose one with --partition: main, urgent, short", text), (
+            text
+        )
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=main", "Default=YES")
+    assert slurm_client.partitions() == ["main*", "urgent", "short"]
+
+
+def test_what_slurm_says_of_itself(cluster):
+    assert slurm_client.expand("n[08-10,2],m1") == ["n08", "n09", "n10", "n2", "m1"]
+    assert slurm_client.most_array_tasks() == 8
+    assert slurm_client.job_state("4000000").name == "GONE"  # no accounting to ask
 
 
 WITHOUT_A_CLUSTER = {

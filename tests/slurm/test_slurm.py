@@ -6,15 +6,19 @@ The undisturbed run and the disturbed one share the cluster. Every wait is gener
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from launchers import slurm, slurm_client, status
+from launchers.handle import run_job
 from launchers.lifecycle import newest_step, read_state
-from tests.conftest import SOAK, read_metrics, write_config
+from tests.conftest import ROOT, SOAK, read_metrics, write_config
 from tests.slurm.cluster import Cluster
 from tests.test_worlds import close
 
@@ -22,6 +26,7 @@ LONG = 400.0  # seconds
 
 
 STEPS = 200
+COMMENT = """it's "calm" #1, 100%"""
 
 
 def write_run(corpus: Path, folder: Path, name: str, steps: int = STEPS, global_batch: int = 8) -> tuple[Path, Path]:
@@ -43,10 +48,16 @@ def calm(cluster, corpus, tmp_path_factory) -> Path:
     """The undisturbed run on two nodes: submitted here, and finished when a test has waited for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        # From inside an interactive allocation, whose sizes are not the job's, with a profile's options of sbatch.
+        inside = cluster.run("salloc", "--quiet", "--nodes=1", "--ntasks=3", "--mem-per-cpu=100", "env", "-0")
+        theirs = dict(line.split("=", 1) for line in inside.split("\0") if line.startswith(("SLURM_", "SBATCH_")))
+        assert theirs["SLURM_NTASKS"] == "3" and "SLURM_MEM_PER_CPU" in theirs
+        for name, value in {**theirs, "SBATCH_NO_REQUEUE": "1", "SBATCH_SIGNAL": "KILL@10"}.items():
+            patch.setenv(name, value)
         file, run_dir = write_run(corpus, tmp_path_factory.mktemp("runs"), "calm")
         # GPUs that Slurm counts and nobody has; a command before the ranks'; an option of sbatch's own.
-        extras = ["--gpus-per-node", "1", "--setup", "export RANK_PREFIX='nice -n 1'", "--sbatch", "comment=calm"]
-        slurm.launch([str(file), "--nodes", "2", *extras])
+        extras = ["--gpus-per-node", "1", "--mem", "1500", "--setup", "export RANK_PREFIX='nice -n 1'"]
+        slurm.launch([str(file), "--nodes", "2", *extras, "--sbatch", f"comment={COMMENT}"])
         yield run_dir
 
 
@@ -93,6 +104,13 @@ def processes_of(cluster: Cluster, run_dir: Path, program: str) -> list[int]:
     return [pid for pid in found if parent(pid) not in found]  # a rank's guard is a child of the rank
 
 
+def supervisor_of(cluster: Cluster, run_dir: Path) -> int:
+    """The process that submitit started in the batch step of a run's job."""
+    words = f"submitit.core._submit\0{run_dir}/job/submitit\0".encode()
+    (found,) = (pid for pid in cluster.processes() if words in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return found
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -117,8 +135,7 @@ class Disturbance:
         os.kill(random.choice(processes_of(self.cluster, self.run_dir, "rank.py")), signal.SIGKILL)
 
     def kill_batch_step(self) -> None:
-        (supervisor,) = processes_of(self.cluster, self.run_dir, "supervise.py")
-        os.kill(supervisor, signal.SIGKILL)
+        os.kill(supervisor_of(self.cluster, self.run_dir), signal.SIGKILL)
 
     def preempt(self) -> None:
         self.cluster.run(
@@ -185,7 +202,9 @@ def test_finished_disturbed_and_equal(cluster, calm, corpus, tmp_path, capsys):
     # Slurm must not start a finished run again.
     job = cluster.run("scontrol", "show", "job", "-o", read_state(calm).job)
     assert "JobState=COMPLETED" in job and "Restarts=0" in job
-    assert "Comment=calm" in job and "gres:gpu:1" in job
+    assert f"Comment={COMMENT}" in job and "gres:gpu:1" in job and "Requeue=1" in job and "NumTasks=2" in job
+    handle = run_job(calm)
+    assert handle.done() and handle.result()["phase"] == "finished" and "finished at step 200" in handle.stdout()
 
 
 def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):
@@ -225,6 +244,32 @@ def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):
         for exact in ("tokens", "masked_fraction", "rate_histogram", "lr"):
             assert one.get(exact) == other.get(exact), (one["step"], exact)
     close(undisturbed, changed, 1e-4)
+
+
+def test_a_submitit_script_of_ones_own(cluster, corpus, tmp_path):
+    """The example of docs/cluster.md; and a cluster that does not requeue: the run saves, and says how to resume."""
+    script = tmp_path / "submit.py"
+    script.write_text(re.search(r"```python\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)[1])
+    file, run_dir = write_run(corpus, tmp_path, "own", 100_000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(file), "--nodes", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wait_until_saved(cluster, run_dir, 10)
+    job = run_job(run_dir)
+    assert done.stdout == f"submitted {job.job_id}\n" and job.state == "RUNNING" and not job.done()
+    assert status.run_status(run_dir).state == "running"
+    cluster.run("scontrol", "update", f"JobId={job.job_id}", "Requeue=0")
+    Disturbance(cluster, run_dir).signal()
+    cluster.wait_for(lambda: phase(run_dir) == "stopped" and job.done(), "the stop", LONG)
+    result = job.result()
+    assert result["phase"] == "stopped" and result["starts"] == 1
+    assert (
+        f"does not requeue the job: resume it with python -m launchers.status resume {run_dir}" in result["last_error"]
+    )
+    assert f"start 1 of {run_dir}" in job.stdout() and "stopped at step" in job.stdout()
+    cluster.wait_for(lambda: not cluster.run("squeue", "-h", "--name=own"), "an empty queue", LONG)
+    status.resume(run_dir, ["--dry-run"])
 
 
 @pytest.mark.skipif(not SOAK, reason="twenty disturbances take half an hour: make soak")

@@ -1,0 +1,154 @@
+"""A model ready to use: from a run, one of its checkpoints, or an exported folder."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.weights import Weights, open_checkpoint, open_folder
+from mdmtrain.config import Config, upgrade, validate
+from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.model.presets import ModelShape
+from mdmtrain.model.transformer import Transformer
+from mdmtrain.optim import local
+from mdmtrain.parallel.parallelize import build_model
+from mdmtrain.parallel.world import AgreedError, World
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what is needed to use it. `config` names its data where that is found now; see `find_data`."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    meta: dict  # identity, and of a checkpoint all that its meta.json says
+
+
+def load_model(path: str | Path, weights: str | None, world: World) -> LoadedModel:
+    """Build and load the model of a run, checkpoint or exported folder, sharded over the present ranks. A collective.
+
+    weights: "raw", "average", or None for the average where there is one. Raises AgreedError.
+    """
+    if world.agree(lambda: is_exported(Path(path)), main_only=True):
+        return _load_exported(Path(path), weights, world)
+    folder = world.agree(lambda: store.find(path), main_only=True)
+    meta = world.agree(lambda: store.read_meta(folder))
+    source = store.chosen_weights(folder, meta, weights)
+    config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
+    file = folder / store.TOKENIZER_FILE
+    tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
+    if tokenizer.sha256 != meta["identity"]["tokenizer"]:
+        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
+    config = _usable_here(config, [Path(path), folder], meta.get("working_directory"))
+    model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
+    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
+    model.eval()
+    return LoadedModel(folder, model, tokenizer, config, meta)
+
+
+def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedModel:
+    opened = world.agree(lambda: open_any(folder, weights))
+    theirs = world.agree(lambda: formats.shape_from(exported_kind(folder), _config_of(folder))[0])
+    if theirs.causal:  # open_folder would give it the attention of the masked model that it can become
+        raise AgreedError(
+            f"{folder}: a causal model, which fills no masks: start a masked one from it (tools/convert_ckpt.py "
+            "--from), or evaluate the run that it was exported from"
+        )
+    config = world.agree(lambda: validate(upgrade(opened.facts["config"]), str(folder)))
+    config = _usable_here(config, [folder], _recorded_directory(folder))
+    tokenizer = world.agree(lambda: Tokenizer(opened.tokenizer, str(folder)))
+    model = build_model(opened.shape, config.parallel, world)
+    for name, parameter in model.named_parameters():
+        copy_into(parameter.detach(), world.agree(lambda name=name: opened.read(name)))
+    model.eval()
+    identity = opened.facts.get("identity", {}) | {"model": asdict(opened.shape), "tokenizer": tokenizer.sha256}
+    return LoadedModel(folder, model, tokenizer, config, {**opened.facts, "identity": identity})
+
+
+def copy_into(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        whole = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+    local(parameter).copy_(local(whole))
+
+
+# ---- which kind of folder it is
+
+
+def is_exported(path: Path) -> bool:
+    """Is it a folder of safetensors with a config.json, ours or a foreign one? Runs have a config.yaml."""
+    return (path / "config.json").is_file()
+
+
+def exported_kind(folder: Path) -> str:
+    """Whose names an exported folder uses, as in formats.MODEL_TYPES. Raises ValueError."""
+    kind = _config_of(folder).get("model_type")
+    kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
+    if kind not in kinds:
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
+    return kinds[kind]
+
+
+def _config_of(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{folder / 'config.json'}: damaged (no JSON object): get the original file") from None
+
+
+def open_any(source: Path, weights: str | None) -> Weights:
+    """The tensors of a run, a checkpoint or an exported folder, read one by one. Raises ValueError."""
+    if not is_exported(source):
+        return open_checkpoint(source, weights)
+    if weights is not None:
+        raise ValueError(f"{source} is an exported folder, which has one kind of weights: leave out --weights")
+    return open_folder(source, exported_kind(source))
+
+
+# ---- where its data is
+
+
+def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Config:
+    """The configuration for any number of ranks and any torch, with its data's folders as they are found from here.
+
+    places, recorded: see `find_data`.
+    """
+    elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
+    sources = tuple(
+        source.model_copy(update={"path": find_data(source.path, places, config.run.dir, recorded)})
+        for source in config.data.sources
+    )
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=elsewhere),
+            "data": config.data.model_copy(update={"sources": sources}),
+        }
+    )
+
+
+def find_data(path: str, places: list[Path], run_dir: str, recorded: str | None) -> str:
+    """A folder that a run calls `path`, from any working directory; `path` itself where it is nowhere.
+
+    A relative path is relative to where training was started. That is what stands before run.dir in the place of the
+    run or of something in it (places); else what was recorded; else here.
+    """
+    if Path(path).is_absolute():
+        return path
+    bases = [store.started_in(place, run_dir) for place in places if isinstance(place, Path)]
+    bases += [Path(recorded)] if recorded else []
+    return next((str(base / path) for base in [*bases, Path()] if base is not None and (base / path).is_dir()), path)
+
+
+def _recorded_directory(folder: Path) -> str | None:
+    """Where the run was started that an export lies in (RUN/exports/step-NNNNNNNN)."""
+    environment = folder.absolute().parent.parent / "environment.json"
+    try:
+        return str(json.loads(environment.read_text(encoding="utf-8"))["working_directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

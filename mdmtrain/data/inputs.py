@@ -1,0 +1,331 @@
+"""What an input is, by its name and by its first bytes, and how it is opened.
+
+The name is the one that was given: a link in a Hugging Face cache is called train.jsonl, the blob that it points to has
+no ending. Endings are compared without regard to case. The content has the last word: gzip is unpacked whatever the
+file is called, JSON objects are never taken for prose, and a compressed or columnar file that cannot be read is refused
+by its own name. To read another compression, give its `Format` a `decompress`.
+"""
+
+import glob
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import BinaryIO, Literal
+
+STANDARD_INPUT = "-"
+BOM = b"\xef\xbb\xbf"
+HEAD = 1 << 12  # bytes that are looked at to recognise a format
+RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
+
+Kind = Literal["text", "jsonl"]
+FormatOption = Literal["auto", "text", "jsonl"]
+
+
+# ---- which inputs there are
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, under the name that the user gave it, or the content of standard input or of a pipe."""
+
+    name: str
+    spool: BinaryIO | None = None  # an unnamed temporary file with the content of what can be read only once
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return os.stat(self.name if self.spool is None else self.spool.fileno()).st_size
+
+    def open(self) -> BinaryIO:
+        """The bytes from the first one on, seekable."""
+        if self.spool is None:
+            return open(self.name, "rb")
+        descriptor = os.dup(self.spool.fileno())
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return os.fdopen(descriptor, "rb")
+
+    def identity(self) -> list:
+        """What tells this input from another one, or from a later version of itself."""
+        if self.spool is None:
+            return [os.path.abspath(self.name), self.size, os.stat(self.name).st_mtime_ns]
+        with self.open() as stream:
+            return [self.size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+
+def open_name(name: str | Path) -> Input:
+    """The input of this name; "-" is standard input. Pipes are read to their end here, into a temporary file.
+
+    Raises ValueError where there is no such file.
+    """
+    name = str(name)
+    if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: give a file, or pipe the text in")
+        return Input("standard input", _spooled(sys.stdin.buffer))
+    if os.path.isfile(name):
+        return Input(name)
+    if os.path.isdir(name):
+        raise ValueError(f"{name}: a folder, not a file: give the files in it")
+    if not os.path.exists(name):
+        broken = os.path.islink(name)
+        raise ValueError(f"{name}: {'a broken link: repair it' if broken else 'no such file: check the path'}")
+    with open(name, "rb") as stream:
+        return Input(name, _spooled(stream))
+
+
+def _spooled(stream: BinaryIO) -> BinaryIO:
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the input)
+    shutil.copyfileobj(stream, spool)
+    spool.flush()
+    return spool
+
+
+def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Sequence[str], out: Path) -> list[Input]:
+    """The files that `arguments` (files, folders, globs, "-") name, each real file once, in a fixed order.
+
+    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
+    names and the folder `out` are left alone. Links to folders are followed, each real folder once.
+
+    Raises ValueError where an argument names nothing or a link leads nowhere, OSError where a folder cannot be read.
+    """
+    found: dict[str, Input] = {}
+    for argument in arguments:
+        exists = argument == STANDARD_INPUT or os.path.lexists(argument)
+        named = [argument] if exists else _expand(argument)
+        if not named:
+            raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
+        files = [
+            file for path in named for file in (_files(path, include, exclude, out) if os.path.isdir(path) else [path])
+        ]
+        if not files:
+            raise ValueError(f"no file in {argument!r} matches --include and --exclude: widen the patterns")
+        for file in files:
+            real = file if file == STANDARD_INPUT else os.path.realpath(file)
+            if real not in found:
+                found[real] = open_name(file)
+    return list(found.values())
+
+
+def _expand(pattern: str) -> list[str]:
+    """The paths that a glob names. `**` enters each real folder once (that of `glob` never ends where links cycle)."""
+    base, any_depth, rest = pattern.partition("**/")
+    if not any_depth:
+        return sorted(glob.glob(pattern))
+    folders = [folder for root in glob.glob(base or ".") for folder, _ in _folders(root, [], set())]
+    return sorted({path for folder in folders for path in _expand(os.path.join(glob.escape(folder), rest))})
+
+
+def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path) -> Iterator[str]:
+    """The files in a folder and the folders below it. Raises ValueError for a link or a pipe that cannot be read."""
+    for folder, files in _folders(root, exclude, {os.path.realpath(out)} - {os.path.realpath(root)}):
+        for name in files:
+            path = os.path.join(folder, name)
+            if not _matches(name, include or ["*"]) or _matches(name, exclude) or name.startswith("."):
+                continue
+            if not os.path.isfile(path):
+                what = "neither a file nor a folder" if os.path.exists(path) else "a broken link"
+                raise ValueError(f"{path}: {what}: repair it, or leave it out with --exclude")
+            yield path
+
+
+def _folders(root: str, exclude: Sequence[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a folder and those below it, links included; each real one once, not `seen`."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and not _matches(name, exclude))
+        yield folder, sorted(files)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+# ---- what they are
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way of packing data that is not text."""
+
+    name: str  # with its article
+    endings: tuple[str, ...]
+    magic: tuple[bytes, ...]  # what its files begin with; none: it is known by its ending alone
+    instead: str  # what to do with such a file
+    decompress: Callable[[BinaryIO], BinaryIO] | None = None  # None: recognised, but not read
+    offset: int = 0  # of the magic bytes
+
+
+_UNPACK = "unpack it, or compress it with gzip instead"
+_CONVERT = "convert it to .jsonl with a 'text' field"
+_EXTRACT = "extract the text from it"
+_TOKENS = "tokens made elsewhere are not read: give their text"
+_SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
+FORMATS = (
+    Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, lambda raw: gzip.GzipFile(fileobj=raw)),
+    Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK),
+    Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK),
+    Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK),
+    Format("a bzip2 file", (".bz2",), tuple(b"BZh%d1AY&SY" % n for n in range(1, 10)), _UNPACK),
+    Format("an lz4 file", (".lz4",), (b"\x04\x22\x4d\x18",), _UNPACK),
+    Format("an lzip file", (".lz",), (b"LZIP\1",), _UNPACK),
+    Format("an lzop file", (".lzo",), (b"\x89LZO\0",), _UNPACK),
+    Format("a Unix compress file", (".z",), (b"\x1f\x9d",), _UNPACK),
+    Format("a snappy file", (".snappy", ".sz"), (b"\xff\x06\0\0sNaPpY",), _UNPACK),
+    Format("a brotli file", (".br",), (), _UNPACK),
+    Format("a zip archive", (".zip",), (b"PK\3\4", b"PK\5\6"), _EXTRACT),
+    Format("a 7-Zip archive", (".7z",), (b"7z\xbc\xaf\x27\x1c",), _EXTRACT),
+    Format("a RAR archive", (".rar",), (b"Rar!\x1a\7",), _EXTRACT),
+    Format("a tar archive", (".tar",), (b"ustar",), _EXTRACT, offset=257),
+    Format("a Parquet file", (".parquet", ".pq"), (b"PAR1", b"PARE"), _CONVERT),
+    Format("an Arrow file", (".arrow", ".feather"), (b"ARROW1\0\0", b"FEA1\0", b"\xff\xff\xff\xff"), _CONVERT),
+    Format("an Avro file", (".avro",), (b"Obj\1",), _CONVERT),
+    Format("an ORC file", (".orc",), (b"ORC",), _CONVERT),
+    Format("an HDF5 file", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), _CONVERT),
+    Format("an SQLite database", (".sqlite",), (b"SQLite format 3\0",), _CONVERT),
+    Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _TOKENS),
+    Format("a Megatron index", (), (b"MMIDIDX\0\0",), _TOKENS),
+    Format("a PDF document", (".pdf",), (b"%PDF-",), _EXTRACT),
+    Format("a Git LFS pointer", (), (b"version https://git-lfs.github.com/spec/",), "fetch the file: git lfs pull"),
+)
+_BY_ENDING = {ending: format for format in FORMATS for ending in format.endings}
+_JSON_OBJECT = re.compile(rb'\s*\[?\s*\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\})')
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An input that is being read: its text, without packing and byte order mark."""
+
+    kind: Kind
+    by_content: bool  # whether the content, and not the name, says that these are JSON records
+    stream: BinaryIO
+    raw: BinaryIO  # what lies on disk; its position is the progress
+
+
+@contextmanager
+def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]:
+    """Open an input as text or as JSON records, whichever it is, or as `option` says.
+
+    Raises ValueError, here or while it is read, naming the input: in a format or an encoding that is not read, or
+    damaged.
+    """
+    with source.open() as raw:
+        try:
+            endings = [ending.lower() for ending in PurePath(source.name).suffixes]
+            stream, head = _unpacked(source.name, raw, endings)
+            encoding = _other_encoding(head)
+            if encoding:
+                raise ValueError(
+                    f"{source.name}: {encoding} text, not UTF-8: convert it: iconv -f {encoding} -t UTF-8 FILE"
+                )
+            if head and not head.strip(b"\0"):
+                raise ValueError(f"{source.name}: begins with {len(head):,} zero bytes: damaged, or not text")
+            if head.startswith(BOM):
+                head = head.removeprefix(BOM)
+                stream.read(len(BOM))
+            kind, by_content = option, False
+            if option == "auto":
+                by_name = bool(endings) and endings[-1] in RECORD_ENDINGS
+                by_content = not by_name and _JSON_OBJECT.match(head) is not None
+                kind = "jsonl" if by_name or by_content else "text"
+            if kind == "jsonl":
+                _refuse_one_json_value(source.name, head, by_content)
+            yield Opened(kind, by_content, stream, raw)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{source.name}: damaged gzip file ({error}): replace it or leave it out") from None
+
+
+def _unpacked(name: str, raw: BinaryIO, endings: list[str]) -> tuple[BinaryIO, bytes]:
+    """(the unpacked bytes, the first HEAD of them) of a file; the ending of a compression is taken off `endings`.
+
+    Raises ValueError for a format that is not read, and where the content is not what the ending says.
+    """
+    stream, packed = raw, None
+    while True:
+        head = stream.read(HEAD)
+        found, named = _recognise(head), _BY_ENDING.get(endings[-1]) if endings else None
+        if named and (found or not named.magic):
+            endings.pop()
+        format = found or named
+        if format is None:
+            break
+        if found is None and named.magic:
+            begins = f"it begins with {head[:12]!r}" if head else "it is empty"
+            raise ValueError(f"{name}: named like {named.name}, but {begins}: replace it, or correct its name")
+        if format.decompress is None:
+            inside = f" inside {packed.name}" if packed else ""
+            raise ValueError(f"{name}: {format.name}{inside}, which is not read here: {format.instead}")
+        if packed is not None:
+            raise ValueError(f"{name}: {format.name} inside {packed.name}: unpack it once")
+        packed = format
+        raw.seek(0)
+        stream = packed.decompress(raw)
+    raw.seek(0)
+    return packed.decompress(raw) if packed else raw, head
+
+
+def _recognise(head: bytes) -> Format | None:
+    for format in FORMATS:
+        for magic in format.magic:
+            # Short words of letters could begin a text as well: the bytes after them have to be binary.
+            is_word = magic.isalnum() and len(magic) < 5
+            if head.startswith(magic, format.offset) and not (is_word and not has_control_characters(head)):
+                return format
+    return None
+
+
+def has_control_characters(content: bytes) -> bool:
+    """Whether there are bytes that text files do not have: control characters other than space, bell and escape."""
+    return bool(content.translate(None, bytes(range(32, 256)) + b"\a\b\t\n\v\f\r\x1b"))
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, told by the byte order mark or by where the zero bytes are.
+
+    In alphabetic text the high bytes (every second one) are small, as the numbers of the alphabets are, and some are
+    zero, those of spaces and digits; low bytes are hardly ever zero. Other scripts are no valid UTF-8 either.
+    """
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    head = head[: len(head) // 4 * 4] or head[: len(head) // 2 * 2]
+    if b"\0" not in head or not head.strip(b"\0"):
+        return None
+    for order, quads in (("LE", (3, 2, 0)), ("BE", (0, 1, 3))):
+        top, plane, low = (head[first::4] for first in quads)
+        if top and not any(top) and max(plane) <= 16 and low.count(0) <= 0.1 * len(low):
+            return f"UTF-32{order}"
+    for order, first in (("LE", 1), ("BE", 0)):
+        high, low = head[first::2], head[1 - first :: 2]
+        small = sum(byte < 32 for byte in high)
+        if small >= 0.8 * len(high) and high.count(0) >= 0.05 * len(high) and low.count(0) <= 0.1 * high.count(0):
+            return f"UTF-16{order}"
+    return None
+
+
+def _refuse_one_json_value(name: str, head: bytes, by_content: bool) -> None:
+    """Raise ValueError for a file that is a single JSON value over all its lines, and not one object a line."""
+    start = head.lstrip()
+    way_out = ", or give --format text to take it as text" if by_content else ""
+    if start.startswith(b"["):
+        raise ValueError(f"{name}: a JSON array, not one object a line: convert it: jq -c '.[]' FILE{way_out}")
+    if re.match(rb"\{[ \t]*\r?\n", start):
+        raise ValueError(f"{name}: JSON over several lines, not one object a line: convert it: jq -c . FILE{way_out}")

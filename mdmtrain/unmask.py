@@ -1,0 +1,217 @@
+"""The sampler: mask tokens become text, a few at each step.
+
+Its words are LLaDA's (arXiv 2502.09992, section 2.4 and appendix B): at each step every masked position of the present
+block proposes a token, and the most confident proposals (or random ones) stay.
+"""
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdmtrain.diffusion import noise
+from mdmtrain.diffusion.noise import Stream
+
+SMALLEST_TEMPERATURE = 1e-6  # below it the noise is lost in rounding, and the result is that of 0
+OnStep = Callable[[Tensor], None]  # the row of tokens after a step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How masks become tokens. Raises ValueError, in the command's words, for what cannot be."""
+
+    gen_length: int  # tokens in each gap, in the longest one where they differ
+    steps: int  # forward passes, spread evenly over the blocks; each unmasks an equal share of its block
+    block_length: int  # a gap is filled block by block from the left, all gaps at once; gen_length: in any order
+    temperature: float = 0.0  # 0: the most probable token
+    cfg_scale: float = 0.0  # logits u + (cfg_scale + 1) (c - u), u those with every given token masked
+    remasking: str = "low_confidence"  # low_confidence | random: which proposals are put back
+    seed: int = 0
+    top_k: int | None = None  # draw among so many most probable tokens
+    top_p: float = 1.0  # draw among the fewest tokens that have this probability together
+    eos: str = "any"  # any: as every token | last: its proposals stay after all others | never: it is not chosen
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "steps", "block_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        length, block = self.gen_length, self.block_length
+        if length % block:
+            fitting = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)
+            raise ValueError(f"--block-length {block} does not divide --gen-length {length}: choose one of {fitting}")
+        if self.steps % self.blocks:
+            raise ValueError(
+                f"--steps {self.steps} does not spread evenly over {self.blocks} blocks (--gen-length {length} / "
+                f"--block-length {block}): make it a multiple of {self.blocks}"
+            )
+        for name in ("temperature", "cfg_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"--temperature {self.temperature:g} is too small to be told from 0 (below {SMALLEST_TEMPERATURE:g}): "
+                "give 0 for the most probable token"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError("--top-k must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("--top-p must be above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            raise ValueError("--top-k and --top-p change nothing at --temperature 0: set it, or leave them out")
+        if self.eos not in ("any", "last", "never"):
+            raise ValueError("--eos must be any, last or never")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError("--seed must be 0 or more and below 2^63")
+
+    @property
+    def blocks(self) -> int:
+        return self.gen_length // self.block_length
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """A row of tokens with masks in it."""
+
+    ids: Tensor  # int64 [L] on the model's device
+    sampling: Sampling
+    sample: int  # numbers the draw: the same (seed, sample) gives the same noise in any batch, on any number of ranks
+    gaps: Sequence[int] | None = None  # tokens of each gap, in order; None: all have sampling.gen_length
+    eos: tuple[int, int] | None = None  # (id, first position where the text may end)
+
+
+def unmask(
+    model: nn.Module,
+    ids: Tensor,
+    mask_id: int,
+    forbidden: list[int],
+    sampling: Sampling,
+    sample: int,
+    eos: tuple[int, int] | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Replace every mask_id in a row of tokens by the model's choice: `unmask_rows` of a single row, int64 [L]."""
+    return unmask_rows(model, [MaskedRow(ids, sampling, sample, eos=eos)], mask_id, forbidden, on_step)[0]
+
+
+@torch.no_grad()
+def unmask_rows(
+    model: nn.Module, rows: Sequence[MaskedRow], mask_id: int, forbidden: list[int], on_step: OnStep | None = None
+) -> list[Tensor]:
+    """Replace every mask_id in the rows by the model's choice; they share forward passes and nothing else.
+
+    forbidden: ids never chosen. All after an end (`eos`) that nothing can change any more is set to eos without further
+    steps, and the row leaves the batch. Rows of unequal length are padded, which changes logits by rounding only.
+    Returns int64 [L] of each. A collective under FSDP.
+    """
+    filled = [row.ids.clone() for row in rows]
+    cfg_scale = rows[0].sampling.cfg_scale
+    assert all(row.sampling.cfg_scale == cfg_scale for row in rows)
+    running = {n: _steps(filled[n], row, mask_id, forbidden, on_step) for n, row in enumerate(rows)}
+    wanted = {n: next(steps) for n, steps in running.items() if (filled[n] == mask_id).any()}
+    while wanted:
+        logits = _logits(
+            model, [filled[n] for n in wanted], [rows[n].ids != mask_id for n in wanted], list(wanted.values()),
+            mask_id, cfg_scale,
+        )  # fmt: skip
+        for n, own in zip(list(wanted), logits, strict=True):
+            try:
+                wanted[n] = running[n].send(own)
+            except StopIteration:
+                del wanted[n]
+    return filled
+
+
+def _steps(
+    ids: Tensor, row: MaskedRow, mask_id: int, forbidden: list[int], on_step: OnStep | None
+) -> Generator[Tensor, Tensor, None]:
+    """Fill the masks of `ids` in place. Yields the positions of each step, int64 [K]; is sent their logits [K, V]."""
+    sampling, eos = row.sampling, row.eos
+    masks = (ids == mask_id).nonzero().squeeze(1)
+    lengths = row.gaps or [sampling.gen_length] * -(-len(masks) // sampling.gen_length)
+    place_in_gap = torch.cat([torch.arange(length) for length in lengths])[: len(masks)].to(ids.device)
+    block_of = place_in_gap // sampling.block_length
+    number = 0
+    for block in range(sampling.blocks):
+        inside = masks[block_of == block]
+        steps = min(sampling.steps // sampling.blocks, len(inside))
+        for step in range(steps):
+            positions = inside[ids[inside] == mask_id]
+            logits = yield positions
+            logits[:, forbidden] = -math.inf
+            if eos is not None:
+                held = torch.ones_like(positions, dtype=torch.bool) if sampling.eos == "never" else positions < eos[1]
+                logits[held, eos[0]] = -math.inf
+            bits = noise.philox(sampling.seed, Stream.GENERATION, number, row.sample)
+            tokens, confidence = _propose(logits, sampling, bits)
+            if sampling.remasking == "random":
+                confidence = torch.from_numpy(noise.uniforms(bits, len(positions))).to(ids.device)
+            if eos is not None and sampling.eos == "last":
+                confidence = confidence.masked_fill(tokens == eos[0], -math.inf)
+            share = len(inside) // steps + (step < len(inside) % steps)  # LLaDA's: what is over goes to the first steps
+            keep = confidence.argsort(descending=True, stable=True)[:share]
+            ids[positions[keep]] = tokens[keep]
+            number += 1
+            if eos is not None and _ended(ids, mask_id, *eos):
+                ids.masked_fill_(ids == mask_id, eos[0])
+                return
+            if on_step is not None:
+                on_step(ids)
+
+
+def _logits(
+    model: nn.Module, rows: list[Tensor], given: list[Tensor], positions: list[Tensor], mask_id: int, cfg_scale: float
+) -> list[Tensor]:
+    """The logits of some positions of each row, guided away from what the model says without the given tokens.
+
+    rows: int64 [L] each; given: bool [L] each; positions: int64 [K] each. Returns float64 [K, V] of each.
+    """
+    if cfg_scale != 0:
+        unknown = [row.masked_fill(known, mask_id) for row, known in zip(rows, given, strict=True)]
+        rows, positions = rows + unknown, positions * 2
+    length = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=mask_id) for row in rows])
+    flat = torch.cat([number * length + own for number, own in enumerate(positions)])
+    if all(len(row) == length for row in rows):
+        logits = model(ids, flat)
+    else:
+        ends = torch.tensor([len(row) for row in rows], device=ids.device)
+        padding = torch.arange(length, device=ids.device) >= ends[:, None]
+        logits = model(ids, flat, segments=-padding.int())
+    each = [part.double() for part in logits.split([len(own) for own in positions])]
+    if cfg_scale == 0:
+        return each
+    half = len(each) // 2
+    return [u + (cfg_scale + 1) * (c - u) for c, u in zip(each[:half], each[half:], strict=True)]
+
+
+def _propose(logits: Tensor, sampling: Sampling, bits: np.random.Philox) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits [K, V] and the model's probability of it: int64 [K], float64 [K]."""
+    if sampling.temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:  # the Gumbel-max trick, in float64: in float32 it lowers the effective temperature (arXiv 2409.02908)
+        uniform = torch.from_numpy(noise.uniforms(bits, logits.numel())).double().view_as(logits).to(logits.device)
+        gumbel = -(-(uniform + 2.0**-25).log()).log()
+        tokens = (_truncated(logits / sampling.temperature, sampling) + gumbel).argmax(dim=-1)
+    return tokens, logits.softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+
+
+def _truncated(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [K, V] at the temperature of the draw, -inf but for the tokens that top_k and then top_p leave."""
+    if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        share = ordered.softmax(dim=-1)
+        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before have as much already
+        logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), -math.inf)
+    return logits
+
+
+def _ended(ids: Tensor, mask_id: int, eos_id: int, first: int) -> bool:
+    """Whether there is an eos from `first` on with no mask before it."""
+    stops = ((ids == mask_id) | ((ids == eos_id) & (torch.arange(len(ids), device=ids.device) >= first))).nonzero()
+    return len(stops) > 0 and int(ids[stops[0]]) == eos_id

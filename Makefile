@@ -1,13 +1,18 @@
-# make quickstart | test | soak | study | study-muon | study-medium | slurm-demo | lint | docs | configuration. Each sets itself up; run again, it
+# make quickstart | test | soak | study | study-muon | study-medium | finetune-study | slurm-demo | lint | docs | configuration. Each sets itself up; run again, it
 # changes nothing that is already there.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
 RUN := runs/quickstart
 STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,counted,counted-ppots,plain,bell,bell-anneal,bell-counted,best,ar
+TASKS := data/tasks
+STDLIB = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+FINETUNE := runs/finetune
+FINETUNE_ARMS := standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,ema,paper-ppots-mirror,ppots-gradient,counted-ppots,best,clipped,ar
+FINETUNE_SEEDS ?= 0,1,2,3,4
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup corpus quickstart test soak study study-muon study-medium slurm-demo lint docs configuration
+.PHONY: setup corpus quickstart test soak study study-muon study-medium finetune-study slurm-demo lint docs configuration
 
 setup: .venv/.installed
 
@@ -48,6 +53,23 @@ soak: setup
 study: setup
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
 		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
+
+# The paper's experiment (docs/finetune-study.md): tasks, two base models, and every arm fine-tuned from them, one run at
+# a time. The arms' files name AdamW, so Muon is set on the command line. Run again, it resumes where it stopped; FINETUNE_SEEDS=0,1,... asks for more runs.
+finetune-study: setup
+	@$(PY) tools/make_tasks.py --out $(TASKS)
+	@$(PY) tools/prepare_data.py $(TASKS)/text.jsonl $(addprefix $(STDLIB)/,asyncio email http json logging) \
+		--include '*.py' --vocab-size 640 --validation-fraction 0.05 --out $(TASKS)/text
+	@for split in pretrain train; do $(PY) tools/prepare_data.py $(TASKS)/$$split.jsonl --tokenizer $(TASKS)/text \
+		--validation-fraction 0.02 --out $(TASKS)/$$split || exit; done
+	@$(PY) -m mdmtrain.train configs/finetune-base.yaml configs/arms/counted-ppots.yaml run.dir=$(FINETUNE)/base-mdm \
+		optim.name=muon optim.muon_lr=5e-3
+	@$(PY) -m mdmtrain.train configs/finetune-base.yaml configs/arms/ar.yaml run.dir=$(FINETUNE)/base-ar \
+		optim.name=muon optim.muon_lr=5e-3
+	@$(PY) -m launchers.finetune configs/finetune-base.yaml configs/finetune.yaml optim.name=muon optim.muon_lr=2.5e-3 \
+		--tasks $(TASKS)/test.jsonl \
+		--base $(FINETUNE)/base-mdm --ar-base $(FINETUNE)/base-ar --arms $(FINETUNE_ARMS) --seeds $(FINETUNE_SEEDS) \
+		--dir $(FINETUNE)/runs --json $(FINETUNE)/finetune.json --figure $(FINETUNE)/finetune.png
 
 # The recipe's arms under Muon with QK-norm, at the study's size: hours on two cores; resumes where it stopped.
 study-muon: corpus

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mdmtrain"
 
 FLOORS = {
-    **dict.fromkeys(["train", "generate"], 5),
+    **dict.fromkeys(["train", "generate", "answers"], 5),
     **dict.fromkeys(["evaluate", "likelihood", "unmask", "measure", "probe", "cost", "observed"], 4),
     **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim", "muon"], 2),
@@ -20,6 +20,7 @@ FLOORS = {
 }
 ARROWS = {
     ("train", "evaluate"),
+    ("answers", "generate"),
     ("evaluate", "likelihood"),
     ("checkpoint", "parallel"),
     ("monitor", "parallel"),

@@ -1,0 +1,286 @@
+"""The paper's experiment (arXiv 2511.18159): fine-tune one base model under many arms, and compare accuracy and spread.
+
+    python -m launchers.finetune CONFIG... --tasks FILE --base RUN --ar-base RUN --arms A,B --seeds 0,1,2 --dir DIR
+
+Every run starts from the same base and differs in its seed: the order of the data and the noise. After training it
+answers the tasks (mdmtrain/answers.py), and RUN/answers.json keeps the result. An arm with two views of a sequence is
+trained twice: at equal compute, with half the sequences a step, and at equal steps, with all of them and twice the
+compute. Started again, the study resumes where it stopped; --report trains and scores nothing.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from launchers.sweep import Run, interval, planned_runs, train_all
+from mdmtrain import answers
+from mdmtrain.answers import Score
+from mdmtrain.checkpoint import store
+from mdmtrain.data.tasks import Task
+from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.parallel.world import World, init_world
+
+EQUAL_COMPUTE, EQUAL_STEPS = "equal compute", "equal steps"
+REFERENCE, AUTOREGRESSIVE = "standard", "ar"
+ANSWERS = "answers.json"  # in a run folder
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the study, and by which rule it is compared with the others."""
+
+    rule: str  # EQUAL_COMPUTE or EQUAL_STEPS
+    run: Run
+
+
+def plan(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folder: Path) -> list[Planned]:
+    """Every run, seed by seed, so that early results are whole comparisons. Raises ValueError as planned_runs does."""
+    planned = []
+    for arm in arms:
+        runs = planned_runs(base, [arm], seeds, [], folder)
+        if runs[0].config.model.causal:  # other weights to start from
+            runs = planned_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [], folder)
+        planned += [Planned(EQUAL_COMPUTE, run) for run in runs]
+        if runs[0].config.diffusion.rows_per_slot > 1:
+            rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
+            twice = planned_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
+            planned += [Planned(EQUAL_STEPS, run) for run in twice]
+    return sorted(planned, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
+
+
+# ---- scoring
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores of runs on one file of tasks, each kept in a file of its own."""
+
+    tasks_file: Path
+    tasks: list[Task]
+    world: World | None  # None: only what is kept is read
+
+    def score(self, run: Path, kept: Path) -> Score | None:
+        """The score of a run's newest checkpoint; None where it has none, or may not be made."""
+        newest = store.newest(run) if run.is_dir() else None
+        if newest is None:
+            return None
+        if kept.is_file():
+            found = Score(**json.loads(kept.read_text(encoding="utf-8")))
+            if (found.checkpoint, found.tasks) == (str(newest), answers.digest(self.tasks_file)):
+                return found
+        if self.world is None:
+            return None
+        found = answers.score(run, self.tasks_file, self.tasks, self.world)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        store.write_atomically(kept, json.dumps(asdict(found), indent=1) + "\n")
+        return found
+
+
+# ---- comparing
+
+
+def spread(values: np.ndarray) -> dict:
+    """Mean, standard deviation and their 95% intervals over runs, taken as normal: Student's and the chi-square one."""
+    found = {"mean": float(values.mean()), "mean_ci": interval(values), "values": values.tolist()}
+    if len(values) < 2:
+        return {**found, "sd": None, "sd_ci": None}
+    free, sd = len(values) - 1, float(values.std(ddof=1))
+    low, high = (sd * (free / stats.chi2.ppf(q, free)) ** 0.5 for q in (0.975, 0.025))
+    return {**found, "sd": sd, "sd_ci": [float(low), float(high)]}
+
+
+def sd_ratio(values: np.ndarray, others: np.ndarray) -> dict | None:
+    """Standard deviation of some runs over that of others, with its 95% interval (F, both normal and independent)."""
+    if min(len(values), len(others)) < 2 or others.std() == 0:
+        return None
+    a, b = len(values) - 1, len(others) - 1
+    ratio = float(values.std(ddof=1) / others.std(ddof=1))
+    return {"ratio": ratio, "ci": [float(ratio / stats.f.ppf(q, a, b) ** 0.5) for q in (0.975, 0.025)]}
+
+
+def flips(right: list[str]) -> float | None:
+    """The standard deviation of accuracy between runs that answered each task right by chance, independently.
+
+    right: a string of 1 and 0 for each run. It is what a test set of this size shows of runs that are equally good.
+    """
+    if len(right) < 2:
+        return None
+    table = np.array([[int(one) for one in run] for run in right])
+    return float(np.sqrt(table.var(axis=0, ddof=1).sum()) / table.shape[1])
+
+
+def compare(planned: list[Planned], scores: dict[Path, Score]) -> list[dict]:
+    """A row for every rule and arm that was planned. scores: by run folder, of the runs that are finished.
+
+    Differences are to the standard arm, paired by seed; ratios of standard deviations are to standard and to the
+    autoregressive arm. A row without a finished run has seeds [] and nothing else.
+    """
+    cells: dict[tuple[str, str], dict[int, Score]] = {}
+    for one in planned:
+        cell = cells.setdefault((one.rule, one.run.cell.arm), {})
+        if one.run.dir in scores:
+            cell[one.run.seed] = scores[one.run.dir]
+    rows = []
+    for (rule, arm), of_seed in cells.items():
+        missing = sorted({p.run.seed for p in planned if (p.rule, p.run.cell.arm) == (rule, arm)} - set(of_seed))
+        row = {"rule": rule, "arm": arm, "seeds": sorted(of_seed), "missing_seeds": missing}
+        rows.append(row)
+        if not of_seed:
+            continue
+        row["flips_sd"] = flips([score.right for score in of_seed.values()])
+        kinds = next(iter(of_seed.values())).by_kind
+        row["by_kind"] = {kind: float(np.mean([s.by_kind[kind] for s in of_seed.values()])) for kind in kinds}
+        for measure in ("accuracy", "nelbo"):
+            values = _values(of_seed, measure)
+            row[measure] = spread(values)
+            for name in (REFERENCE, AUTOREGRESSIVE):
+                others = cells.get((EQUAL_COMPUTE, name), {})
+                row[measure][f"sd_over_{name}"] = sd_ratio(values, _values(others, measure)) if arm != name else None
+            base = cells.get((EQUAL_COMPUTE, REFERENCE), {})
+            shared = [seed for seed in of_seed if seed in base]
+            if shared and arm != REFERENCE:
+                pairs = [getattr(of_seed[seed], measure) - getattr(base[seed], measure) for seed in shared]
+                row[measure] |= {"difference": float(np.mean(pairs)), "difference_ci": interval(np.array(pairs))}
+    return rows
+
+
+def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
+    return np.array([getattr(of_seed[seed], measure) for seed in sorted(of_seed)])
+
+
+# ---- showing
+
+
+def _number(value: float | None, digits: int, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def _around(value: float | None, ci: list[float] | None, digits: int, sign: str = "") -> str:
+    ends = "" if ci is None else f" ({_number(ci[0], digits, sign)}..{_number(ci[1], digits, sign)})"
+    return _number(value, digits, sign) + ends
+
+
+def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
+    """Two tables in Markdown: accuracy, then the NELBO of the responses."""
+    for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
+        unit = "%" if measure == "accuracy" else ", nats/token"
+        table = Table(
+            "rule", "arm", "seeds", measure + unit, "sd (95%)", "lowest..highest", f"minus {REFERENCE} (95%)",
+            f"sd / sd of {AUTOREGRESSIVE}", *(["sd by chance"] if measure == "accuracy" else []),
+            box=box.MARKDOWN,
+        )  # fmt: skip
+        for name, base in before.items():
+            table.add_row("before", name, "", _number(scale * getattr(base, measure), digits))
+        for row in rows:
+            if not row["seeds"]:
+                table.add_row(row["rule"], row["arm"], "missing")
+                continue
+            found = row[measure]
+            ratio = found[f"sd_over_{AUTOREGRESSIVE}"]
+            ci, difference = found["sd_ci"], found.get("difference_ci")
+            cells = [
+                row["rule"], row["arm"],
+                str(len(row["seeds"])) + (f", {len(row['missing_seeds'])} missing" if row["missing_seeds"] else ""),
+                _number(scale * found["mean"], digits),
+                _around(found["sd"] and scale * found["sd"], ci and [scale * end for end in ci], digits + 1),
+                f"{scale * min(found['values']):.{digits}f}..{scale * max(found['values']):.{digits}f}",
+                _around(
+                    scale * found["difference"] if "difference" in found else None,
+                    difference and [scale * end for end in difference], digits, "+",
+                ),
+                _around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
+            ]  # fmt: skip
+            if measure == "accuracy":
+                cells.append(_number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
+            table.add_row(*cells)
+        console.print(table)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Every run as a point, the mean of a cell as a line: accuracy on the left, the NELBO on the right."""
+    labels = [row["arm"] + (" (equal steps)" if row["rule"] == EQUAL_STEPS else "") for row in rows]
+    figure = Figure(figsize=(11, 0.36 * len(rows) + 1.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    measures = (("accuracy", 100, "exact answers, %"), ("nelbo", 1, "NELBO of the responses, nats/token"))
+    for panel, (measure, scale, title) in zip(panels, measures, strict=True):
+        for place, row in enumerate(rows):
+            if row["seeds"]:
+                values = scale * np.array(row[measure]["values"])
+                panel.plot(values, np.full(len(values), place), "o", color="#4477aa", alpha=0.6, markersize=5)
+                panel.plot(values.mean(), place, "|", color="black", markersize=16)
+        panel.set_xlabel(f"{title}: each run, and the mean")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), labels)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+# ---- command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(prog="python -m launchers.finetune", description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as for mdmtrain.train")
+    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="test.jsonl of tools/make_tasks.py")
+    parser.add_argument("--base", required=True, metavar="RUN", help="pretrained model that the arms start from")
+    parser.add_argument("--ar-base", required=True, metavar="RUN", help="the autoregressive one, for causal arms")
+    parser.add_argument("--arms", required=True, help="files of configs/arms, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="run.seed of the runs, comma-separated (default: 0,1,2)")
+    parser.add_argument("--dir", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--report", action="store_true", help="train and score nothing, compare what is finished")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the tables here, after every seed")
+    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw every run here (PNG), likewise")
+    args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
+    try:
+        seeds = sorted({int(seed) for seed in args.seeds.split(",")})
+    except ValueError:
+        raise ValueError(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2") from None
+    if args.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    arms = list(dict.fromkeys(args.arms.split(",")))
+    tasks = answers.read_tasks(args.tasks)
+    base = [*args.config, f"checkpoint.init_from={args.base}"]
+    planned = plan(base, arms, seeds, args.ar_base, args.dir)
+    bases = {"base": Path(args.base), "base-ar": Path(args.ar_base)}
+    for run in bases.values():
+        store.find(run)  # that it is there is checked before anything is trained
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    scorer = Scorer(args.tasks, tasks, None if args.report else init_world())
+    before = {name: scorer.score(run, args.dir / f"{name}.{ANSWERS}") for name, run in bases.items()}
+    before = {name: found for name, found in before.items() if found is not None}
+    scores: dict[Path, Score] = {}
+    failed: list[Run] = []
+    for seed in seeds:
+        runs = [one.run for one in planned if one.run.seed == seed]
+        if not args.report:
+            failed += train_all(runs, args.workers, console)
+        for run in runs:
+            if run.finished() and (found := scorer.score(run.dir, run.dir / ANSWERS)):
+                scores[run.dir] = found
+        if args.report and seed != seeds[-1]:
+            continue
+        rows = compare(planned, scores)
+        show(rows, before, console)
+        if args.json:
+            bare = {name: asdict(score) for name, score in before.items()}
+            table = json.dumps({"tasks": len(tasks), "before": bare, "cells": rows})
+            finite = json.loads(table, parse_constant=lambda _: None)  # a run that diverged has no number
+            store.write_atomically(args.json, json.dumps(finite, indent=1) + "\n")
+        if args.figure:
+            draw(rows, args.figure)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(planned)} runs failed: see above; started again, they are retried")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,127 @@
+"""Prompts with one exact answer, made from a seed: arithmetic in words, table look-up, string transformation.
+
+They measure fine-tuning (docs/finetune-study.md): an answer is right or wrong, nothing has to be downloaded, and any
+number of them can be made. Tables and strings have all sizes from small to large, so that accuracy rises by degrees.
+The length of an answer follows from its prompt, so the number of masked positions gives nothing away.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from string import ascii_lowercase
+from typing import Literal, get_args
+
+import numpy as np
+
+from mdmtrain.diffusion import noise
+
+Split = Literal["pretrain", "train", "test"]  # train: fine-tuning; test: scoring
+SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
+
+# fmt: off
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+# fmt: on
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+TABLE = range(2, 7)  # pairs of a key and a value
+ASKED = 3  # the most keys of a table that are looked up
+LETTERS = range(3, 9)  # of a string that is transformed
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
+    "reverse": lambda letters: letters[::-1],
+    "sort": lambda letters: "".join(sorted(letters)),
+    "rotate": lambda letters: letters[1:] + letters[:1],
+}
+DRAWS = 26 + 2 * TABLE[-1] + 2  # uniforms that the greediest kind takes
+FUTILE = 10_000  # draws in a row that give nothing new
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt and the only response that counts as right."""
+
+    kind: str  # a key of KINDS
+    prompt: str
+    response: str
+
+
+def in_words(number: int) -> str:
+    """A whole number of 0 .. 99 in English: 47 -> "forty seven"."""
+    if number < len(UNITS):
+        return UNITS[number]
+    tens, unit = divmod(number, 10)
+    return TENS[tens - 2] + (f" {UNITS[unit]}" if unit else "")
+
+
+def arithmetic(u: np.ndarray) -> Task:
+    """The sum or the difference of two numbers below 100, the larger one first; the answer has three digits."""
+    smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
+    word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
+    return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")
+
+
+def lookup(u: np.ndarray) -> Task:
+    """A table of letters with digits, and some of the letters: the answer is their digits, in the order asked."""
+    pairs = TABLE[int(u[-1] * len(TABLE))]
+    asked = 1 + int(u[-2] * min(ASKED, pairs))
+    keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
+    chosen = np.argsort(u[26 + pairs : 26 + 2 * pairs], kind="stable")[:asked].tolist()
+    table = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
+    prompt = f"({table}: {' '.join(keys[i] for i in chosen)}):\n"
+    return Task("lookup", prompt, f"({''.join(str(values[i]) for i in chosen)})")
+
+
+def transformation(u: np.ndarray) -> Task:
+    """Different letters, to be reversed, sorted or rotated by one place."""
+    name = list(TRANSFORMATIONS)[int(u[26] * len(TRANSFORMATIONS))]
+    letters = some_letters(u[:26], LETTERS[int(u[-1] * len(LETTERS))])
+    prompt = f"({name} {' '.join(letters)}):\n"
+    return Task("transformation", prompt, f"( {' '.join(TRANSFORMATIONS[name](letters))})")
+
+
+def some_letters(u: np.ndarray, number: int) -> str:
+    """`number` different letters, in any order. u: 26 uniforms."""
+    return "".join(ascii_lowercase[i] for i in np.argsort(u, kind="stable")[:number])
+
+
+KINDS: dict[str, Callable[[np.ndarray], Task]] = {
+    "arithmetic": arithmetic,
+    "lookup": lookup,
+    "transformation": transformation,
+}
+
+
+def split_of(prompt: str) -> Split:
+    """The split of a prompt, by its hash: splits of whatever sizes and seeds never share one."""
+    place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big") / 2**48
+    edges = np.cumsum(list(SHARES.values()))[:-1]
+    return get_args(Split)[int(np.searchsorted(edges, place, side="right"))]
+
+
+def make_tasks(split: Split, number: int, seed: int) -> list[Task]:
+    """`number` tasks of a split, the kinds in turn. The first n of a longer list are the list of n.
+
+    Those of "test" are all different; the others come as they are drawn. Raises ValueError where a kind has too few.
+    """
+    kinds = [_of_kind(kind, split, -(-(number - i) // len(KINDS)), seed) for i, kind in enumerate(KINDS)]
+    return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(number)]
+
+
+def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
+    found: list[Task] = []
+    prompts: set[str] = set()
+    newest = 0
+    for slot in count():
+        if len(found) == number:
+            return found
+        if slot - newest > FUTILE:
+            raise ValueError(f"there are fewer than {number:,} {kind} tasks in the {split} split: ask for fewer")
+        bits = noise.philox(seed, noise.Stream.TASKS, list(KINDS).index(kind), slot)
+        task = KINDS[kind](noise.uniforms(bits, DRAWS).astype(np.float64))
+        if split_of(task.prompt) != split or (split == "test" and task.prompt in prompts):
+            continue
+        found.append(task)
+        prompts.add(task.prompt)
+        newest = slot

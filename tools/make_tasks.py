@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Make prompts with exact answers for the fine-tuning study: four jsonl files in DIR.
+
+    python tools/make_tasks.py --out DIR [--pretrain N] [--train N] [--test N] [--seed N]
+
+pretrain.jsonl, train.jsonl and test.jsonl have 'prompt', 'response' and 'kind'; no prompt is in two of them. text.jsonl
+has the tasks of pretrain.jsonl as plain text, to train a tokenizer and a model on. Made again with the same numbers,
+the files are the same.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from mdmtrain.checkpoint.storage import write_atomically
+from mdmtrain.data.tasks import KINDS, make_tasks
+from mdmtrain.monitor.logs import CommandParser, user_errors
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    parser.add_argument("--pretrain", type=int, default=60_000, help="tasks for pretraining (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=12_000, help="tasks for fine-tuning (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=900, help="tasks that are scored (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if min(args.pretrain, args.train, args.test) < len(KINDS):
+        raise ValueError(f"--pretrain, --train and --test must be at least {len(KINDS)}, one task of each kind")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError("--seed must be 0 or more and below 2^63")
+    sizes = {"pretrain": args.pretrain, "train": args.train, "test": args.test}
+    made = {split: make_tasks(split, number, args.seed) for split, number in sizes.items()}
+    records = {split: [asdict(task) for task in tasks] for split, tasks in made.items()}
+    records["text"] = [{"text": f"{task.prompt}{task.response}\n"} for task in made["pretrain"]]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, lines in records.items():
+        path, text = args.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # what was prepared from it stays valid
+            write_atomically(path, text)
+        print(f"{path}: {len(lines):,} tasks")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

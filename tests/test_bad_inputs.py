@@ -279,7 +279,7 @@ def model_without_a_dimension(lab):
     return lab.train("model.d_ff=null")
 
 
-@case("train", "model.d_model=32", "model.n_heads=3", "even")
+@case("train", "model.d_model=32", "model.n_heads=3", "or give model.head_dim")
 def heads_that_do_not_divide_the_width(lab):
     return lab.train("model.n_heads=3")
 
@@ -374,7 +374,7 @@ def run_folder_below_a_file(lab):
     return lab.train(f"run.dir={lab.file('file', '') / 'run'}")
 
 
-@case("train", "cannot resume {lab}/run/checkpoints/step-00000006", "'d_model': 32", "not {'d_model': 64}", start=cold)
+@case("train", "cannot resume {lab}/run/checkpoints/step-00000006", "'d_model': 32", "not {'d_model': 64, ", start=cold)
 def run_of_another_model(lab):
     return lab.resume("model.d_model=64")
 
@@ -418,7 +418,7 @@ def run_with_damaged_checkpoints_only(lab):
     return arguments
 
 
-@case("train", "{lab}/nowhere: no such run or checkpoint folder", start=cold)
+@case("train", "{lab}/nowhere: no such run, checkpoint or exported folder", start=cold)
 def initial_weights_missing(lab):
     return lab.train(f"checkpoint.init_from={lab.folder / 'nowhere'}")
 
@@ -431,7 +431,7 @@ def initial_weights_of_another_model(lab):
 # -- checkpoints
 
 
-@case("evaluate", "{lab}/checkpoint", "no meta.json", "another checkpoint", start=cold)
+@case("evaluate", "{lab}/checkpoint", "no meta.json", "name a run, ", start=cold)
 def checkpoint_without_its_marker(lab):
     (lab.copy_checkpoint() / "meta.json").unlink()
     return [str(lab.folder / "checkpoint")]
@@ -754,6 +754,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(lab,
     assert all(record["skipped"] for record in read_metrics(lab.run)[-3:])
     for state in (before, after):
         assert state.pop("run/config.yaml") and state.pop("run/environment.json")
+    history_before, history_after = before.pop("run/history.jsonl"), after.pop("run/history.jsonl")
+    assert history_after.startswith(history_before), "a start adds to the history and changes nothing in it"
     assert before == after
 
 

@@ -136,7 +136,8 @@ def test_fewer_steps_than_done(run, finished):
 def test_the_best_checkpoints_stay(finished, tmp_path):
     """A learning rate at which the loss rises: the best evaluation is an early one, which keep_last would remove."""
     run = tmp_path / "run"
-    changes = ["run.steps=12", "optim.lr=0.5", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    changes = ["run.steps=12", "optim.lr=2.0", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    changes += ["optim.min_lr_ratio=1.0"]
     done = train(run, finished, *changes, "monitor.record_every=5")
     assert done.status == 0, done
     records = read_metrics(run)

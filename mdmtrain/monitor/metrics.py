@@ -197,7 +197,8 @@ def disk_use(config: Config) -> str:
         f"{name} {sum(c * size for c, size in zip(counts, each, strict=True)) / 1e6:.2g} MB"
         for name, each in files.items()
     ]
-    return f"disk per 1,000 steps: {', '.join(sizes)} (monitor.record_every={monitor.record_every} thins them out)"
+    every = f"monitor.record_every={monitor.record_every}; a larger number keeps fewer records"
+    return f"disk per 1,000 steps: {', '.join(sizes)} ({every})"
 
 
 def evaluated(run_dir: Path, step: int) -> bool:

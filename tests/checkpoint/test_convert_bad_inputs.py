@@ -81,7 +81,7 @@ def shard_size_that_is_none(lab):
     return [lab.copy("checkpoint"), "--to", "native", "--max-shard-size", "5 bananas"]
 
 
-@case("{lab}/nowhere", "no such run or checkpoint folder")
+@case("{lab}/nowhere", "no such run, checkpoint or exported folder")
 def no_source(lab):
     return [lab.folder / "nowhere", "--to", "llama"]
 

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import random
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from mdmtrain.checkpoint.weights import open_checkpoint
 from mdmtrain.data.hub import hub_files
 from mdmtrain.data.lossless import ROLES
 from mdmtrain.data.prepare import Options, prepare
@@ -186,7 +188,7 @@ def through_the_product(world, base: Path, name: str) -> dict:
     assert sorted(found) == sorted(DOCUMENTS * 3)
     tree = {
         "run": {"dir": run, "steps": 2, "global_batch": 4, "micro_batch": 4},
-        "model": json.loads(json.dumps(convert_ckpt.asdict(convert_ckpt.open_checkpoint(Path(start)).shape))),
+        "model": json.loads(json.dumps(asdict(open_checkpoint(Path(start)).shape))),
         "data": {"sources": [{"path": data}], "sequence_length": 48, "workers": 0},
         "optim": {"lr": 1e-3},
         "checkpoint": {"init_from": start, "save_every": 2},

@@ -218,6 +218,8 @@ class DiffusionConfig(Section):
             raise ValueError("weights=count goes with single views only; for pairs with counts use masks=counted")
         if self.isad_tokens and (self.counts or self.views in ("mirror_dedup", "complement")):
             raise ValueError("isad_tokens makes positions unequal: it goes with no counts, mirror_dedup or complement")
+        if self.windowed and self.anneal_fraction > 0:
+            raise ValueError("anneal_fraction goes with all rates: in a window of rates there is no NELBO to move to")
         if self.anneal_fraction > 0 and self.objective in ("nelbo", "ar"):
             raise ValueError("anneal_fraction moves objective=plain or bell to the NELBO; nelbo is there already")
         other = self.sampler == "ppots" or self.schedule == "cosine" or self.isad_tokens or self.syrm_tokens

@@ -27,6 +27,7 @@ from mdmtrain.diffusion.objective import (
     MaskedBatch,
     MaskingRates,
     plain_process,
+    rate_range,
     row_losses,
     row_statistics,
 )
@@ -266,7 +267,7 @@ class Bench:
         process = plain_process(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return process
-        key = (diffusion.masks, diffusion.views == "complement", diffusion.target, diffusion.form, diffusion.objective)
+        key = (diffusion.masks, rate_range(diffusion), diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
             self.densities[key] = self._fit(diffusion)
         return replace(process, density=self.densities[key])

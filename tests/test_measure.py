@@ -15,8 +15,8 @@ from mdmtrain import measure as measure_module
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import Batch
 from mdmtrain.diffusion import noise, strata
-from mdmtrain.diffusion.objective import row_losses
-from mdmtrain.diffusion.rates import fit
+from mdmtrain.diffusion.objective import rate_range, row_losses
+from mdmtrain.diffusion.rates import fit, uniform_density
 from mdmtrain.measure import (
     SLOT_STEP,
     Bench,
@@ -125,11 +125,20 @@ T3_ARMS = {
 }
 
 
+def test_each_arm_has_the_density_of_its_own_rates(monkeypatch):
+    """P-POTS on all rates and on a window, in one report: a density of other rates would draw outside the window."""
+    bench = CountBench()
+    monkeypatch.setattr(bench, "_fit", lambda diffusion: uniform_density(*rate_range(diffusion), 8))
+    for low, high in ((None, None), (0.3, 0.8), (0.4, 0.6)):
+        arm = DiffusionConfig(sampler="ppots", rate_low=low, rate_high=high)
+        assert bench._process(arm).density.edges[[0, -1]].tolist() == [low or arm.eps, high or 1.0]
+
+
 def test_slots_give_the_closed_forms(monkeypatch):
     """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
     bench = CountBench()
     edges, square = t3_second_moment()
-    bench.densities["independent", False, "loss", "histogram", "nelbo"] = fit(
+    bench.densities["independent", (1e-3, 1.0), "loss", "histogram", "nelbo"] = fit(
         edges, square, np.ones(1000), 1e-9, "histogram"
     )
     arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}

@@ -172,6 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"wrote {args.out}: {source.shape.parameters():,} parameters from {source.place}")
     for line in report:
         print(f"self-check: {line}")
+    if args.origin and source.changes:
+        print(f"changed for masked diffusion: {'; '.join(source.changes)}")
     if args.origin:
         print(f"start from it with checkpoint.init_from={args.out} model='{json.dumps(asdict(source.shape))}'")
         print(f"and data prepared with --tokenizer {args.out}")

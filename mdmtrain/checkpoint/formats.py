@@ -157,6 +157,8 @@ def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
     if target in TRANSFORMERS:
         shape = replace(shape, causal=config.get("is_causal") is not False, qk_norm=target == "qwen3")
         other |= {"rope_type": rope["rope_type"]} if rope.get("rope_type", "default") != "default" else {}
+        windows = set(config.get("layer_types") or ()) - {"full_attention"}
+        other |= {"layer_types": sorted(windows)} if windows else {}
     if other:
         raise ValueError(f"our model has no {other}")
     return shape, int(defaults[LENGTHS[target]])

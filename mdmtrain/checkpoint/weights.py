@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from mdmtrain.checkpoint import formats, storage, store
 from mdmtrain.config import Config, validate
-from mdmtrain.data.tokenizer import MODEL_FILE, read_folder
+from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.parallel.world import describe_error
 
@@ -34,6 +34,7 @@ class Weights:
     tokenizer: bytes  # content of its model file
     facts: dict  # config, and where known: identity, weights (raw or average), step, tokens, git_revision, evaluation
     read: Callable[[str], Tensor]  # our name of a parameter -> all of it, on the CPU; ValueError where it is damaged
+    changes: tuple[str, ...] = ()  # what was changed to make a causal model the start of a bidirectional one
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -159,7 +160,20 @@ def open_folder(folder: Path, kind: str) -> Weights:
 
     if not facts or ModelShape(**facts["identity"]["model"]) != shape:
         facts = {**facts, "config": bare.model_dump(mode="json")}
-    return Weights(folder, shape, tokenizer.model, facts, read)
+    changes = _changes(stored, shape, tokenizer, known, kept) if start_anew else ()
+    return Weights(folder, shape, tokenizer.model, facts, read, changes)
+
+
+def _changes(stored: ModelShape, shape: ModelShape, tokenizer: Tokenizer, known: int, kept: int) -> tuple[str, ...]:
+    """What a causal model was given to start a bidirectional one, for people. known: tokens that it had before."""
+    changes = ["attention is bidirectional now, it was causal"]
+    numbers = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+    if added := [f"{tokenizer.pieces()[number]} ({number})" for number in numbers if number >= known]:
+        changes.append(f"new tokens: {', '.join(added)}")
+    if kept < shape.vocab_size:
+        rows = f"embedding: {stored.vocab_size} -> {shape.vocab_size} rows"
+        changes.append(f"{rows}, those from {kept} on are the mean of the ones before")
+    return tuple(changes)
 
 
 def _read_json(file: Path) -> dict:

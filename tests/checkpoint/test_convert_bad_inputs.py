@@ -198,6 +198,12 @@ def rotary_scaling(lab):
     return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(rope)).parent, "--from", "llama"]
 
 
+@case("{lab}/llama/config.json", "our model has no {'layer_types': ['sliding_attention']}")
+def sliding_windows(lab):
+    layers = {"layer_types": ["full_attention", "sliding_attention"]}
+    return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(layers)).parent, "--from", "llama"]
+
+
 @case("{lab}/llama/config.json", "lacks num_hidden_layers")
 def configuration_incomplete(lab):
     edit_json(lab.copy("llama") / "config.json", lambda config: config.pop("num_hidden_layers"))

@@ -361,10 +361,15 @@ def foreign(tmp_path_factory, request) -> Path:
     return out
 
 
-def test_a_causal_model_becomes_a_bidirectional_start(foreign, tmp_path):
+def test_a_causal_model_becomes_a_bidirectional_start(foreign, tmp_path, capsys):
     """Its values stay; it gets pad and mask tokens, whose rows are means; attention goes both ways."""
     transformers = pytest.importorskip("transformers")
     convert(foreign, "--from", foreign.name, "--out", tmp_path / "start")
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed for masked diffusion")]
+    assert said.endswith(
+        "attention is bidirectional now, it was causal; new tokens: <|mdm_pad|> (300), <|mdm_mask|> (301); "
+        "embedding: 304 -> 320 rows, those from 300 on are the mean of the ones before"
+    )
     start = open_checkpoint(tmp_path / "start")
     tokenizer, theirs = Tokenizer.load(tmp_path / "start"), transformers.AutoTokenizer.from_pretrained(foreign)
     text = Path(__file__).read_text() + "<|end|> <|mdm_mask|> \u2581 "

@@ -356,10 +356,17 @@ def test_the_plan_is_frozen_and_leaves_the_configuration_alone():
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
+def files_of(path: Path) -> list[str]:
+    """A configuration with what it is laid over: an arm over any preset, fine-tuning over its base."""
+    folder = path.parent if path.parent.name == "configs" else path.parent.parent
+    below = {"arms": ["quickstart.yaml"]}.get(path.parent.name, [])
+    below = ["finetune-base.yaml"] if path.name == "finetune.yaml" else below
+    return [*(str(folder / name) for name in below), str(path)]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_that_we_ship_loads_and_resolves(path):
-    files = [path] if path.parent.name == "configs" else [path.parent.parent / "quickstart.yaml", path]
-    resolve(config.load([str(file) for file in files]), 1)
+    resolve(config.load(files_of(path)), 1)
 
 
 ARMS = [path for path in CONFIGS if path.parent.name == "arms"]
@@ -375,8 +382,8 @@ def test_an_arm_is_the_same_over_every_configuration(base, path):
     tree = yaml12.read_file(str(path))
     assert tree.keys() == {"diffusion", "optim"} | ({"model"} if path.stem == "ar" else set())
     assert tree["diffusion"].keys() == METHODS and tree["optim"].keys() == {"name", "muon_lr"}
-    presets = [str(file) for file in CONFIGS if file.parent.name == "configs"]
-    arms = [config.load([below, str(path)]) for below in (base, *presets)]
+    presets = [files_of(file) for file in CONFIGS if file.parent.name == "configs"]
+    arms = [config.load([*below, str(path)]) for below in ([base], *presets)]
     methods = [arm.diffusion.model_dump(include=METHODS) for arm in arms]
     assert all(one == methods[0] for one in methods) and len({arm.optim.name for arm in arms}) == 1
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.checkpoint.weights import Weights, open_checkpoint, open_folder
+from mdmtrain.checkpoint.weights import Weights, open_checkpoint, open_folder, read_json
 from mdmtrain.config import Config, upgrade, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
@@ -53,7 +53,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
 
 def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedModel:
     opened = world.agree(lambda: open_any(folder, weights))
-    theirs = world.agree(lambda: formats.shape_from(exported_kind(folder), _config_of(folder))[0])
+    theirs = world.agree(lambda: formats.shape_from(exported_kind(folder), read_json(folder / "config.json"))[0])
     if theirs.causal:  # open_folder would give it the attention of the masked model that it can become
         raise AgreedError(
             f"{folder}: a causal model, which fills no masks: start a masked one from it (tools/convert_ckpt.py "
@@ -88,18 +88,11 @@ def is_exported(path: Path) -> bool:
 
 def exported_kind(folder: Path) -> str:
     """Whose names an exported folder uses, as in formats.MODEL_TYPES. Raises ValueError."""
-    kind = _config_of(folder).get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
     if kind not in kinds:
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
     return kinds[kind]
-
-
-def _config_of(folder: Path) -> dict:
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder / 'config.json'}: damaged (no JSON object): get the original file") from None
 
 
 def open_any(source: Path, weights: str | None) -> Weights:

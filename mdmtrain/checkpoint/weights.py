@@ -90,7 +90,7 @@ def _run_facts(checkpoint: Path, step: int) -> dict:
     environment, metrics = (checkpoint.parent.parent / name for name in ("environment.json", "metrics.jsonl"))
     facts = {}
     if environment.is_file():
-        facts["git_revision"] = _read_json(environment).get("git_revision")
+        facts["git_revision"] = read_json(environment).get("git_revision")
     if metrics.is_file():
         with open(metrics, encoding="utf-8") as file:
             records = [json.loads(line) for line in file if '"split"' in line and line.endswith("\n")]
@@ -114,8 +114,8 @@ def open_folder(folder: Path, kind: str) -> Weights:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no model folder (no config.json): name the folder that holds it")
-    config = _read_json(folder / "config.json")
-    facts = _read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
+    config = read_json(folder / "config.json")
+    facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
     if facts and not {"identity", "config", "sha256"} <= facts.keys():
         raise ValueError(f"{folder / FACTS_FILE}: incomplete: get the original file")
     try:
@@ -176,7 +176,8 @@ def _changes(stored: ModelShape, shape: ModelShape, tokenizer: Tokenizer, known:
     return tuple(changes)
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The JSON object in a file of a model folder. Raises ValueError."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
@@ -229,7 +230,7 @@ def _shards(folder: Path) -> list[Path]:
     """The files that hold the tensors. Raises ValueError where there are none that we read, or nothing names them."""
     index, single = folder / INDEX_FILE, folder / "model.safetensors"
     if index.is_file():
-        places = _read_json(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(
                 f"{index}: no weight_map in it, which names the file of each tensor: get the original file"

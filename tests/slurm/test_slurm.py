@@ -247,7 +247,7 @@ def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):
 
 
 def test_a_submitit_script_of_ones_own(cluster, corpus, tmp_path):
-    """The example of docs/cluster.md; and a cluster that does not requeue: the run saves and says how to resume, also when it is preempted."""
+    """The example of docs/cluster.md. A cluster that does not requeue: the run saves and says how to resume."""
     script = tmp_path / "submit.py"
     script.write_text(re.search(r"```python\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)[1])
     file, run_dir = write_run(corpus, tmp_path, "own", 100_000)

@@ -99,10 +99,10 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     step, cursor, recorder = 0, START, StepRecorder(config, plan, world.device, world.rank)
     probe, pair = Probe(model, config, tokenizer.mask_id, world), GradientPair(model)
     if resumed is not None:
-        store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
+        meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
+        store.load(resumed, meta, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
         sampler.restored()
-        meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
         step, cursor = meta["step"], continued(meta, identity)
         recorder.restore(meta["recorder"], cursor, same_batch=not changes(meta, identity))
         origin = describe_resume(resumed, meta, identity, config)

@@ -12,9 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-
 from mdmtrain.parallel.world import describe_error, writing
 
 
@@ -95,37 +92,3 @@ def held(folder: Path) -> bool:
     except FileNotFoundError:  # never completed
         return False
     return False
-
-
-# ---- DCP's files
-
-
-class _OwnErrors:
-    """Brings out what the system said: torch's archive writer covers a failed write with an error of its own."""
-
-    def write_data(self, plan, planner):
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            # It goes to the other ranks, and what a library raises may not survive pickling.
-            raise cause if isinstance(cause, OSError) else OSError(describe_error(cause)) from None
-
-
-class _DiskWriter(_OwnErrors, dcp.FileSystemWriter):
-    pass
-
-
-class _FsspecWriter(_OwnErrors, FsspecWriter):
-    pass
-
-
-def storage_writer(folder: Path) -> dcp.StorageWriter:
-    """DCP's writer for a folder. It gets tensors on the CPU, so that copying them ahead has nothing to win."""
-    if isinstance(folder, Path):
-        return _DiskWriter(folder, per_thread_copy_ahead=0)
-    return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
-
-
-def storage_reader(folder: Path) -> dcp.StorageReader:
-    return dcp.FileSystemReader(folder) if isinstance(folder, Path) else FsspecReader(str(folder))

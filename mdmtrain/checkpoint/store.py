@@ -1,10 +1,9 @@
 """State to disk and back.
 
-A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with torch.distributed.checkpoint files and `meta.json`, which is
-written last: a folder without it does not count. It holds its tokenizer too, so it can be used by itself. Nothing in it
-is keyed by rank, so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says
-the rest.
+A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with a safetensors file from each rank, the tokenizer, and
+`meta.json`, which is written last: a folder without it is not complete. meta.json says where the rows of each tensor
+are (layout.py), so any number of ranks can read what any other number wrote. Tensors are named `model.*`, `exp_avg.*`,
+`exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says the rest.
 """
 
 import json
@@ -12,7 +11,6 @@ import logging
 import math
 import textwrap
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
@@ -20,36 +18,34 @@ from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
 
 from mdmtrain import yaml12
+from mdmtrain.checkpoint import version1
+from mdmtrain.checkpoint.layout import Layout, divide
 from mdmtrain.checkpoint.storage import (
     checksum,
     held,
     place,
     remove,
     storage_errors,
-    storage_reader,
-    storage_writer,
     write_atomically,
 )
+from mdmtrain.checkpoint.tensor_files import TensorReader, file_blocks, write_file
 from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.optim import EMA, Optimizer
-from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
+from mdmtrain.optim import EMA, Optimizer, local
+from mdmtrain.parallel.world import AgreedError, T, World, describe_error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
 NO_SCORES: Mapping[int, float] = {}
 HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # waiting heals none
 log = logging.getLogger("mdmtrain")
-# DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
-warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
@@ -83,15 +79,11 @@ def adam_steps(optimizer: Optimizer) -> list[Tensor]:
 # ---- writing
 
 
-class Streaming(DefaultSavePlanner):
-    """Gives DCP each tensor when it writes it: read(name) is the whole tensor, or this rank's part of it."""
-
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index) -> Tensor:
-        return self._read(index.fqn)
+def layout_of(tensors: Mapping[str, Tensor], world: World) -> Layout:
+    """Which rank writes which rows: every rank about as many bytes."""
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    shards = next(iter(sharded.values())).device_mesh.size(-1) if sharded else 1
+    return divide(tensors, sharded, world.size // shards, shards)
 
 
 def save(
@@ -100,15 +92,16 @@ def save(
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove those that are not to be kept. A collective.
 
-    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. scores: the validation
-    NELBO after a step, of those that were evaluated, for checkpoint.keep_best; needed on rank 0. An attempt that failed
-    is made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last
-    one failed on any; what was complete before stays complete.
+    copies: this rank's part of each tensor that it writes, on the CPU; without them, the live tensors are written.
+    scores: the validation NELBO after a step, of those that were evaluated, for checkpoint.keep_best; needed on rank 0.
+    An attempt that failed is repeated, but not after failures that time does not heal (a full disk). Raises AgreedError
+    on every rank when the last attempt failed on any; what was complete before stays complete.
     """
-    folder = home / f"step-{step:08d}"
+    folder, layout = home / f"step-{step:08d}", layout_of(tensors, world)
+    read = (lambda name: local(tensors[name]).cpu()) if copies is None else copies.__getitem__
     for pause in (*RETRY_SECONDS, None):
         try:
-            _write(folder, tensors, {"step": step, **meta}, tokenizer, world, copies)
+            _write(folder, layout, read, {"step": step, **meta}, tokenizer, world)
             break
         except AgreedError as error:
             with suppress(AgreedError):  # what then stays of it has no marker, and goes with the next checkpoint
@@ -127,35 +120,47 @@ class _Hopeless(AgreedError):
     """A failure that no waiting heals."""
 
 
-def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: World, copies: dict | None) -> None:
-    world.agree(lambda: remove(folder), main_only=True)
-    planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
-    try:
-        dcp.save(tensors, storage_writer=storage_writer(folder), planner=planner, process_group=world.control)
-    except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        cause = _root_cause(error)  # of the first rank that failed: the same on all of them
-        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: "
-        number = cause.errno if isinstance(cause, OSError) else None
-        problem += f"{'free the disk' if number in (ENOSPC, EDQUOT) else 'see to the storage'} and start again"
-        raise (_Hopeless if number in HOPELESS else AgreedError)(problem) from None
-
-    def add_tokenizer() -> list[str]:
-        with writing(folder), storage_errors(folder):
-            (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
-            return [file.name for file in folder.iterdir()]
+def _write(
+    folder: Path, layout: Layout, read: Callable[[str], Tensor], meta: dict, tokenizer: Path, world: World
+) -> None:
+    def prepare() -> None:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def commit() -> None:
-        with writing(folder), storage_errors(folder):
-            write_marker(folder, meta, sums)
+        names = map(layout.file_name, range(layout.files))
+        files = dict(zip(names, written, strict=True))
+        files[TOKENIZER_FILE] = write_file(folder / TOKENIZER_FILE, [tokenizer.read_bytes()])
+        write_marker(folder, meta, layout, files)
 
-    sums = _checksums(folder, world.agree(add_tokenizer, main_only=True), world)
-    world.agree(commit, main_only=True)
+    _write_together(prepare, folder, world, main_only=True)
+    blocks = file_blocks(layout.header(world.rank), read)
+    written = _write_together(lambda: write_file(folder / layout.file_name(world.rank), blocks), folder, world)
+    _write_together(commit, folder, world, main_only=True)
 
 
-def write_marker(folder: Path, meta: dict, sums: dict[str, str]) -> None:
-    """Write meta.json, which makes a complete checkpoint of what else is in the folder. sums: checksums by file."""
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir(), key=str)}
-    whole = {"format_version": FORMAT_VERSION, **meta, "files": files, "crc32": sums}
+def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
+    """What `act` returns on every rank, or on rank 0 alone. A collective. Where it fails on any, all raise the same."""
+    result, failure = None, None
+    if world.is_main or not main_only:
+        try:
+            with storage_errors(folder):
+                result = act()
+        except (OSError, ValueError) as error:
+            failure = str(error), getattr(error, "errno", None)
+    outcomes = world.gather((result, failure))
+    if failures := [failure for _, failure in outcomes if failure]:
+        text, number = failures[0]
+        todo = "free the disk" if number in (ENOSPC, EDQUOT) else "see to the storage"
+        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(text, 120)}: {todo} and start again"
+        raise (_Hopeless if number in HOPELESS else AgreedError)(problem)
+    return [result for result, _ in outcomes]
+
+
+def write_marker(folder: Path, meta: dict, layout: Layout, files: Mapping[str, tuple[int, str]]) -> None:
+    """Write meta.json, which makes a complete checkpoint of a folder. files: the size and checksum of each."""
+    sizes, sums = ({name: both[part] for name, both in files.items()} for part in (0, 1))
+    whole = {"format_version": FORMAT_VERSION, **meta, "layout": layout.to_json(), "files": sizes, "crc32": sums}
     whole["own_crc32"] = _own_checksum(whole)
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
 
@@ -192,27 +197,7 @@ def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
     return sorted(scored, key=lambda folder: (scores[step_of(folder)], step_of(folder)))
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
 # ---- checksums
-
-
-def _checksums(folder: Path, names: list[str], world: World) -> dict[str, str]:
-    """The checksums of a checkpoint's files. A collective: each rank reads what it wrote, which is in its cache."""
-
-    def reader(name: str) -> int:
-        rank = name.removeprefix("__").split("_")[0]  # DCP names files __RANK_NUMBER.distcp
-        return int(rank) % world.size if rank.isdigit() else 0
-
-    def mine() -> dict[str, str]:
-        with storage_errors(folder):
-            return {name: checksum(folder / name) for name in names if reader(name) == world.rank}
-
-    return {name: value for part in world.gather(world.agree(mine)) for name, value in part.items()}
 
 
 def damage(folder: Path, world: World) -> str | None:
@@ -221,9 +206,14 @@ def damage(folder: Path, world: World) -> str | None:
     Reads all of them once, each rank its share. Checkpoints from before there were checksums count as sound.
     """
     stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
-    found = _checksums(folder, list(stated), world)
-    changed = [name for name in stated if found[name] != stated[name]]
-    return f"{folder / changed[0]}: its content has changed (checksum)" if changed else None
+
+    def changed() -> list[str]:
+        with storage_errors(folder):
+            mine = list(stated)[world.rank :: world.size]  # the file that it wrote, on as many ranks
+            return [name for name in mine if checksum(folder / name) != stated[name]]
+
+    found = sorted(name for part in world.gather(world.agree(changed)) for name in part)
+    return f"{folder / found[0]}: its content has changed (checksum)" if found else None
 
 
 # ---- reading
@@ -321,11 +311,11 @@ def read_meta(folder: Path) -> dict:
         version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{marker}: format version {version}, this mdmtrain reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(f"{marker}: format version {version}, this mdmtrain reads 1 and {FORMAT_VERSION}")
     if stated is not None and stated != _own_checksum(meta):
         raise ValueError(f"{marker}: its content has changed (checksum); use another checkpoint")
-    if not {"step", "identity", "has_average", "config"} <= meta.keys():
+    if not {"step", "identity", "has_average", "config"} | ({"layout"} if version > 1 else set()) <= meta.keys():
         raise ValueError(f"{marker}: incomplete; use another checkpoint")
     for name, size in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -346,15 +336,25 @@ def _today(meta: dict) -> dict:
     return {**meta, "config": config, "identity": identity}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Read the named tensors from a checkpoint into the given ones, whatever the number of ranks. A collective."""
-    try:
-        dcp.load(tensors, storage_reader=storage_reader(folder), process_group=world.control)
-    except (dcp.CheckpointException, OSError) as error:  # a RuntimeError: a rank has died
-        raise AgreedError(
-            f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: "
-            "use another one; without this one, its run goes on from the one before"
-        ) from None
+def load(folder: Path, meta: dict, tensors: dict[str, Tensor], world: World) -> None:
+    """Read the named tensors from a checkpoint into the given ones, whatever the number of ranks. A collective.
+
+    meta: what its meta.json says. Raises AgreedError.
+    """
+
+    def read() -> None:
+        try:
+            if meta["format_version"] == 1:
+                version1.load(folder, tensors, world.control)
+            else:
+                TensorReader(folder, Layout.from_json(meta["layout"])).read(tensors)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"cannot read checkpoint {folder}: {textwrap.shorten(describe_error(error), 120)}: "
+                "use another one; without this one, its run goes on from the one before"
+            ) from None
+
+    world.agree(read)
 
 
 def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:

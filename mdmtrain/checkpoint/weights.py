@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, storage, store, version1
+from mdmtrain.checkpoint.layout import Layout
+from mdmtrain.checkpoint.tensor_files import TensorReader, tensor_bytes
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
@@ -37,11 +37,6 @@ class Weights:
     changes: tuple[str, ...] = ()  # what was changed to make a causal model the start of a bidirectional one
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values as safetensors stores them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
 # ---- checkpoints
 
 
@@ -56,19 +51,15 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     source = store.chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = storage.storage_reader(folder)
     with _unreadable(folder):
-        index = reader.read_metadata()
-        reader.set_up_storage_reader(index, True)
+        if meta["format_version"] == 1:
+            tensor = version1.open_tensors(folder)
+        else:
+            tensor = TensorReader(folder, Layout.from_json(meta["layout"])).whole
 
     def read(name: str, _held=held) -> Tensor:
-        key, planner = f"{source}.{name}", DefaultLoadPlanner()
         with _unreadable(folder):
-            entry = index.state_dict_metadata[key]
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            planner.set_up_planner({key: tensor}, index, True)
-            reader.read_data(planner.create_local_plan(), planner).wait()
-        return tensor
+            return tensor(f"{source}.{name}")
 
     known = {key: meta[key] for key in ("identity", "config", "step", "tokens") if key in meta}
     facts = {"weights": "average" if source == "average" else "raw", **known, **_run_facts(folder, meta["step"])}
@@ -78,10 +69,8 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
 @contextmanager
 def _unreadable(folder: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP's notes on its own internals
-            yield
-    except Exception as error:  # whatever unpickling meets in a damaged file
+        yield
+    except Exception as error:  # whatever unpickling meets in a damaged file of format version 1
         raise ValueError(f"cannot read checkpoint {folder}: {describe_error(error)[:120]}: use another one") from None
 
 

@@ -44,7 +44,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
     from mdmtrain.parallel.world import AgreedError
 
     store.RETRY_SECONDS = (0.05, 0.05)
-    write, read, step = storage._DiskWriter.write_data, Dataset.__getitems__, module.optimizer_step
+    write, read, step = store.write_file, Dataset.__getitems__, module.optimizer_step
     seen = []
     for tree, fault in runs:
         if fault == "disturb":
@@ -53,12 +53,12 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
         failures = {"once": 1, "for good": 1 << 30}.get(fault, 0)
         saw = {"steps": 0, "order": {}, "error": ""}
 
-        def write_data(writer, *arguments):
+        def write_file(file, blocks):
             nonlocal failures
-            if world.rank == world.size - 1 and failures and "step-00000006" in str(writer.path):
+            if world.rank == world.size - 1 and failures and "step-00000006" in str(file):
                 failures -= 1
                 raise OSError(errno.EIO, "Input/output error")
-            return write(writer, *arguments)
+            return write(file, blocks)
 
         def getitems(dataset, wanted, saw=saw):
             batch = read(dataset, wanted)
@@ -70,7 +70,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
             saw["steps"] += 1
             return step(*arguments)
 
-        storage._DiskWriter.write_data, Dataset.__getitems__ = write_data, getitems
+        store.write_file, Dataset.__getitems__ = write_file, getitems
         module.optimizer_step = optimizer_step
         try:
             module.train(configuration.validate(tree, "test"), world)
@@ -121,8 +121,8 @@ def disturb(folder: Path) -> None:
         for step in (9, 12):
             if step > newest:
                 shutil.rmtree(folder / name / f"checkpoints/step-{step:08d}")
-    for file in ("flipped/checkpoints/step-00000009/__1_0.distcp", "elsewhere/step-00000012/.metadata"):
-        flip(folder / file)
+    for number, checkpoint in ((2, "flipped/checkpoints/step-00000009"), (1, "elsewhere/step-00000012")):
+        flip(folder / checkpoint / f"shard-0000{number}-of-00002.safetensors")
 
 
 def log_of(run: Path) -> str:

@@ -33,9 +33,9 @@ from launchers.lifecycle import read_state
 from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
+from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import Config, resolve
-from mdmtrain.monitor.logs import CommandParser, output_file, survive_terminal, user_errors
-from mdmtrain.parallel.world import heard
+from mdmtrain.parallel.stop import heard
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ROOT / "configs/arms"

@@ -358,7 +358,7 @@ def weights_of_a_very_long_period(lab):
 @case("train", "{lab}/run is in use by process", "on ", "choose another run.dir", start=cold)
 def run_folder_in_use(lab):
     lab.copy_run()
-    program = "import sys; from mdmtrain.checkpoint.run_folder import RunLock, Path; lock = RunLock(Path(sys.argv[1]))"
+    program = "import sys; from mdmtrain.checkpoint.run_lock import RunLock, Path; lock = RunLock(Path(sys.argv[1]))"
     holder = subprocess.Popen(
         [sys.executable, "-c", program + "; print('held', flush=True); sys.stdin.read()", str(lab.run)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

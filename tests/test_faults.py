@@ -25,6 +25,7 @@ from launchers import lifecycle
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import RunConfig
+from mdmtrain.exit_status import STOPPED_EARLY
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.parallel import world as parallel
 from mdmtrain.parallel.watchdog import Watchdog, judge
@@ -42,7 +43,8 @@ def watched(world, trees: dict[str, dict]) -> dict:
     """Several runs, some disturbed; what this rank saw of each."""
     from mdmtrain import likelihood, train
     from mdmtrain.monitor.recorder import StepRecorder
-    from mdmtrain.parallel.world import AgreedError, Interrupted
+    from mdmtrain.parallel.stop import Interrupted
+    from mdmtrain.parallel.world import AgreedError
 
     said, read = io.StringIO(), []
     cross_entropy, wait_for, save = train.masked_cross_entropy, StepRecorder.wait_for, store.save
@@ -175,12 +177,12 @@ def test_clocks_start_with_the_first_step(two_ranks):
 
 
 def test_the_time_left_counts_steps_alone(capsys, monkeypatch):
-    clock = iter([0.0, 100.0, 104.0])  # made; the steps begin; two of ten are done
+    clock = iter([100.0, 104.0])  # the steps begin; two of ten are done
     monkeypatch.setattr("mdmtrain.monitor.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = TrainingProgress(0, 10, visible=True)
-    progress.start_clock()
+    progress = TrainingProgress(0, 10, bits_per_nat=1.0, visible=True)
+    progress.start()
     record = {"step": 2, "loss": 1.0, "nelbo": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
-    progress.update(record, 1.0)
+    progress.update(record)
     assert capsys.readouterr().out.rstrip().endswith("ETA 0:16")
 
 
@@ -343,7 +345,7 @@ def test_a_dead_rank_is_named(broken, victim, said):
 
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
     folder, (zero, one) = broken("stop")
-    assert (zero.status, one.status) == (parallel.EARLY, parallel.EARLY) == (lifecycle.EARLY, lifecycle.EARLY)
+    assert (zero.status, one.status) == (STOPPED_EARLY, STOPPED_EARLY)
     assert zero.out == "stopped by SIGTERM in preparation, before any step: the same command begins again\n"
     assert zero.err == one.err == one.out == ""
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
@@ -405,5 +407,5 @@ def test_the_verdict():
 
 def test_a_run_without_its_last_evaluation_is_not_finished():
     running = lifecycle.State("slurm", "7", "running", starts=1, began_at=20)
-    stopped = lifecycle.Ended(lifecycle.EARLY, early=True)
+    stopped = lifecycle.Ended(STOPPED_EARLY, early=True)
     assert lifecycle.conclude(running, stopped, 100, 100, 3).phase == "requeued"

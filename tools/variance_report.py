@@ -25,6 +25,7 @@ from mdmtrain import config as configuration
 from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import load_model
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
 from mdmtrain.measure import (
@@ -36,7 +37,6 @@ from mdmtrain.measure import (
     mean_interval,
     ratio_interval,
 )
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
 ARMS = Path(__file__).resolve().parent.parent / "configs/arms"

@@ -10,8 +10,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from mdmtrain.config import Config
+from mdmtrain.files import replacing, writing
 from mdmtrain.monitor.logs import log
-from mdmtrain.parallel.world import writing
 
 METRICS = "metrics.jsonl"
 RECORD_BYTES, EVENT_BYTES = (950, 1_850), (1_250, 17_000)  # (of a step, more of a probe) in the two, measured
@@ -136,8 +136,8 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
     last, moved = 0, []
     if not file.exists():
         return last, moved
-    temporary, others = file.with_suffix(".tmp"), []
-    with open(file, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
+    others = []
+    with open(file, encoding="utf-8", errors="replace") as old, replacing(file) as new:
         for number, line in enumerate(old, 1):
             try:
                 if not line.endswith("\n"):
@@ -152,14 +152,11 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
             except (json.JSONDecodeError, KeyError, TypeError):
                 # A power cut may leave zeros behind what was brought to the disk.
                 log.warning("%s line %d was damaged and is left out", file, number)
-        new.flush()
-        os.fsync(new.fileno())
-    if others:  # first: a crash in between leaves them in both files, and never in none
-        with open(abandoned(file), "a", encoding="utf-8") as rest:
-            rest.writelines(others)
-            rest.flush()
-            os.fsync(rest.fileno())
-    os.replace(temporary, file)
+        if others:  # before the file is replaced: a crash in between leaves them in both files, and never in none
+            with open(abandoned(file), "a", encoding="utf-8") as rest:
+                rest.writelines(others)
+                rest.flush()
+                os.fsync(rest.fileno())
     return last, moved
 
 

@@ -23,7 +23,9 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from mdmtrain.config import RunConfig
-from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe_error, exit_at_once, meeting_point, reason
+from mdmtrain.exit_status import STOPPED_EARLY
+from mdmtrain.parallel.stop import AgreedStop, reason
+from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting_point
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -124,7 +126,7 @@ class Watchdog:
     def _leave_early(self, number: int) -> None:
         if self._world.is_main:
             print(f"stopped by {reason(number)} in preparation, before any step: the same command begins again")
-        exit_at_once(EARLY)
+        exit_at_once(STOPPED_EARLY)
 
     def _roll_call(self, why: str) -> None:
         if self._log.exists():

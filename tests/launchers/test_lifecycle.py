@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, lock_holder, read_state, write_state
+from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, read_state, write_state
 from launchers.slurm_client import seconds
+from mdmtrain.checkpoint.run_lock import lock_holder
+from mdmtrain.exit_status import STOPPED_EARLY
 
 RUNNING = State("slurm", "7", "running", starts=1, began_at=20)
 CRASH = Ended(1, error="it broke", node="n2")
@@ -16,15 +18,12 @@ def test_stops_go_on_without_end_and_crashes_without_progress_do_not():
     for _ in range(50):  # time limits: each start gets a little further, or nowhere
         state = conclude(begin(state, 20, 3), Ended(0), 20, 100, 3)
         assert state.phase == "requeued"
-    assert conclude(RUNNING, Ended(EARLY_STATUS, early=True), 20, 100, 1).phase == "requeued"
+    assert conclude(RUNNING, Ended(STOPPED_EARLY, early=True), 20, 100, 1).phase == "requeued"
     state = RUNNING
     for crashes, expected in ((1, "requeued"), (2, "requeued"), (3, "failed")):
         state = conclude(begin(replace(state, phase="requeued"), 20, 3), CRASH, 20, 100, 3)
         assert (state.crashes, state.phase, state.last_error) == (crashes, expected, "it broke")
     assert begin(state, 20, 3).phase == "failed", "a job that gave up must not start again"
-
-
-EARLY_STATUS = 75
 
 
 def test_progress_forgives_crashes():

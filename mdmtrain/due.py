@@ -26,10 +26,13 @@ class Due:
 def due_after(config: Config, step: int, stop: str = "") -> Due:
     """What is due after `step` steps. stop: the reason why the run stops here, "" where it does not.
 
-    A run that stops saves, and leaves the evaluation to its next start.
+    A run that stops saves at once: it leaves the evaluation to its next start, and the probe out.
     """
-    probe, evaluation, save, log = "", "", "", ""
-    if config.monitor.probe_every and step % config.monitor.probe_every == 0:
+    probe = ""
+    evaluation = ""
+    save = ""
+    log = ""
+    if config.monitor.probe_every and step % config.monitor.probe_every == 0 and not stop:
         probe = "monitor.probe_every"
     if config.evaluates(step) and not stop:
         evaluation = "eval.every, or the last step"

@@ -31,11 +31,6 @@ class Probe:
         self._model, self._config, self._mask_id, self._world = model, config, mask_id, world
         self._since = time.monotonic()
 
-    def due(self, step: int) -> bool:
-        """Is there a decomposition after `step` steps?"""
-        every = self._config.monitor.probe_every
-        return bool(every) and step % every == 0
-
     def decompose(
         self, process: ForwardProcess, validation: list[PreparedSplit], step: int
     ) -> tuple[dict[str, float | None], float, float]:

@@ -746,7 +746,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(lab,
     before = lab.state()
     line = warm("train", arguments, tmp_path / "x.out").refusal()
     assert "3 steps in a row had a non-finite loss" in line
-    assert "lower optim.lr" in line and f"{lab.run} goes on from its last checkpoint" in line
+    assert "lower optim.lr" in line and f"{lab.run} resumes from its last checkpoint" in line
     after = lab.state()
     metrics_before, metrics_after = before.pop("run/metrics.jsonl"), after.pop("run/metrics.jsonl")
     assert metrics_after.startswith(metrics_before)

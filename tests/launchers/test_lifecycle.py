@@ -1,5 +1,7 @@
 """What is decided when ranks have ended, and what is read from their last words."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, read_
 from launchers.slurm_client import seconds
 from mdmtrain.checkpoint.run_lock import lock_holder
 from mdmtrain.exit_status import STOPPED_EARLY
+from tests.conftest import ROOT
 
 RUNNING = State("slurm", "7", "running", starts=1, began_at=20)
 CRASH = Ended(1, error="it broke", node="n2")
@@ -89,6 +92,12 @@ def test_last_words(text, error, node, early):
         lines.feed(line)
     assert lines.ended(9) == Ended(9, early, error, node)
     assert lines.ended(0) == Ended(0)
+
+
+def test_a_supervisor_needs_no_torch():
+    heavy = "{'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    program = f"import sys, launchers.supervise; assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_state_on_disk(tmp_path):

@@ -104,7 +104,8 @@ def abandon(folder: Path, step: int) -> list[Path]:
     moved = []
     for old in sorted(folder.glob(store.FOLDERS), key=str) if folder.is_dir() else []:
         if store.step_of(old) > step:
-            new, number = old.with_name(ABANDONED + old.name), 1
+            new = old.with_name(ABANDONED + old.name)
+            number = 1
             while new.exists():
                 number += 1
                 new = old.with_name(f"{ABANDONED}{old.name}-{number}")

@@ -26,8 +26,11 @@ class Saver:
     ):  # fmt: skip
         """resumed, identity, cursor: the checkpoint that the run resumes from; see `run_identity` and `continued`."""
         self.scores = scores
-        self._config, self._plan, self._world = config, plan, world
-        self._identity, self._cursor = identity, cursor
+        self._config = config
+        self._plan = plan
+        self._world = world
+        self._identity = identity
+        self._cursor = cursor
         self._writer = writer
         self._exports = SideExports(config, resumed, world.is_main)
 

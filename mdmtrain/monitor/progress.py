@@ -23,7 +23,8 @@ class TrainingProgress:
         """The steps begin: what came before does not count for the time left."""
         self._start = time.monotonic()
         if self._visible and sys.stdout.isatty():
-            done, numbers = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}")
+            done = TextColumn("step {task.completed}/{task.total}")
+            numbers = TextColumn("{task.fields[numbers]}")
             self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers)
             self._bar.start()
             self._task = self._bar.add_task("train", total=self._steps, completed=self._first, numbers="starting")

@@ -18,7 +18,8 @@ from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATIST
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
 CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
 SLOW = 1.5  # times the median of the ranks' own seconds: a slow rank
-SLOW_FLUSHES, SLOW_WARNING = 3, 50  # flushes in a row before it is called slow, and until it is called so again
+SLOW_FLUSHES = 3  # flushes in a row before it is called slow
+SLOW_WARNING = 50  # and until it is called so again
 PAIR_DECAY = 0.9  # per pair, of the noise scale's two halves
 
 
@@ -82,8 +83,10 @@ class StepRecorder:
         self._bins = config.diffusion.bins
         self._complement = config.diffusion.views == "complement"
         self._clip_norm = config.optim.clip_norm
-        self._rows, self._positions = config.run.global_batch, plan.tokens_per_step
-        self._device, self._rank = device, rank
+        self._rows = config.run.global_batch
+        self._positions = plan.tokens_per_step
+        self._device = device
+        self._rank = rank
         parts = sums_of_a_step(self._bins, plan.world_size)
         self._sums = Layout(parts)
         self._numbers = Layout(parts | {"norm": 1, "skipped": 1})  # once they are added up
@@ -94,20 +97,25 @@ class StepRecorder:
         self._pending: list[_Pending] = []
         self._waited = 0.0
         self._flushed = time.monotonic()
-        self._asleep, self._awake = 0.0, awake()  # seconds asleep for data since the last step, and when that ended
-        self._own, self._slow = np.zeros(plan.world_size), 0
+        self._asleep = 0.0  # seconds asleep for data since the last step
+        self._awake = awake()  # when that ended
+        self._own = np.zeros(plan.world_size)
+        self._slow = 0
 
     def state(self) -> dict:
-        """What a resumed run needs to go on with the same numbers, for meta.json."""
+        """What a resumed run needs to continue with the same numbers, for meta.json."""
         baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
         return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
     def restore(self, state: dict, cursor: Cursor = START, same_batch: bool = True) -> None:
         """same_batch: with another one, how much steps differ is another matter: that is measured anew."""
-        self.cursor, self.skips_in_a_row = cursor, state["skips_in_a_row"]
+        self.cursor = cursor
+        self.skips_in_a_row = state["skips_in_a_row"]
         if same_batch:
-            self._means, self._last = state["means"], state["last"]
-        self._baseline, self._seen = np.array(state["baseline"]), np.array(state["seen"])
+            self._means = state["means"]
+            self._last = state["last"]
+        self._baseline = np.array(state["baseline"])
+        self._seen = np.array(state["seen"])
 
     def new_sums(self) -> Tensor:
         return torch.zeros(self._sums.length, dtype=torch.float64, device=self._device)
@@ -118,7 +126,8 @@ class StepRecorder:
 
     def wait_for(self, batches: Iterator):
         """The next micro-batch; the time that it takes counts as waiting for data."""
-        start, busy = time.monotonic(), awake()
+        start = time.monotonic()
+        busy = awake()
         batch = next(batches)
         waited = time.monotonic() - start
         self._waited += waited
@@ -143,7 +152,8 @@ class StepRecorder:
         """What this rank took since the last step, others' lateness not counted."""
         now = awake()
         sums[self._sums["seconds"]][self._rank] += now - self._awake + self._asleep
-        self._asleep, self._awake = 0.0, now
+        self._asleep = 0.0
+        self._awake = now
 
     def add_step(
         self,
@@ -170,7 +180,8 @@ class StepRecorder:
         assert self._pending, "flush follows at least one add_step"
         numbers = torch.stack([p.numbers for p in self._pending]).cpu().numpy()
         now = time.monotonic()
-        elapsed, steps = now - self._flushed, len(self._pending)
+        elapsed = now - self._flushed
+        steps = len(self._pending)
         records = [
             self._record(p, row, self._positions * steps / elapsed, self._waited / elapsed)
             for p, row in zip(self._pending, numbers, strict=True)
@@ -178,15 +189,18 @@ class StepRecorder:
         self._own = numbers[:, self._numbers["seconds"]].sum(axis=0)
         slow = self._own.max() > SLOW * np.median(self._own) and self._own.max() > elapsed / 4
         self._slow = self._slow + 1 if slow else 0
-        self._pending, self._waited = [], 0.0
-        self._flushed, self._awake = now, awake()  # CUDA's wait for the device may be awake
+        self._pending = []
+        self._waited = 0.0
+        self._flushed = now
+        self._awake = awake()  # CUDA's wait for the device may be awake
         return records
 
     def slow_rank(self) -> str | None:
         """Something to say of a rank that has been slow in each of the last few flushes; None the next few times."""
         if self._slow % SLOW_WARNING != SLOW_FLUSHES:
             return None
-        most, median = self._own.max(), np.median(self._own)
+        most = self._own.max()
+        median = np.median(self._own)
         return (
             f"rank {self._own.argmax()} takes {most / median:.1f} times the median of the ranks by itself (work and "
             "its wait for data, no wait for others), and all wait for it: look at its node"
@@ -194,7 +208,8 @@ class StepRecorder:
 
     def resume_clock(self) -> None:
         """Leave the time since the last flush (an evaluation, a save) out of the next speed."""
-        self._flushed, self._awake = time.monotonic(), awake()
+        self._flushed = time.monotonic()
+        self._awake = awake()
 
     def _record(self, pending: _Pending, numbers: np.ndarray, speed: float, wait: float) -> dict:
         parts = self._numbers.split(numbers)

@@ -50,7 +50,8 @@ class AgreedStop:
 
     def poll(self) -> int:
         """Call once a step on every rank. What some rank had been told by the step before: a signal's number,
-        TIME_LIMIT, or 0."""
+        TIME_LIMIT, or 0.
+        """
         if self._world.size == 1:  # nobody to agree with
             return self.requested
         agreed = 0

@@ -70,7 +70,8 @@ class World:
 
         If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
         """
-        result, failure = None, None
+        result = None
+        failure = None
         if self.is_main or not main_only:
             try:
                 result = act()
@@ -118,7 +119,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         check_launcher()
     if torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
         if here > gpus:
             raise ValueError(
                 f"{here} ranks on a node with {gpus} GPUs: start {gpus}, or hide them (CUDA_VISIBLE_DEVICES=)"
@@ -132,7 +134,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        device = torch.device("cpu")
+        backend = "gloo"
     longest = timedelta(minutes=timeout)
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))

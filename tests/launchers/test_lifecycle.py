@@ -8,7 +8,6 @@ import pytest
 
 from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, read_state, write_state
 from launchers.slurm_client import seconds
-from mdmtrain.checkpoint.run_lock import lock_holder
 from mdmtrain.exit_status import STOPPED_EARLY
 from tests.conftest import ROOT
 
@@ -101,7 +100,7 @@ def test_a_supervisor_needs_no_torch():
 
 
 def test_state_on_disk(tmp_path):
-    assert read_state(tmp_path) is None and lock_holder(tmp_path) is None
+    assert read_state(tmp_path) is None
     (tmp_path / "job").mkdir()
     write_state(tmp_path, RUNNING)
     assert read_state(tmp_path) == RUNNING

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from launchers.sweep import Run, interval, planned_runs, train_all
+from launchers.comparison import Run, interval
+from launchers.sweep import planned_runs, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store

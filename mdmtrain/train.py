@@ -52,12 +52,13 @@ from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, disk_use, evaluated, v
 from mdmtrain.monitor.profile import Profiler, out_of_memory
 from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.monitor.run_log import RunLog
-from mdmtrain.optim import EMA, GradientPair, Optimizer, build_optimizer, learning_rate, optimizer_step
+from mdmtrain.optim import EMA, Optimizer, build_optimizer, learning_rate, optimizer_step
 from mdmtrain.parallel.parallelize import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.parallel.stop import Interrupted, reason
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world, set_timeout
-from mdmtrain.probe import Probe
+from mdmtrain.variance.pair import GradientPair
+from mdmtrain.variance.probe import Probe
 
 LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
 GARBAGE_EVERY = 50  # steps: when Python looks for young cycles, on all ranks together; for old ones, at a save
@@ -369,8 +370,8 @@ def fit_rates(probe: Probe, state: State, inputs: Inputs, config: Config, world:
     fit = config.diffusion
     size = f"{fit.fit_rates} rates x {fit.fit_sequences} sequences x {fit.fit_masks} masks"
     say(world, f"fitting p(t) to {size}")
-    p = probe.fit(state.sampler.process(0.0), inputs.sources)
-    state.sampler.use(world.agree(lambda: p, main_only=True))  # the same bits everywhere
+    fitted = probe.fit(state.sampler.process(0.0), inputs.sources)
+    state.sampler.use(world.agree(lambda: fitted.p, main_only=True))  # the same bits everywhere
 
 
 def bits_per_nat(validation: list[PreparedSplit]) -> float:

@@ -26,10 +26,10 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.layout import divide
 from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.monitor.logs import CommandParser, user_errors
 
 T = TypeVar("T")
 TOOL = Path(__file__).with_name("convert_ckpt.py")

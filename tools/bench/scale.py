@@ -38,9 +38,9 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.layout import Layout, chunk
 from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import CheckpointConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
-from mdmtrain.monitor.logs import CommandParser, user_errors
 from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")

@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,8 +119,8 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
 def measure_groups(ranks: int) -> dict[str, float]:
     """Makes three groups one after the other: a run had three, and has two."""
     context = multiprocessing.get_context("fork")  # torch is imported once
-    meeting, found = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), context.SimpleQueue()
-    processes = [context.Process(target=open_groups, args=(n, ranks, meeting.port, found)) for n in range(ranks)]
+    found, port = context.SimpleQueue(), free_port()
+    processes = [context.Process(target=open_groups, args=(n, ranks, port, found)) for n in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
@@ -128,12 +129,12 @@ def measure_groups(ranks: int) -> dict[str, float]:
 
 
 def open_groups(rank: int, ranks: int, port: int, found) -> None:
-    meeting = dist.TCPStore("127.0.0.1", port, is_master=False)
+    meeting = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     result = {}
 
     def counted(group: str, make: Callable[[], object]) -> None:
         before = traffic()
-        make()
+        dist.barrier(make())
         meeting.add(group, 1)
         while meeting.add(group, 0) < ranks:
             time.sleep(0.05)
@@ -144,9 +145,18 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
     counted("1 group", lambda: dist.init_process_group("gloo", **arguments))
     counted("2 groups", lambda: dist.new_group(backend="gloo"))
     counted("3 groups", lambda: dist.new_group(backend="gloo"))
-    if rank == 0:
+    if rank == 1:  # rank 0 has the connections of the store too
         found.put(result)
+    meeting.add("left", 1)
+    while rank == 0 and meeting.add("left", 0) < ranks:  # it keeps the store for the others
+        time.sleep(0.05)
     os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def sockets() -> int:

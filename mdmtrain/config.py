@@ -376,6 +376,9 @@ class MonitorConfig(Section):
 
     log_every: int = Field(10, gt=0, description="steps between progress lines and metric flushes")
     tensorboard: bool = Field(True, description="write RUN/events")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that mirrors the records (pip install wandb)"
+    )
     record_every: int = Field(
         1, gt=0, description="steps between training records in metrics.jsonl and TensorBoard; less takes more disk"
     )

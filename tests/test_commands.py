@@ -74,12 +74,12 @@ def test_run_folder(trained):
 def test_tensorboard_shows_what_metrics_say(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained / "events"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(trained / "events" / trained.name), size_guidance={"scalars": 0})
     events.Reload()
-    drawn = {event.step: event.value for event in events.Scalars("train/loss")}
+    drawn = {event.step: event.value for event in events.Scalars("Overview/loss")}
     written = {r["step"]: r["loss"] for r in read_metrics(trained) if "split" not in r}
     assert drawn.keys() == written.keys()
-    assert [image.step for image in events.Images("train/rate_density")] == [15, 30]
+    assert [image.step for image in events.Images("variance/rate_density")] == [15, 30]
     assert all(drawn[step] == pytest.approx(value, rel=1e-6) for step, value in written.items())
 
 

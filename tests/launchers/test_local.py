@@ -71,5 +71,5 @@ def test_crashes_without_progress_are_bounded(small_run, tmp_path):
             os.kill(rank, signal.SIGKILL)
         time.sleep(0.2)
     output = process.stdout.read()
-    assert process.returncode == 2 and "given up after 2 crashes without a new checkpoint" in output, output
+    assert process.returncode == 2 and "failed after 2 crashes without a new checkpoint" in output, output
     assert "Traceback" not in output and read_state(tmp_path / "run").phase == "failed"

@@ -149,7 +149,7 @@ def test_what_an_interactive_allocation_has_set_does_not_reach_the_job(stub, run
         assert not {*inherited, "SBATCH_TIMELIMIT"} & set(theirs) and theirs["SLURM_CONF"] == "/conf"
     assert os.environ["SLURM_NTASKS"] == "3", "the caller's environment is as it was"
     assert "#SBATCH --time=3:00:00\n" in run_job(tmp_path / "run").paths.submission_file.read_text()
-    assert "not passed on: SBATCH_NO_REQUEUE: use --sbatch" in capsys.readouterr().out
+    assert "not passed on: SBATCH_NO_REQUEUE: give these options with --sbatch" in capsys.readouterr().out
 
 
 def test_a_cluster_that_does_not_requeue_is_noticed(stub, run_file, capsys):

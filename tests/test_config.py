@@ -459,7 +459,7 @@ def test_help_of_one_section(capsys):
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "optim.lr (required)" in shown and "run.dir" not in shown
-    with pytest.raises(ValueError, match="no section 'optimm' in a configuration: there are run, model, data"):
+    with pytest.raises(ValueError, match="unknown section 'optimm' of the configuration: choose from run, model, data"):
         config_help.text("optimm")
 
 

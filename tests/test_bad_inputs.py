@@ -517,7 +517,7 @@ def rows_longer_than_the_split_to_evaluate(lab):
     return [str(lab.folder / "checkpoint")]
 
 
-@case("evaluate", "other", "another tokenizer than the model's", "prepare it again with --tokenizer")
+@case("evaluate", "other", "another tokenizer than the model's", "prepare it again, with the folder")
 def data_of_another_tokenizer(lab):
     return [str(lab.finished), "--data", str(lab.other_corpus)]
 
@@ -573,7 +573,7 @@ def pairs_longer_than_the_model(lab):
     return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", record))]
 
 
-@case("evaluate", "--mc-num 7", "two sweeps", "an even number")
+@case("evaluate", "--mc-num 7", "systematic", "an even number")
 def draws_that_make_no_sweeps(lab):
     return [str(lab.finished), "--estimator", "systematic", "--mc-num", "7"]
 
@@ -588,7 +588,7 @@ def unknown_estimator(lab):
     return [str(lab.finished), "--estimator", "exact"]
 
 
-@case("evaluate", "--eps must lie between 0 and 1")
+@case("evaluate", "--eps must be between 0 and 1")
 def eps_that_is_no_rate(lab):
     return [str(lab.finished), "--estimator", "continuous", "--eps", "1.5"]
 
@@ -648,7 +648,7 @@ def gaps_that_do_not_fit(lab):
     return [str(lab.finished), "--input", str(file), "--gen-length", "16", "--output", str(lab.folder / "out.jsonl")]
 
 
-@case("generate", "--input already has the texts", "leave out --prefix")
+@case("generate", "--input cannot be combined with --prefix or --suffix")
 def prompts_twice(lab):
     return [str(lab.finished), "--input", str(lab.file("in.jsonl", '{"prefix": "a"}\n')), "--prefix", "b"]
 

@@ -215,7 +215,7 @@ def test_a_run_is_evaluated_from_anywhere_and_so_is_its_export(server, corpus, f
     assert made.status == 0 and "1 texts, " in made.out
     moved = Path(shutil.move(export_to, tmp_path / "moved"))
     line = from_elsewhere(away, "evaluate", [str(moved), "--weights", "raw"], tmp_path / "refused").refusal()
-    assert "is an exported folder, which has one kind of weights" in line
+    assert "is an exported folder, which has only one set of weights" in line
     (away / "data/corpus").rmdir()
     line = from_elsewhere(away, "evaluate", [str(moved)], tmp_path / "refused").refusal()
     assert "its data folder data/corpus is not found: name what to evaluate with --data" in line

@@ -110,7 +110,7 @@ def average_that_is_not_there(lab):
     return [lab.copy("checkpoint"), "--to", "native", "--weights", "average"]
 
 
-@case("qwen3 has qk_norm", "--to llama")
+@case("qwen3 needs qk_norm", "--to llama")
 def plain_model_in_qwen3(lab):
     return [lab.copy("native"), "--to", "qwen3"]
 

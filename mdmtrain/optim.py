@@ -85,7 +85,7 @@ def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: 
     """Clip the gradient and step. The step is skipped, on the device, if the loss or the gradient norm is not finite.
 
     healthy: bool scalar on the device, the same on every rank: whether the loss is finite. Returns (gradient norm
-    before clipping, skipped: 1.0 or 0.0), scalars on the device. The host waits for them only if parameters are offloaded.
+    before clipping, skipped: 1.0 or 0.0), scalars on the device. The host waits for them only with offloading.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters])

@@ -130,7 +130,7 @@ def causal_in_llada(lab):
     return [checkpoint(lab.folder / "causal", replace(SHAPE, causal=True), lab.corpus), "--to", "llada"]
 
 
-@case("float16 cannot hold", "bfloat16")
+@case("float16 cannot represent", "bfloat16")
 def values_too_large_for_float16(lab):
     def enlarge(tensors):
         tensors["head.weight"][0, 0] = 1e6
@@ -156,12 +156,12 @@ def shard_missing(lab):
     return [lab.folder / "llama", "--from", "llama"]
 
 
-@case("{lab}/native/model.safetensors", "cut short", "original")
+@case("{lab}/native/model.safetensors", "truncated", "original")
 def safetensors_cut_short(lab):
     return [cut(lab.copy("native") / "model.safetensors").parent, "--from", "native"]
 
 
-@case("{lab}/native/model.safetensors", "is not what was exported")
+@case("{lab}/native/model.safetensors", "has changed since the export")
 def safetensors_altered(lab):
     return [flip(lab.copy("native") / "model.safetensors").parent, "--to", "llama"]
 
@@ -234,7 +234,7 @@ def tokenizer_without_a_mask_token(lab):
     return [folder, "--from", "native"]
 
 
-@case("{lab}/native/model.safetensors", "cut short")
+@case("{lab}/native/model.safetensors", "truncated")
 def safetensors_with_a_header_that_lies(lab):
     file = lab.copy("native") / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])

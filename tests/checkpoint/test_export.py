@@ -499,7 +499,7 @@ def test_exports_beside_a_run(exports_of, corpus, tmp_path, caplog):
         exports.start(checkpoint_folder)
     exports.finish()
     assert [record.levelname for record in caplog.records if record.name == "mdmtrain"] == ["WARNING"]
-    assert f"export of {last} failed, the run goes on: " in caplog.text
+    assert f"export of {last} failed, training continues: " in caplog.text
     (tmp_path / "exports").unlink()
     exports = exports_of(4, resumed=last)
     new = finished_step(tmp_path, 8, corpus)

@@ -158,7 +158,7 @@ def test_another_vocabulary_is_refused_with_an_offer(finished, tmp_path):
     line = train(tmp_path / "new", finished, *new).refusal()
     assert "its vocabulary has 512 rows, not 640" in line and "checkpoint.resize_vocab=true" in line
     done = train(tmp_path / "new", finished, *new, "checkpoint.resize_vocab=true")
-    assert done.status == 0 and "resized: 512 of 512 pieces keep their rows" in done.out
+    assert done.status == 0 and "resized: 512 of 512 tokens keep their rows" in done.out
     # 128 more rows with the mean logit: the loss rises, by no more than their share of the softmax.
     was, now = ([r["nelbo"] for r in read_metrics(run) if "split" in r][-1] for run in (finished, tmp_path / "new"))
     assert was < now < was + 0.5

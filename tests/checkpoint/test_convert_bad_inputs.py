@@ -86,7 +86,7 @@ def no_source(lab):
     return [lab.folder / "nowhere", "--to", "llama"]
 
 
-@case("{lab}/folder", "not a complete checkpoint")
+@case("{lab}/folder", "neither a complete checkpoint")
 def not_a_checkpoint(lab):
     (lab.folder / "folder").mkdir()
     return [lab.folder / "folder", "--to", "llama"]
@@ -105,7 +105,7 @@ def out_below_a_file(lab):
     return [lab.copy("checkpoint"), "--to", "native"]
 
 
-@case("holds no weight average", "leave out --weights")
+@case("has no weight average", "leave out --weights")
 def average_that_is_not_there(lab):
     return [lab.copy("checkpoint"), "--to", "native", "--weights", "average"]
 

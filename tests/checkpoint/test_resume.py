@@ -90,6 +90,6 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_r
     (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
     config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
     with pytest.raises(
-        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+        ValueError, match=r"the checkpoints of .*run are in .*/run/checkpoints, and .*/new has none: copy them"
     ):
         resume.find_resume(config, resume.store.home(config), IDENTITY)

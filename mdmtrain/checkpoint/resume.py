@@ -137,9 +137,8 @@ def leave_behind(config: Config, home: Path, step: int) -> list[str]:
         moved += run_folder.abandon(home, step)
     if not moved:
         return []
-    return [
-        f"renamed, because they are from after step {step} (remove what you do not need): {', '.join(map(str, moved))}"
-    ]
+    names = ", ".join(map(str, moved))
+    return [f"renamed, because they are from after step {step} (remove what you do not need): {names}"]
 
 
 def differences(meta: dict, config: Config) -> list[str]:
@@ -235,9 +234,9 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
         (rows, theirs), (wanted, ours) = vocabularies
         what = "it has another tokenizer"
         if rows != wanted:
-            what = f"its vocabulary has {rows} rows, not {wanted}" + (
-                ", and another tokenizer" if theirs != ours else ""
-            )
+            what = f"its vocabulary has {rows} rows, not {wanted}"
+            if theirs != ours:
+                what += ", and another tokenizer"
         raise AgreedError(
             f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
             "the embedding and the head then move with their tokens, and new tokens start at the mean row"

@@ -145,7 +145,7 @@ def show(result: dict, console: Console) -> None:
         )
     if any(row["verdict"] == "other objective" for row in result["arms"].values()):
         console.print(
-            "the ratio of another objective means nothing alone, as its gradient differs: compare |E g|^2 / Tr Cov"
+            "the ratio of another objective is not meaningful, because its gradient differs: use |E g|^2 / Tr Cov"
         )
 
 

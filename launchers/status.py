@@ -7,6 +7,7 @@
 FOLDER is a run folder, or a folder that has run folders up to three levels below it.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -205,7 +206,11 @@ def main(arguments: list[str]) -> None:
             raise ValueError("resume: give a run folder")
         resume(Path(arguments[1]).absolute(), arguments[2:])
         return
-    parser = CommandParser(prog="python -m launchers.status", description=__doc__.split("\n\n")[0], epilog=__doc__)
+    parser = CommandParser(
+        prog="python -m launchers.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the examples
+    )
     parser.add_argument(
         "folder",
         type=Path,

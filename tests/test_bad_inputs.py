@@ -611,7 +611,7 @@ def blocks_that_do_not_fit(lab):
     return [str(lab.finished), "--gen-length", "12", "--block-length", "5"]
 
 
-@case("generate", "--steps 7 does not spread evenly over 4 blocks", "a multiple of 4")
+@case("generate", "--steps 7 cannot be divided evenly over 4 blocks", "a multiple of 4")
 def steps_that_do_not_fit(lab):
     return [str(lab.finished), "--gen-length", "8", "--block-length", "2", "--steps", "7"]
 

@@ -218,6 +218,6 @@ def test_a_run_is_evaluated_from_anywhere_and_so_is_its_export(server, corpus, f
     assert "is an exported folder, which has only one set of weights" in line
     (away / "data/corpus").rmdir()
     line = from_elsewhere(away, "evaluate", [str(moved)], tmp_path / "refused").refusal()
-    assert "its data folder data/corpus is not found: name what to evaluate with --data" in line
+    assert "its data folder data/corpus does not exist: give the data to evaluate with --data" in line
     line = from_elsewhere(away, "evaluate", [str(tmp_path / "data")], tmp_path / "refused").refusal()
     assert "name a run, a checkpoint or an exported folder" in line

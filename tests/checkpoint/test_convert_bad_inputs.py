@@ -179,7 +179,7 @@ def tensor_missing(lab):
     return [resave(lab.copy("native"), lambda tensors: tensors.pop("head.weight")), "--from", "native"]
 
 
-@case("q_proj.bias has no place", "another network")
+@case("q_proj.bias does not exist in our model", "another network")
 def tensor_that_we_have_no_place_for(lab):
     def add(tensors):
         tensors["layers.0.attention.q_proj.bias"] = torch.zeros(48)
@@ -192,13 +192,13 @@ def folder_of_another_kind(lab):
     return [lab.copy("llama"), "--from", "llada"]
 
 
-@case("{lab}/llama/config.json", "our model has no {'rope_type': 'llama3'}")
+@case("{lab}/llama/config.json", "our model does not support {'rope_type': 'llama3'}")
 def rotary_scaling(lab):
     rope = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}
     return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(rope)).parent, "--from", "llama"]
 
 
-@case("{lab}/llama/config.json", "our model has no {'layer_types': ['sliding_attention']}")
+@case("{lab}/llama/config.json", "our model does not support {'layer_types': ['sliding_attention']}")
 def sliding_windows(lab):
     layers = {"layer_types": ["full_attention", "sliding_attention"]}
     return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(layers)).parent, "--from", "llama"]
@@ -263,7 +263,7 @@ def shards_without_an_index(lab):
     return [lab.folder / "llama", "--from", "llama"]
 
 
-@case("norm.weight is in model", "original files")
+@case("norm.weight is also in model", "original files")
 def a_tensor_in_two_files(lab):
     folder = lab.copy("llama")
     last = sorted(folder.glob("model-*"))[-1]

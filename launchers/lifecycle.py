@@ -6,19 +6,20 @@
                       -> cancelled    by the user (scancel, status cancel)
                       -> stopped      by the user (launchers.local), or the cluster does not requeue: resume it by hand
 
-                      -> stopped      by the user (launchers.local), or the cluster cannot requeue: resume it by hand
-in RUN/job/state.json. This module and those that run inside a job (supervise.py, rank.py) import only the standard
-library, so that the supervisor does not take the memory of a second torch on its node.
+`begin` and `conclude` decide the phase. supervise.py acts on it with Slurm, local.py on one machine. The state is
+stored in RUN/job/state.json. This module and those that run inside a job (supervise.py, rank.py) import only the
+standard library and modules without torch, so that the supervisor does not take the memory of a second torch.
 """
 
-import fcntl
 import json
 import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-EARLY = 75  # exit status (EX_TEMPFAIL) of a rank that stopped on request before its first step or last evaluation
+from mdmtrain.exit_status import BAD_INPUT, STOPPED_EARLY
+from mdmtrain.files import replacing
+
 SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
 NOT_STARTED = re.compile(r"slurmstepd\S*: error: execve\(\): (.+)")  # Python or the container is not on the node
 PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
@@ -74,27 +75,13 @@ def read_state(run_dir: Path) -> State | None:
 
 def write_state(run_dir: Path, state: State) -> None:
     path = job_folder(run_dir) / "state.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(asdict(state), indent=1) + "\n")
 
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest committed checkpoint, 0 without one."""
     return max((int(p.parent.name[5:]) for p in (run_dir / "checkpoints").glob("step-*/meta.json")), default=0)
-
-
-def lock_holder(run_dir: Path) -> str | None:
-    """The process, on any node, that holds a run folder's lock (see RunLock), or None."""
-    lock = run_dir / ".lock"
-    if not lock.is_file():
-        return None
-    with open(lock, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None
 
 
 # ---- decisions
@@ -153,12 +140,12 @@ class ErrorLines:
 
     def rank_ended(self, node: str, ranks: str, how: str) -> None:
         """how: in srun's words, such as 'Killed' or 'Exited with exit code 1'."""
-        self.early |= how.endswith(f"exit code {EARLY}")
+        self.early |= how.endswith(f"exit code {STOPPED_EARLY}")
         if self._death:
             return  # the first rank that ended is the cause; the others ended because they lost their peer
         self._death = f"rank {ranks} on {node}: {how}"
         self._killed = "exit code" not in how
-        if not how.endswith("exit code 2"):  # 2 is an error of the user: the node is not at fault
+        if not how.endswith(f"exit code {BAD_INPUT}"):  # with bad input, the node is not at fault
             self.node = node
 
     def ended(self, status: int) -> Ended:

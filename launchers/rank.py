@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launchers.lifecycle import EARLY, this_job  # noqa: E402
+from launchers.lifecycle import this_job  # noqa: E402
 from launchers.supervise import guard  # noqa: E402
+from mdmtrain.exit_status import STOPPED_EARLY  # noqa: E402
 
 
 def from_slurm() -> None:
@@ -35,14 +36,14 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         # Until training installs its own handlers, a signal ends the rank with status 75. What nohup ignores stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(EARLY))
+            signal.signal(number, lambda *_: os._exit(STOPPED_EARLY))
     if "RANK" not in os.environ:
         from_slurm()
         if os.environ["RANK"] == "0":
             guard(this_job())
 
     from mdmtrain import train
-    from mdmtrain.monitor.logs import user_errors
+    from mdmtrain.command import user_errors
 
     with user_errors():
         train.main(sys.argv[1:])

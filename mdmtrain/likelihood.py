@@ -28,6 +28,7 @@ from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.parallel.parallelize import reshard
+from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
@@ -186,8 +187,16 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     return MaskedBatch(counted.noisy, flat, ids.flatten()[flat], P.float(), P.float())
 
 
-def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, mask_id: int, world: World) -> Estimate:
-    """Estimate the nats of each row. A collective; equal on any number of ranks.
+def estimate(
+    model: Transformer,
+    rows: Rows,
+    estimator: Estimator,
+    batch: int,
+    mask_id: int,
+    world: World,
+    watch: Watchdog | None = None,
+) -> Estimate:
+    """Estimate the nats of each row. A collective; equal on any number of ranks. watch: see `deal`.
 
     Every row must have an eligible position. A causal model cannot predict the first position of a row: if that is
     eligible, it counts with the mean of the others.
@@ -209,7 +218,7 @@ def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, m
         ce = model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, visible)
         return row_losses(ce, masked_batch)
 
-    return _by_row(deal(len(passes.row), batch, values, model, world), passes, tokens)
+    return _by_row(deal(len(passes.row), batch, values, model, world, watch), passes, tokens)
 
 
 def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
@@ -225,15 +234,29 @@ def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
 
 @torch.no_grad()
 def deal(
-    count: int, batch: int, values: Callable[[np.ndarray], Tensor], model: Transformer, world: World
+    count: int,
+    batch: int,
+    values: Callable[[np.ndarray], Tensor],
+    model: Transformer,
+    world: World,
+    watch: Watchdog | None = None,
 ) -> np.ndarray:
     """Compute values(numbers) for the numbers 0 .. count - 1, `batch` at a time, split over ranks. A collective.
 
     Returns float64 [count] in order. The batches do not depend on the number of ranks, and neither does the result.
+    watch: of a run in training. Each batch counts as progress, and a stop request raises Interrupted before a batch,
+    the same batch on all ranks.
     """
+
+    def dealt_batch(number: int) -> np.ndarray:
+        if watch is not None:
+            watch.at("evaluation")
+            watch.stop.check()
+        return values(batches[number]).double().cpu().numpy()
+
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
     try:
-        dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
+        dealt = world.deal(len(batches), dealt_batch)
     finally:  # also after an interruption
         reshard(model)
     return np.concatenate(dealt)

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint.store import write_atomically
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.command import CommandParser, output_file, user_errors
 
 # The parts in order of importance, with the time limit of each in seconds. Parts beyond the budget are left out.
 PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {

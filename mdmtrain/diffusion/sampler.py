@@ -61,20 +61,19 @@ class RateSampler:
         hits = self.tensors["hits"].cpu().numpy()
         if hits.min() < self._config.min_hits:
             return self.density.p
-        return fit(*self._moments(), self._config.floor, self._config.form).p
+        return fit_density(self._now(), *self._sums_and_counts()).p
 
     def picture(self) -> dict[str, list[float]]:
         """For display: the density in use, and the optimum for the statistics without floor (0 in empty bins)."""
-        return {"used": self.density.p.tolist(), "wanted": optimum(*self._moments()).tolist()}
+        wanted = optimum(*_bin_means(self._now(), *self._sums_and_counts()))
+        return {"used": self.density.p.tolist(), "wanted": wanted.tolist()}
 
-    def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Edges, mean statistic and omega of the cells. omega is that of the last step, because it may be annealed."""
-        sums = self.tensors["sums"].cpu().numpy()
-        counts = self.tensors["counts"].cpu().numpy()
-        edges = self.density.edges
-        now = self._process or self.process(0.0)
-        means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-        return edges, means, now.omega((edges[:-1] + edges[1:]) / 2)
+    def _now(self) -> ForwardProcess:
+        """The process of the last step. Its omega may be annealed, which also changes p."""
+        return self._process or self.process(0.0)
+
+    def _sums_and_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
 
     def use(self, p: np.ndarray) -> None:
         """Use this density from the next step on. p: float64 [bins]."""
@@ -84,6 +83,23 @@ class RateSampler:
     def restored(self) -> None:
         """Set the density from `tensors`. Call this after a checkpoint was loaded into them."""
         self.density = Density(self.density.edges, self.tensors["p"].cpu().numpy())
+
+
+def fit_density(process: ForwardProcess, sums: np.ndarray, counts: np.ndarray) -> Density:
+    """The P-POTS density fitted to statistics, with the form and the floor of the process's configuration.
+
+    sums, counts: float64 [bins], the sum of the rows' statistics in each bin, and the number of these rows.
+    """
+    return fit(*_bin_means(process, sums, counts), process.config.floor, process.config.form)
+
+
+def _bin_means(
+    process: ForwardProcess, sums: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges, mean statistic (0 in empty bins) and omega of the bins."""
+    edges = process.density.edges
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    return edges, means, process.omega((edges[:-1] + edges[1:]) / 2)
 
 
 def token_table(tokens: tuple[str | int, ...], pieces: list[str], key: str) -> Tensor | None:

@@ -135,7 +135,7 @@ def test_evaluation_of_other_text(trained, tmp_path):
     for ranks in (None, 2, 4) if SOAK else (None, 2):
         file = tmp_path / f"{ranks}.json"
         output = run("mdmtrain.evaluate", str(trained), *options, "--json", str(file), ranks=ranks)
-        assert "one document a row" in output and "agree" in output
+        assert "one document per row" in output and "agree" in output
         reports.append(json.loads(file.read_text())["results"])
     assert all(report == reports[0] for report in reports)
     lines, conditional = reports[0]

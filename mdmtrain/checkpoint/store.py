@@ -141,7 +141,7 @@ def _write(
 
 
 def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
-    """What `act` returns on each rank, or on rank 0 alone. A collective. If it fails on any rank, all raise the same."""
+    """What `act` returns on each rank, or on rank 0 alone. A collective. If it fails anywhere, all ranks raise it."""
     result, failure = None, None
     if world.is_main or not main_only:
         try:

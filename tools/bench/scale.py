@@ -12,7 +12,8 @@ cut to 1/1024 of their width, because copying bytes does not hold Python's lock;
 groups: what a gloo group over all ranks costs (real processes, connected over the loopback device): connections of a
 process, and traffic.
 
-roll-call: seconds until the watchdog has every rank's answer, and with a question for each rank.
+roll-call: seconds until the watchdog has every rank's answer: from one key, and as it was, from a key for each rank.
+Where rank 0 is silent, others ask, and the store answers one after the other: their number times the time of one.
 """
 
 import argparse
@@ -40,8 +41,9 @@ from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.layout import Layout, chunk
 from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
 from mdmtrain.command import CommandParser, user_errors
-from mdmtrain.config import CheckpointConfig
+from mdmtrain.config import CheckpointConfig, RunConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
+from mdmtrain.parallel.watchdog import DEPUTIES, Watchdog
 from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")
@@ -173,9 +175,6 @@ def traffic() -> int:
 
 
 def measure_roll_call(ranks: int) -> dict[str, float]:
-    from mdmtrain.config import RunConfig
-    from mdmtrain.parallel.watchdog import Watchdog
-
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reader = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", meeting.port, is_master=False))
     config = RunConfig(dir="run", steps=1, global_batch=1, micro_batch=1)
@@ -186,18 +185,25 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
         reader.set(f"at {rank}", json.dumps(report))
     start = time.monotonic()
     assert len(watch._answers()) == ranks
-    middle = time.monotonic()
+    now = time.monotonic() - start - 0.1  # the pause before it looks
+    start = time.monotonic()
     for rank in range(ranks):
         assert not reader.check([f"left {rank}"]) and reader.check([f"at {rank}"])
         json.loads(reader.get(f"at {rank}"))
-    return {"all answers, s": middle - start, "a question for each, s": time.monotonic() - middle}
+    before = time.monotonic() - start
+    return {
+        "rank 0 asks, s": now,
+        "rank 0 is silent, s": now * -(-ranks // DEPUTIES),
+        "rank 0 asks, a key for each, s": before,
+        "rank 0 is silent, all ask, s": before * (ranks - 1),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="tools/bench/scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS, default="checkpoint", help="what to measure (default: %(default)s)")
+    parser.add_argument("--only", choices=PARTS, default=PARTS[0], help="what to measure (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256], help="default: 64 256")
     args = parser.parse_args(arguments)
     measure = {"checkpoint": measure_checkpoint, "groups": measure_groups, "roll-call": measure_roll_call}[args.only]

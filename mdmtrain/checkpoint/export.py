@@ -23,7 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.storage import checksum, storage_of
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
@@ -198,7 +199,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        sums = {file.name: storage.checksum(file) for file in folder.iterdir()}
+        sums = {file.name: checksum(file) for file in folder.iterdir()}
         store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
 
 
@@ -228,7 +229,7 @@ class SideExports:
         self._report([entry for entry in self._running if entry[1].done()])
         shutil.rmtree(out, ignore_errors=True)  # of a future that was given up
         try:
-            held = storage.hold(checkpoint)  # from now on, not only when the process is up
+            held = storage_of(checkpoint).hold(checkpoint)  # from now on, not only when the process is up
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)

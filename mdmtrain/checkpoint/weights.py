@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.storage import storage_of
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.parallel.world import describe_error
+from mdmtrain.parallel.world import AgreedError, describe_error
 
 log = logging.getLogger("mdmtrain")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
@@ -48,15 +49,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     """The model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
 
-    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (storage.hold) for as
+    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (Storage.hold) for as
     long as the result lives.
     """
     folder = store.find(path)
-    held, meta = storage.hold(folder), store.read_meta(folder)
-    source = store.chosen_weights(folder, meta, weights)
+    held = storage_of(folder).hold(folder)
+    meta = store.read_meta(folder)
+    source = chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = storage.storage_reader(folder)
+    reader = storage_of(folder).reader(folder)
     with _unreadable(folder):
         index = reader.read_metadata()
         reader.set_up_storage_reader(index, True)
@@ -73,6 +75,13 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     known = {key: meta[key] for key in ("identity", "config", "step", "tokens") if key in meta}
     facts = {"weights": "average" if source == "average" else "raw", **known, **_run_facts(folder, meta["step"])}
     return Weights(folder, ModelShape(**meta["identity"]["model"]), tokenizer, facts | meta.get("origin", {}), read)
+
+
+def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
+    """What the names of the wanted tensors begin with. weights: "raw", "average", or None for the average if any."""
+    if weights == "average" and not meta["has_average"]:
+        raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
+    return "average" if weights != "raw" and meta["has_average"] else "model"
 
 
 @contextmanager

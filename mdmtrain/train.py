@@ -20,13 +20,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
+from mdmtrain.checkpoint.initial_weights import load_initial_weights
 from mdmtrain.checkpoint.resume import (
     changes,
     choose_checkpoint,
     continued,
     describe_resume,
     leave_behind,
-    load_initial_weights,
     run_identity,
 )
 from mdmtrain.checkpoint.run_folder import describe_run, removed_if_refused

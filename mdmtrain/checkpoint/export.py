@@ -24,7 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.storage import checksum, storage_of
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
@@ -208,7 +209,7 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        sums = {file.name: storage.checksum(file) for file in folder.iterdir()}
+        sums = {file.name: checksum(file) for file in folder.iterdir()}
         store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
 
 
@@ -242,7 +243,7 @@ class SideExports:
         self._report([entry for entry in self._running if entry[1].done()])
         shutil.rmtree(out, ignore_errors=True)  # left by an abandoned course of the run
         try:
-            held = storage.hold(checkpoint)  # held already now, because the process takes time to start
+            held = storage_of(checkpoint).hold(checkpoint)  # held already now, because the process takes time to start
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)

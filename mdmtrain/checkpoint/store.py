@@ -27,12 +27,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from mdmtrain import yaml12
 from mdmtrain.checkpoint.storage import (
     checksum,
-    held,
     place,
     remove,
     storage_errors,
-    storage_reader,
-    storage_writer,
+    storage_of,
     write_atomically,
 )
 from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
@@ -132,7 +130,8 @@ def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: Worl
     world.agree(lambda: remove(folder), main_only=True)
     planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
     try:
-        dcp.save(tensors, storage_writer=storage_writer(folder), planner=planner, process_group=world.control)
+        writer = storage_of(folder).writer(folder)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
         cause = _root_cause(error)  # of the first rank that failed, so it is the same on all ranks
         number = cause.errno if isinstance(cause, OSError) else None
@@ -173,7 +172,7 @@ def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] =
 
     def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        return old in last or old in best or (for_good and (old / "meta.json").exists()) or held(old)
+        return old in last or old in best or (for_good and (old / "meta.json").exists()) or storage_of(old).held(old)
 
     try:
         with storage_errors(newest.parent):
@@ -352,19 +351,9 @@ def _today(meta: dict) -> dict:
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """Read tensors from a checkpoint, by name, into the given tensors, on any number of ranks. A collective."""
     try:
-        dcp.load(tensors, storage_reader=storage_reader(folder), process_group=world.control)
+        dcp.load(tensors, storage_reader=storage_of(folder).reader(folder), process_group=world.control)
     except (dcp.CheckpointException, OSError) as error:  # not RuntimeError, which means that a rank has died
         raise AgreedError(
             f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: use another one; "
             "if you remove this one, its run resumes from the one before it"
         ) from None
-
-
-def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
-    """The prefix of the tensors' names: "model" or "average".
-
-    weights: "raw", "average", or None (the average if there is one). Raises AgreedError if there is no average.
-    """
-    if weights == "average" and not meta["has_average"]:
-        raise AgreedError(f"{folder}: has no weight average (optim.ema_decay was null): leave out --weights")
-    return "average" if weights != "raw" and meta["has_average"] else "model"

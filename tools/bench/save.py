@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long a checkpoint holds up training: written beside it, and waited for, in turn, in one process per rank.
 
-    python tools/bench_save.py --out DIR [--layers N] [--saves N] [--json FILE]
-    torchrun --standalone --nproc-per-node 2 tools/bench_save.py --out DIR
+    python tools/bench/save.py --out DIR [--layers N] [--saves N] [--json FILE]
+    torchrun --standalone --nproc-per-node 2 tools/bench/save.py --out DIR
 
 A model of random weights takes steps of random tokens. The stall of a save is the time until the loop may go on (of the
 slowest rank). A step beside a save that is being written is slower where they share processors: that is told apart, and
@@ -109,7 +109,7 @@ def build(shape: ModelShape, world: World) -> tuple[dict, Callable[[], None]]:
 
 def main(arguments: list[str]) -> None:
     parser = CommandParser(
-        prog="tools/bench_save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/bench/save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
     parser.add_argument("--layers", type=int, default=8, help="8 are 34M parameters (default: %(default)s)")

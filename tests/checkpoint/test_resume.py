@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdmtrain import command
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import resume
 from mdmtrain.data.order import START, Cursor
-from mdmtrain.monitor import logs
 from mdmtrain.parallel.world import WRITER_THREAD
 
 IDENTITY = {"data": [["a", 1.0]], "sequence_length": 64, "global_batch": 16}
@@ -83,7 +83,7 @@ def test_a_run_that_fails_lets_its_checkpoint_finish():
     writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)
     writer.start()
     threading.Timer(0.1, may_write.set).start()
-    logs._let_checkpoint_finish()
+    command._let_checkpoint_finish()
     assert written
 
 

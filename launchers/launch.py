@@ -18,10 +18,10 @@ from launchers.lifecycle import State, job_folder, lock_holder, newest_step, rea
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import find_resume, run_identity
 from mdmtrain.checkpoint.run_folder import git_revision
-from mdmtrain.checkpoint.store import TOKENIZER_FILE, home, write_atomically
+from mdmtrain.checkpoint.store import home, write_atomically
 from mdmtrain.config import Config, RunPlan, resolve
-from mdmtrain.data.loader import open_sources
-from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.data.checks import describe_cache
+from mdmtrain.data.loader import check_splits, mixture, open_splits, windows
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.monitor.logs import CommandParser
 from mdmtrain.parallel.world import writing
@@ -94,9 +94,13 @@ def prepare(options: argparse.Namespace) -> Launch:
             f"checkpoint.dir={config.checkpoint.dir}: a launched run is followed by the checkpoints in its run folder: "
             "leave it out, or start the run with torchrun"
         )
-    sources = open_sources(config.data, "train", "size")
-    open_sources(config.data, "validation", "size")
-    tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
+    sources, validation = splits = open_splits(config.data, ("train", "validation"))
+    check_splits(splits, ("size", "size"))
+    mixture(config, sources)  # has a row of each, in proportions that are possible
+    for split in validation:
+        windows(split, config.data.sequence_length)
+    describe_cache(config, sources, validation)
+    tokenizer = sources[0].tokenizer()
     shape = model_shape(config.model, tokenizer.vocab_size)
     identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
     find_resume(config, home(config), identity)

@@ -26,7 +26,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.config import EvalConfig
 from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
-from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.loader import shard_cache, validation_rows
 from mdmtrain.data.records import (
     BadRecord,
     Reading,
@@ -36,7 +36,7 @@ from mdmtrain.data.records import (
     read_records,
     string_field,
 )
-from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.shards import PreparedSplit, is_prepared
 from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair
 from mdmtrain.likelihood import (
     ESTIMATORS,
@@ -118,7 +118,7 @@ def set_names(paths: list[str], split: str) -> list[str]:
     """The same for paths, some of which may be files, which are called what they are called."""
     folders = [split if len(paths) == 1 else f"{split}/{Path(path).name}" for path in paths]
     files = ["standard input" if path == STANDARD_INPUT else Path(path).name for path in paths]
-    return [folder if Path(path).is_dir() else file for path, folder, file in zip(paths, folders, files, strict=True)]
+    return [folder if is_prepared(path) else file for path, folder, file in zip(paths, folders, files, strict=True)]
 
 
 # ---- what is evaluated
@@ -142,7 +142,7 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
     """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
     reading = Reading(args.on_bad_record, args.format)
-    if Path(path).is_dir():
+    if is_prepared(path):
         stream = open_split(path, args.split, loaded)
     else:
         source = open_name(path)
@@ -386,7 +386,7 @@ def own_data(loaded: LoadedModel) -> list[str]:
     """The folders that the model was trained on. Raises ValueError where they are not here."""
     paths = [source.path for source in loaded.config.data.sources]
     for path in paths:
-        if not Path(path).is_dir():
+        if not is_prepared(path):
             raise ValueError(
                 f"{loaded.folder}: its data folder {path} is not found: name what to evaluate with --data PATH"
             )
@@ -409,7 +409,7 @@ def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Est
 
 def open_split(folder: str, split: str, loaded: LoadedModel) -> PreparedSplit:
     """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
-    opened = PreparedSplit(folder, split)
+    opened = PreparedSplit(folder, split, cache=shard_cache(loaded.config.data))
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
             f"{folder}: prepared with another tokenizer than the model's: "

@@ -31,10 +31,9 @@ from mdmtrain.checkpoint.run_folder import RunLock, add_to_history, describe_run
 from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.config import Config, resolve
 from mdmtrain.config_help import HelpAction
-from mdmtrain.data.checks import describe_epochs, shared_documents
-from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
+from mdmtrain.data.checks import describe_cache, describe_mixture, shared_documents
+from mdmtrain.data.loader import check_splits, describe_rows, loader_errors, open_splits, train_loader, validation_rows
 from mdmtrain.data.order import START
-from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.evaluate import Evaluation, evaluate_split, split_names
@@ -69,13 +68,13 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     main_dir = run_dir if world.is_main else None
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)  # held until the process ends
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
-    sources = world.agree(lambda: open_sources(config.data, "train", share=(world.rank, world.size)))
+    opened = world.agree(lambda: open_splits(config.data, ("train", "validation")), main_only=True)
+    world.agree(lambda: check_splits(opened, (config.data.verify, "size"), (world.rank, world.size)))
     watch.at("preparation")  # that may have taken long, and so may what follows
-    validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
+    sources, validation = opened
     wanted = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
     world.agree(lambda: [validation_rows(split, *wanted) for split in validation])  # said now, not after hours
-    tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
-    tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
+    tokenizer = world.agree(lambda: sources[0].tokenizer())
     shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
     model = build_model(shape, config.parallel, world)
     set_timeout(data_mesh(config.parallel, world), LATE + run.slow_timeout)
@@ -113,13 +112,15 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
         say(world, nothing_to_do(run_dir, step, run.steps))
         return
     pin = world.device.type == "cuda"
-    loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, pin, cursor))
+    loader = world.agree(lambda: train_loader(config, plan, world.rank, sources, step, pin, cursor, validation))
+    mixed = world.agree(lambda: describe_mixture(config, sources, loader.dataset.order, cursor))
+    mixed += world.agree(lambda: describe_cache(config, sources, validation))
     notes = world.agree(lambda: leave_behind(config, home, step), main_only=True)
     world.agree(lambda: describe_run(run_dir, config, step, origin, world.size), main_only=True)
     metrics = world.agree(lambda: MetricsLog(run_dir, step, config.monitor.tensorboard) if world.is_main else None)
     notes += metrics.notes if metrics is not None else []
-    rows = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
-    rows += describe_epochs(config, sources, cursor)
+    prompts, L = [source for source in sources if source.prompts], config.data.sequence_length
+    rows = world.agree(lambda: [describe_rows(source, L) for source in prompts], main_only=True) + mixed
     for line in world.agree(lambda: shared_documents(sources, validation), main_only=True):
         log.warning(line)  # on the terminal of rank 0
     for line in (
@@ -140,7 +141,7 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
     batches = iter(loader)
     progress = TrainingProgress(step, run.steps, world.is_main)
     exports = SideExports(config, resumed, world.is_main)
-    writer = CheckpointWriter(home, tokenizer_file, config.checkpoint, world, LATE + run.slow_timeout)
+    writer = CheckpointWriter(home, tokenizer.model, config.checkpoint, world, LATE + run.slow_timeout)
     bits_per_nat = sum(v.eligible_tokens for v in validation) / sum(v.bytes for v in validation) / np.log(2)
     graphs = GraphCount(config.parallel.compile)
     profiler = Profiler(config.monitor, run_dir, world)
@@ -349,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
     folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
-    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_errors():
         train(config, world, watch)
 
 

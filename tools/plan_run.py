@@ -18,7 +18,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.config import Config
 from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, traffic
-from mdmtrain.data.shards import read_manifest
+from mdmtrain.data.shards import location, read_manifest
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.observed import traced_traffic
@@ -28,8 +28,8 @@ def shape_of(config: Config) -> ModelShape:
     """The model's shape; its vocabulary from the prepared data, where the configuration does not give it."""
     if config.model.vocab_size is not None:
         return model_shape(config.model, config.model.vocab_size)
-    folder = Path(config.data.sources[0].path)
-    if not folder.is_dir():
+    folder = location(config.data.sources[0].path)
+    if isinstance(folder, Path) and not folder.is_dir():
         raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
     return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
 

@@ -45,13 +45,20 @@ class ShardCache:
         Raises ValueError where it cannot be had, or is not what the manifest says.
         """
         while True:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 descriptor = os.open(self.folder / file.name, os.O_RDONLY)
-                os.utime(descriptor)
+                _use(descriptor)
                 return descriptor
             descriptor = self._download(file, wait=True)
             if descriptor is not None:
                 return descriptor
+
+    def make(self) -> None:
+        """Make the folder. Raises ValueError where nothing can be written into it."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            pass
 
     def fetch_ahead(self, files: Iterable[RemoteFile]) -> Iterator[None]:
         """Download what is missing, in this order, but for what another process is downloading. Yields after each file.
@@ -69,7 +76,7 @@ class ShardCache:
     def _touch(self, file: RemoteFile) -> bool:
         """Is it there? Then it counts as used now."""
         try:
-            os.utime(self.folder / file.name)
+            _use(self.folder / file.name)
         except FileNotFoundError:
             return False
         return True
@@ -82,8 +89,8 @@ class ShardCache:
                 "data.cache_gb"
             )
         part, final = self.folder / (file.name + PART), self.folder / file.name
+        self.make()
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -95,7 +102,9 @@ class ShardCache:
                 os.close(descriptor)
                 return None
             self._fill(file, descriptor)
-            os.rename(part, final)
+            _use(descriptor)
+            with self._locked():  # else it might be under neither name for who adds up the sizes
+                os.rename(part, final)
             return descriptor
         except BlockingIOError:
             os.close(descriptor)
@@ -126,8 +135,7 @@ class ShardCache:
 
     def _reserve(self, size: int, descriptor: int) -> bool:
         """Make room for a file and give it its size, which then counts. False: downloads take too much of the room."""
-        with self._writing(), open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             os.ftruncate(descriptor, 0)
             files = []
             for entry in os.scandir(self.folder):
@@ -144,6 +152,13 @@ class ShardCache:
             return room >= size
 
     @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While no other process makes room or completes a file."""
+        with self._writing(), open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
@@ -152,6 +167,11 @@ class ShardCache:
                 f"cannot write the cache {self.folder}: {error.strerror or error}: make room there, lower "
                 "data.cache_gb, or choose another data.cache_dir"
             ) from None
+
+
+def _use(file: int | Path) -> None:
+    """Now is the time of its last use. (The system's own clock for files moves every few milliseconds only.)"""
+    os.utime(file, ns=(time.time_ns(),) * 2)
 
 
 def _is(descriptor: int, path: Path) -> bool:

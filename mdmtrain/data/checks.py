@@ -34,22 +34,27 @@ def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixtur
     ]
 
 
+def cache_need(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> int:
+    """Bytes that the cache has to hold at a time: the validation splits, and of each source two turns (see Shuffle)."""
+    mask, together = config.data.document_mask, config.data.shuffle_shards
+    need = sum(int(split.row_bytes(mask).sum()) for split in validation if split.cache is not None)
+    for source in sources:
+        if source.cache is not None:
+            sizes = np.sort(source.row_bytes(mask))
+            need += int(sizes.sum() if together is None else min(2 * sizes[-together:].sum(), sizes.sum()))
+    return need
+
+
 def describe_cache(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
     """What the cache has to hold at a time: a line, where a source lies in an object store.
 
     Raises ValueError where it may hold less.
     """
-    mask, together = config.data.document_mask, config.data.shuffle_shards
-    needs = [int(split.row_bytes(mask).sum()) for split in validation if split.cache is not None]
-    for source in sources:
-        if source.cache is not None:
-            sizes = np.sort(source.row_bytes(mask))
-            needs.append(int(sizes.sum() if together is None else min(2 * sizes[-together:].sum(), sizes.sum())))
-    if not needs:
+    need, data, together = cache_need(config, sources, validation), config.data, config.data.shuffle_shards
+    if not need:
         return []
-    need, data = sum(needs), config.data
     what = "all shards" if together is None else f"twice data.shuffle_shards={together} shards of each source"
-    line = f"shards are copied to {data.cache_dir}, {need / 1e9:,.2f} GB at a time ({what}, and the validation splits)"
+    line = f"shards are copied to {data.cache_dir}, {need / 1e9:,.3g} GB at a time ({what}, and the validation splits)"
     if need > data.cache_gb * 1e9:
         how = "set data.shuffle_shards" if together is None else "lower data.shuffle_shards"
         raise ValueError(f"{line}, more than data.cache_gb={data.cache_gb:g}: raise it, or {how}")

@@ -40,28 +40,28 @@ def read(url: str) -> bytes:
 
 def read_piece(url: str, start: int, end: int) -> bytes:
     """Bytes [start, end) of a file. Raises ValueError where it has fewer."""
-    piece = _ask(url, TIMEOUT, "cat_file", start=start, end=end)
+    piece = ask(url, TIMEOUT, "cat_file", start=start, end=end)
     if len(piece) != end - start:
         raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: it changes, or is cut")
     return piece
 
 
 def exists(url: str) -> bool:
-    return _ask(url, TIMEOUT, "exists")
+    return ask(url, TIMEOUT, "exists")
 
 
 def size_of(url: str) -> int:
     """Bytes of a file."""
-    return _ask(url, TIMEOUT, "info")["size"]
+    return ask(url, TIMEOUT, "info")["size"]
 
 
 def sizes_in(url: str) -> dict[str, int]:
     """Bytes of each file of a folder, by name."""
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in _ask(url, LIST_TIMEOUT, "ls", detail=True)}
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in ask(url, LIST_TIMEOUT, "ls", detail=True)}
 
 
-def _ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
-    """Call a method of the URL's filesystem for its path; see the top of this file."""
+def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
+    """Call a method of the URL's filesystem for its path; timeout: seconds for an attempt. Raises ValueError."""
 
     def call() -> Any:
         filesystem_, path = filesystem(url)

@@ -16,8 +16,6 @@ import pytest
 
 from tests.spawn import free_port
 
-ALLOW_ALL = 1 << 30  # requests that moto answers before it asks for permissions
-
 
 @dataclass
 class Bucket:
@@ -46,9 +44,13 @@ class Bucket:
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.rm(path)
 
-    def deny(self, answered: int = 0) -> None:
-        """Refuse what comes after so many requests: nobody here has a permission."""
-        urllib.request.urlopen(f"{self.endpoint}/moto-api/reset-auth", data=str(answered).encode()).close()
+    def deny(self, yes: bool) -> None:
+        """Ask for permissions, which nobody has here."""
+        answered = 0 if yes else 1 << 30  # requests before it does
+        header = {"Content-Type": "text/plain"}
+        urllib.request.urlopen(
+            urllib.request.Request(f"{self.endpoint}/moto-api/reset-auth", str(answered).encode(), header)
+        ).close()
 
     def hang(self, yes: bool) -> None:
         self.process.send_signal(signal.SIGSTOP if yes else signal.SIGCONT)

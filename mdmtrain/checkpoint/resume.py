@@ -94,7 +94,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
             )
     began, begin = (
         [phase for phase in phases or [] if phase[0] < meta["step"]]
-        for phases in (meta["identity"].get("phases"), identity["phases"])
+        for phases in (meta["identity"].get("phases"), identity.get("phases"))
     )
     if began != begin:
         raise ValueError(
@@ -187,8 +187,8 @@ def shown(value: object) -> str:
 
 def changes(meta: dict, identity: dict) -> list[str]:
     """What is another than in the checkpoint, a phrase each."""
-    saved = meta["identity"]
-    return [f"its {n} was {brief(saved.get(n), identity[n])}" for n in CHANGEABLE if saved.get(n) != identity[n]]
+    pairs = {name: (meta["identity"].get(name), identity.get(name)) for name in CHANGEABLE}
+    return [f"its {name} was {brief(saved, wanted)}" for name, (saved, wanted) in pairs.items() if saved != wanted]
 
 
 def continued(meta: dict, identity: dict) -> Cursor:

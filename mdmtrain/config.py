@@ -175,6 +175,12 @@ class DataConfig(Section):
         return self
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the sources are called in records: their last folder, with their number where several have the same."""
+        last = [source.path.rstrip("/").rsplit("/", 1)[-1] for source in self.sources]
+        return tuple(name if last.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(last, 1))
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """Those of the sources, which hold until the first phase."""
         return tuple(source.weight for source in self.sources)

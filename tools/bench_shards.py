@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import DataConfig, DataSource
 from mdmtrain.data.loader import check_splits, open_splits, windows
 from mdmtrain.data.shards import MANIFEST, write_manifest
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 
 SHARD_TOKENS, SHARD_DOCUMENTS = 100_000_000, 100_000
 LENGTH = 4096  # tokens of a row

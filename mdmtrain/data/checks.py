@@ -3,10 +3,20 @@
 import numpy as np
 
 from mdmtrain.config import Config
+from mdmtrain.data.loader import describe_rows, mixture
 from mdmtrain.data.order import Cursor, Mixture
 from mdmtrain.data.shards import PreparedSplit
 
 MOST_COMPARED = 20_000_000  # documents of a split whose hashes are compared
+
+
+def describe_data(
+    config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit], cursor: Cursor
+) -> list[str]:
+    """Lines about the rows, the mixture and the cache. Raises ValueError where a run must not start so."""
+    lines = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
+    lines += describe_mixture(config, sources, mixture(config, sources, cursor), cursor)
+    return lines + describe_cache(config, sources, validation)
 
 
 def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor) -> list[str]:

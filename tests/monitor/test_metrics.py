@@ -15,12 +15,13 @@ from mdmtrain.monitor.metrics import (
     COMPONENTS,
     DENSITY,
     HISTOGRAM,
+    LOSS_BY_SOURCE,
     OCTILES,
     MetricsLog,
     thinned,
     validation_scores,
 )
-from mdmtrain.monitor.recorder import StepRecorder, finite
+from mdmtrain.monitor.recorder import Layout, StepRecorder, finite
 from tests.conftest import WALL_CLOCK
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
@@ -153,6 +154,7 @@ def training_record(step, loss, counts):
     octiles = [loss * (k + 1) if count else None for k, count in enumerate(counts)]
     more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "time": 1e9}
     if step == 4:
+        more |= {LOSS_BY_SOURCE: {"web": 3.5, "code": None}}
         more |= {COMPONENTS: {"A": 0.5, "B_t": -0.25, "C": None}, DENSITY: {"used": [0.5, 1.5], "wanted": [0.0, 2.0]}}
     return {"step": step, "loss": loss, **more, **dict.fromkeys(BY_OCTILE, octiles), HISTOGRAM: counts}
 
@@ -181,9 +183,12 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
                 for k, mean in enumerate(value):
                     if mean is not None:
                         expected.setdefault(f"{name.split('_')[0]}_by_rate/octile_{k}", []).append((r["step"], mean))
-            elif name not in ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY) and value is not None:
+            elif (
+                name not in ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY, LOSS_BY_SOURCE)
+                and value is not None
+            ):
                 expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
-    expected |= {"probe/A": [(4, 0.5)], "probe/B_t": [(4, -0.25)]}
+    expected |= {"probe/A": [(4, 0.5)], "probe/B_t": [(4, -0.25)], "sources/web": [(4, 3.5)]}
     expected |= {"probe/seconds": [(6, 0.5)], "probe/share_of_time": [(6, 0.125)]}
     board = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     drawn = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
@@ -205,13 +210,13 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
 BINS = 64
 
 
-def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0):
+def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0, sources=("p",), views="single"):
     tree = {
         "run": {"dir": "r", "steps": 9, "global_batch": rows, "micro_batch": 2},
         "model": {"preset": "2m"},
-        "data": {"sources": [{"path": "p"}], "sequence_length": LENGTH},
+        "data": {"sources": [{"path": path} for path in sources], "sequence_length": LENGTH},
         "optim": {"lr": 0.1, "clip_norm": clip},
-        "diffusion": {"eps": EPS},
+        "diffusion": {"eps": EPS, "views": views},
     }
     settings = config.validate(tree, "test")
     return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"), rank)
@@ -239,6 +244,39 @@ def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=
 
 RATES = np.array([0.2, 0.99, 0.25, 1.0])  # octiles of [.2, 1]: 0, 7, 0, 7
 LOSSES = [3.0, 5.0, 8.0, 6.5]
+
+
+def test_the_parts_of_a_vector_lie_in_a_row():
+    layout = Layout({"a": 2, "b": 1, "c": 3})
+    assert layout.length == 6 and (layout["a"], layout["b"], layout["c"]) == (slice(0, 2), slice(2, 3), slice(3, 6))
+    assert {name: part.tolist() for name, part in layout.split(np.arange(6)).items()} == {
+        "a": [0, 1], "b": [2], "c": [3, 4, 5]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("views", ["single", "mirror"])
+def test_losses_by_source_are_the_means_of_its_rows(views):
+    """Sources of the same last name get their number; one without a row in the step has no mean."""
+    per = 1 if views == "single" else 2
+    recorder = make_recorder(sources=("a/x", "b/y", "c/x"), views=views, rows=ROWS * per)
+    sums, process = recorder.new_sums(), plain_process(config.DiffusionConfig(eps=EPS))
+    losses = [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0][: ROWS * per]
+    source = [0, 2, 0, 0]
+    for k in range(0, ROWS, 2):
+        mine = torch.tensor(losses[k * per : (k + 2) * per])
+        recorder.add_sources(sums, mine, torch.tensor(source[k : k + 2]))
+    recorder.add_step(1, process, MaskingRates(RATES, np.ones(ROWS)), np.ones(BINS), sums, *torch.zeros(2), 0.25)
+    rows = np.repeat(source, per)
+    (record,) = recorder.flush()
+    means = [np.mean(np.array(losses)[rows == one]) / LENGTH for one in (0, 2)]
+    assert record[LOSS_BY_SOURCE] == pytest.approx({"x-1": means[0], "y": None, "x-3": means[1]})
+    assert LOSS_BY_SOURCE not in make_flushed(make_recorder())
+
+
+def make_flushed(recorder) -> dict:
+    sums = run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
+    recorder.add_sources(sums, torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    return recorder.flush()[0]
 
 
 def test_a_record_is_the_naive_sum():

@@ -37,7 +37,7 @@ def write_run(corpus: Path, folder: Path, name: str, steps: int = STEPS, global_
         "data": {"sources": [{"path": str(corpus)}], "sequence_length": 64, "workers": 1},
         "optim": {"lr": 3e-3, "warmup_steps": 5, "ema_decay": 0.9},
         "checkpoint": {"save_every": 10},
-        "monitor": {"log_every": 5},
+        "monitor": {"log_every": 5, "probe_every": None},  # a stop leaves out what a probe would have measured
         "eval": {"every": 100, "rows": 16, "samples": 2, "batch": 8},
     }
     return write_config(tree, folder / f"{name}.yaml"), folder / name

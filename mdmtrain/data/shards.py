@@ -435,9 +435,12 @@ class _Numbers:
     def __init__(self, descriptor: int, path: str, dtype: np.dtype, size: int):
         """size: bytes, as the manifest says. Raises ValueError where the file has another."""
         self._descriptor, self._path, self._dtype, self._count = descriptor, path, dtype, size // dtype.itemsize
-        found = os.fstat(descriptor).st_size
+        self._check_size()
+
+    def _check_size(self) -> None:
+        found, size = os.fstat(self._descriptor).st_size, self._count * self._dtype.itemsize
         if found != size:
-            raise ValueError(f"{path} has {found:,} bytes, the manifest says {size:,}: {AGAIN}")
+            raise ValueError(f"{self._path} has {found:,} bytes, the manifest says {size:,}: {AGAIN}")
 
     def __del__(self):
         os.close(self._descriptor)
@@ -457,7 +460,7 @@ class _Numbers:
             except OSError as error:
                 raise ValueError(f"{self._path}: {error.strerror}: check the disk, and start again") from None
             if not block:
-                raise ValueError(f"{self._path} was cut while it was read: {AGAIN}")
+                self._check_size()  # cut since it was opened
             blocks.append(block)
             at, left = at + len(block), left - len(block)
         return np.frombuffer(b"".join(blocks), self._dtype)

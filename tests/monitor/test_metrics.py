@@ -150,6 +150,9 @@ def test_what_is_not_finite_is_null_in_the_file(tmp_path):
 # ---- TensorBoard
 
 
+GROUPS = (COMPONENTS, DENSITY, LOSS_BY_SOURCE)  # drawn in groups of their own
+
+
 def training_record(step, loss, counts):
     octiles = [loss * (k + 1) if count else None for k, count in enumerate(counts)]
     more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "time": 1e9}
@@ -183,10 +186,7 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
                 for k, mean in enumerate(value):
                     if mean is not None:
                         expected.setdefault(f"{name.split('_')[0]}_by_rate/octile_{k}", []).append((r["step"], mean))
-            elif (
-                name not in ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY, LOSS_BY_SOURCE)
-                and value is not None
-            ):
+            elif name not in ("step", "time", "split", HISTOGRAM, *GROUPS) and value is not None:
                 expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
     expected |= {"probe/A": [(4, 0.5)], "probe/B_t": [(4, -0.25)], "sources/web": [(4, 3.5)]}
     expected |= {"probe/seconds": [(6, 0.5)], "probe/share_of_time": [(6, 0.125)]}

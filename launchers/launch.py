@@ -22,8 +22,9 @@ from mdmtrain.checkpoint.run_lock import lock_holder
 from mdmtrain.checkpoint.store import home, write_atomically
 from mdmtrain.command import CommandParser
 from mdmtrain.config import Config, RunPlan, resolve
-from mdmtrain.data.checks import describe_cache
+from mdmtrain.data.checks import describe_cache, describe_mixture
 from mdmtrain.data.loader import check_splits, mixture, open_splits, windows
+from mdmtrain.data.order import START
 from mdmtrain.files import writing
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 
@@ -97,7 +98,7 @@ def prepare(options: argparse.Namespace) -> Launch:
         )
     sources, validation = splits = open_splits(config.data, ("train", "validation"))
     check_splits(splits, ("size", "size"))
-    mixture(config, sources)  # has a row of each, in proportions that are possible
+    order = mixture(config, sources)
     for split in validation:
         windows(split, config.data.sequence_length)
     describe_cache(config, sources, validation)
@@ -108,6 +109,8 @@ def prepare(options: argparse.Namespace) -> Launch:
     step = newest_step(run_dir)
     if step >= config.run.steps:
         raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to go on")
+    if not step:  # later, an order may have begun anew
+        describe_mixture(config, sources, order, START)
     start = f"from step {step}" if step else "from the beginning"
     ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
     return Launch(

@@ -1,4 +1,7 @@
-"""A run that reads its shards from a real S3 server, killed and resumed, is the run from a disk bit for bit."""
+"""A run that reads its shards from a real S3 server, killed and resumed, is the run from a disk bit for bit.
+
+With two sources, and weights that change on the way.
+"""
 
 import time
 
@@ -29,12 +32,14 @@ def trained(config, run_dir, killed_at: int | None = None) -> list[dict]:
 @pytest.mark.usefixtures("s3")
 def test_training_from_a_bucket_is_training_from_a_disk(s3, corpus, small_run, tmp_path):  # noqa: F811
     changes = {"checkpoint": {"save_every": 4}, "eval": {"every": 10, "rows": 8, "samples": 1, "batch": 8}}
-    data = {"workers": 1, "shuffle_shards": 2, "sequence_length": 64, "cache_dir": str(tmp_path / "cache")}
+    phases = [{"from_step": 10, "weights": [1.0, 3.0]}]
+    data = {"workers": 1, "shuffle_shards": 2, "phases": phases, "cache_dir": str(tmp_path / "cache")}
     runs = {}
     for name, path, killed_at in [("disk", str(corpus), None), ("bucket", s3.upload(corpus), 8)]:
-        config = small_run({**changes, "data": {**data, "sources": [{"path": path}]}})
+        config = small_run({**changes, "data": {**data, "sources": [{"path": path}, {"path": path}]}})
         runs[name] = trained(write_config(config, tmp_path / f"{name}.yaml"), tmp_path / name, killed_at)
     assert runs["disk"] == runs["bucket"] and runs["disk"][-1]["step"] == 20
+    assert all(loss > 0 for loss in runs["disk"][0]["loss_by_source"].values())
     assert list((tmp_path / "cache").glob("*.bin")) and not list((tmp_path / "cache").glob("*.part"))
     folders = [store.newest(tmp_path / name / "checkpoints") for name in runs]
     sums = [store.read_meta(folder)["crc32"] for folder in folders]

@@ -53,13 +53,6 @@ class ShardCache:
             if descriptor is not None:
                 return descriptor
 
-    def make(self) -> None:
-        """Make the folder. Raises ValueError where nothing can be written into it."""
-        with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            pass
-
     def fetch_ahead(self, files: Iterable[RemoteFile]) -> Iterator[None]:
         """Download what is missing, in this order, but for what another process is downloading. Yields after each file.
 
@@ -89,8 +82,8 @@ class ShardCache:
                 "data.cache_gb"
             )
         part, final = self.folder / (file.name + PART), self.folder / file.name
-        self.make()
         with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

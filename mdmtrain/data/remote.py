@@ -78,16 +78,23 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
             return call()
         except ValueError:
             raise
-        except FileNotFoundError:
-            raise ValueError(f"{url}: there is nothing of this name") from None
-        except PermissionError as error:
-            raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
         except Exception as error:  # each library has its own
+            error = _reason(error)
+            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
+                raise ValueError(f"{url}: there is nothing of this name") from None
+            if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+                raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
             if pause is None:
                 no_answer = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else ""
                 problem = no_answer or _one_line(error)
                 raise ValueError(f"{url}: {problem}, {len(PAUSES) + 1} times in a row: check the store") from error
             time.sleep(pause)
+
+
+def _reason(error: Exception) -> Exception:
+    """Why a request failed: fsspec says of all that fails on the web that no file was found."""
+    web = type(error.__cause__).__module__.startswith("aiohttp")
+    return error.__cause__ if isinstance(error, FileNotFoundError) and web else error
 
 
 def _one_line(error: Exception) -> str:

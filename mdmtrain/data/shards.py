@@ -237,7 +237,6 @@ class PreparedSplit:
         Raises ValueError naming the file that is missing, truncated or altered.
         """
         if self.cache is not None:
-            self.cache.make()
             if share[0] == 0:
                 self._check_list(self.listed() if listed is None else listed)
             return

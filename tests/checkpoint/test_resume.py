@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mdmtrain import command
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import resume
 from mdmtrain.data.loader import mixture
 from mdmtrain.data.order import START, Cursor, Mixture
 from mdmtrain.model.presets import model_shape
-from mdmtrain.monitor import logs
 from mdmtrain.parallel.world import WRITER_THREAD
 from tests.conftest import SOAK
 
@@ -134,7 +134,9 @@ def test_a_run_does_not_change_its_optimizer(small_run, tmp_path, monkeypatch):
         monkeypatch.setattr(resume.store, "read_meta", lambda folder, was=was: was)
         own, other = ("muon", "adamw") if saved == "muon" else ("adamw", "muon")
         assert resume.find_resume(wanted[own], tmp_path, IDENTITY) == tmp_path
-        with pytest.raises(ValueError, match=f"with optim.name={own}, not {other}, .*: set optim.name={own}, or start"):
+        with pytest.raises(
+            ValueError, match=f"with optim.name={own} and has no state of {other}: set optim.name={own}, or start"
+        ):
             resume.find_resume(wanted[other], tmp_path, IDENTITY)
 
 
@@ -143,7 +145,7 @@ def test_a_run_that_fails_lets_its_checkpoint_finish():
     writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)
     writer.start()
     threading.Timer(0.1, may_write.set).start()
-    logs._let_checkpoint_finish()
+    command._let_checkpoint_finish()
     assert written
 
 
@@ -152,6 +154,6 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_r
     (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
     config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
     with pytest.raises(
-        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+        ValueError, match=r"the checkpoints of .*run are in .*/run/checkpoints, and .*/new has none: copy them"
     ):
         resume.find_resume(config, resume.store.home(config), IDENTITY)

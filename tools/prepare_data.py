@@ -4,7 +4,7 @@
 Examples:
   tools/prepare_data.py corpus/ --include '*.txt' --vocab-size 32768 --out data/corpus
   tools/prepare_data.py 'dumps/*.jsonl.gz' notes.txt --tokenizer data/corpus --out data/dumps
-  zstdcat dumps/*.jsonl.zst | tools/prepare_data.py - --out data/dumps
+  tools/prepare_data.py code/ --include '*.parquet' --field content --out data/code
 """
 
 import argparse
@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 # Worker processes import this file: what they do not need is imported in main.
+from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.inputs import find_inputs
 from mdmtrain.data.prepare import Options, Summary, prepare
-from mdmtrain.data.records import LONGEST_TEXT, add_bad_record_option, add_format_option
+from mdmtrain.data.records import LONGEST_TEXT, Fields, add_bad_record_option, add_field_options, add_format_option
+from mdmtrain.data.tokenizer import chat_template
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,11 +35,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), folder, "
-        "quoted glob (** for any depth), or - for standard input; each also gzipped. A JSON object has a 'text' field, "
-        "which is one document, or 'prompt' and 'response': prompts are never masked in training, and sizes in bytes "
-        f"are those of the responses. A text file is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In "
-        "folders, links are followed and hidden files are not read. docs/data.md has the details",
+        help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), each "
+        "also compressed (.gz, .zst, .bz2, .xz), Parquet or Arrow file, folder, quoted glob (** for any depth), or - "
+        "for standard input. A JSON object or a row has a 'text' field, which is one document, or 'prompt' and "
+        "'response': prompts are never masked in training, and sizes in bytes are those of the responses. A text file "
+        f"is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In folders, links are followed and hidden "
+        "files are not read. docs/data.md has the details",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
@@ -70,6 +73,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="most tokens in a shard file (default %(default)s)",
     )
+    add_field_options(parser)
     add_format_option(parser)
     add_bad_record_option(parser)
     cores = len(os.sched_getaffinity(0))
@@ -87,8 +91,18 @@ def main(argv: list[str] | None = None) -> None:
         from mdmtrain.checkpoint import store
 
         args.tokenizer = str(store.find(args.tokenizer))
+    template = PLAIN
+    if args.messages_field and args.tokenizer:
+        template = chat_template(args.tokenizer)
+    fields = Fields(args.field, args.prompt_field, args.response_field, args.messages_field, template)
     options = Options(
-        args.tokenizer, args.vocab_size, args.validation_fraction, args.shard_tokens, args.on_bad_record, args.format
+        args.tokenizer,
+        args.vocab_size,
+        args.validation_fraction,
+        args.shard_tokens,
+        args.on_bad_record,
+        args.format,
+        fields,
     )
     inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
     percent = TextColumn("{task.percentage:>3.0f}%")
@@ -102,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         begin = time.monotonic()
         summary = prepare(inputs, args.out, options, args.workers, show)
     print_summary(summary, time.monotonic() - begin)
+    if args.messages_field:
+        print(f"messages   written out with {'the plain template' if template is PLAIN else 'that of the tokenizer'}")
 
 
 def print_summary(summary: Summary, seconds: float) -> None:
@@ -119,7 +135,7 @@ def print_summary(summary: Summary, seconds: float) -> None:
             f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
             + (f"  {learned:,} tokens of responses" if learned else "")
         )
-    kinds = {"text": "text", "jsonl": "JSON lines"}
+    kinds = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow"}
     files = [f"{count:,} of {kinds[kind]}" for kind, count in sorted(summary.reading.files.items())]
     print(f"files      {', '.join(files)}")
     for line in summary.reading.summary():

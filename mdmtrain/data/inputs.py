@@ -2,13 +2,17 @@
 
 The name is the one that was given: a link in a Hugging Face cache is called train.jsonl, the blob that it points to has
 no ending. Endings are compared without regard to case. The content has the last word: gzip is unpacked whatever the
-file is called, JSON objects are never taken for prose, and a compressed or columnar file that cannot be read is refused
-by its own name. To read another compression, give its `Format` a `decompress`.
+file is called, JSON objects are never taken for prose, and a file in a format that cannot be read is refused by its own
+name. To read another compression, give its `Format` a `decompress`.
 """
 
+import bz2
 import glob
 import gzip
 import hashlib
+import io
+import json
+import lzma
 import os
 import re
 import shutil
@@ -20,14 +24,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 STANDARD_INPUT = "-"
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 12  # bytes that are looked at to recognise a format
+_BLOCK = 1 << 17  # bytes that are unpacked at once
 RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
 
-Kind = Literal["text", "jsonl"]
+Kind = Literal["text", "jsonl", "parquet", "arrow"]
 FormatOption = Literal["auto", "text", "jsonl"]
 
 
@@ -128,7 +138,7 @@ def _expand(pattern: str) -> list[str]:
 def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path) -> Iterator[str]:
     """The files in a folder and the folders below it. Raises ValueError for a link or a pipe that cannot be read."""
     for folder, files in _folders(root, exclude, {os.path.realpath(out)} - {os.path.realpath(root)}):
-        for name in files:
+        for name in _of_dataset(folder, files):
             path = os.path.join(folder, name)
             if not _matches(name, include or ["*"]) or _matches(name, exclude) or name.startswith("."):
                 continue
@@ -136,6 +146,29 @@ def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path)
                 what = "neither a file nor a folder" if os.path.exists(path) else "a broken link"
                 raise ValueError(f"{path}: {what}: repair it, or leave it out with --exclude")
             yield path
+
+
+def _of_dataset(folder: str, files: list[str]) -> list[str]:
+    """Those of a folder's files that have data, in their order: all, but where `datasets.save_to_disk` wrote them.
+
+    Its state.json lists the files with data; others may be caches of the same data. Raises ValueError where it is
+    damaged.
+    """
+    if "dataset_dict.json" in files:  # names the folders of the splits
+        files = [name for name in files if name != "dataset_dict.json"]
+    if not {"state.json", "dataset_info.json"} <= set(files):
+        return files
+    state = os.path.join(folder, "state.json")
+    try:
+        with open(state, encoding="utf-8") as stream:
+            content = json.load(stream)
+        named = [file["filename"] for file in content["_data_files"]]
+        mapped = content.get("_indices_data_files") or content.get("_indices_files")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{state}: damaged, or not of datasets.save_to_disk: replace it, or exclude it") from None
+    if mapped:
+        raise ValueError(f"{folder}: a dataset with an index of its rows: call flatten_indices() and save it again")
+    return named
 
 
 def _folders(root: str, exclude: Sequence[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -161,6 +194,53 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 # ---- what they are
 
 
+class _Frames(io.RawIOBase):
+    """Compressed frames end to end, unpacked; zero bytes may stand between and after them.
+
+    The readers of the standard library end without a word where other bytes follow a frame, which would lose what a
+    damaged second frame holds.
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
+        """decompressor: makes a `bz2.BZ2Decompressor`, or an object with the same methods, for one frame."""
+        self._raw, self._new = raw, decompressor
+        self._frame = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Raises EOFError where a frame is cut off or damaged, or where other bytes follow it."""
+        content = b""
+        while not content:
+            packed = b""
+            if self._frame.eof:
+                packed = self._frame.unused_data.lstrip(b"\0")
+                while not packed and (block := self._raw.read(_BLOCK)):
+                    packed = block.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._frame = self._new()
+            elif self._frame.needs_input:
+                packed = self._raw.read(_BLOCK)
+                if not packed:
+                    raise EOFError("cut off")
+            try:
+                content = self._frame.decompress(packed, len(buffer))
+            except (OSError, lzma.LZMAError, zstd.ZstdError) as error:
+                raise EOFError(str(error)) from None
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _unpack_zstd() -> Any:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # as `zstd --long=31` needs
+
+
+def _frames(decompressor: Callable[[], Any]) -> Callable[[BinaryIO], BinaryIO]:
+    return lambda raw: io.BufferedReader(_Frames(raw, decompressor), _BLOCK)
+
+
 @dataclass(frozen=True)
 class Format:
     """A way of packing data that is not text."""
@@ -169,7 +249,8 @@ class Format:
     endings: tuple[str, ...]
     magic: tuple[bytes, ...]  # what its files begin with; none: it is known by its ending alone
     instead: str  # what to do with such a file
-    decompress: Callable[[BinaryIO], BinaryIO] | None = None  # None: recognised, but not read
+    decompress: Callable[[BinaryIO], BinaryIO] | None = None
+    kind: Kind | None = None  # how its records are read; neither this nor decompress: recognised, but not read
     offset: int = 0  # of the magic bytes
 
 
@@ -178,12 +259,13 @@ _CONVERT = "convert it to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
 _TOKENS = "tokens made elsewhere are not read: give their text"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
+_BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
 FORMATS = (
     Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, lambda raw: gzip.GzipFile(fileobj=raw)),
-    Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK),
-    Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK),
-    Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK),
-    Format("a bzip2 file", (".bz2",), tuple(b"BZh%d1AY&SY" % n for n in range(1, 10)), _UNPACK),
+    Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK, _frames(_unpack_zstd)),
+    Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
+    Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
+    Format("a bzip2 file", (".bz2",), _BZIP2, _UNPACK, _frames(bz2.BZ2Decompressor)),
     Format("an lz4 file", (".lz4",), (b"\x04\x22\x4d\x18",), _UNPACK),
     Format("an lzip file", (".lz",), (b"LZIP\1",), _UNPACK),
     Format("an lzop file", (".lzo",), (b"\x89LZO\0",), _UNPACK),
@@ -194,8 +276,10 @@ FORMATS = (
     Format("a 7-Zip archive", (".7z",), (b"7z\xbc\xaf\x27\x1c",), _EXTRACT),
     Format("a RAR archive", (".rar",), (b"Rar!\x1a\7",), _EXTRACT),
     Format("a tar archive", (".tar",), (b"ustar",), _EXTRACT, offset=257),
-    Format("a Parquet file", (".parquet", ".pq"), (b"PAR1", b"PARE"), _CONVERT),
-    Format("an Arrow file", (".arrow", ".feather"), (b"ARROW1\0\0", b"FEA1\0", b"\xff\xff\xff\xff"), _CONVERT),
+    Format("a Parquet file", (".parquet", ".pq"), (b"PAR1",), _UNPACK, kind="parquet"),
+    Format("an encrypted Parquet file", (), (b"PARE",), "decrypt it"),
+    Format("an Arrow file", (".arrow", ".feather"), (b"ARROW1\0\0", b"\xff\xff\xff\xff"), _UNPACK, kind="arrow"),
+    Format("a Feather file of version 1", (), (b"FEA1",), _CONVERT),
     Format("an Avro file", (".avro",), (b"Obj\1",), _CONVERT),
     Format("an ORC file", (".orc",), (b"ORC",), _CONVERT),
     Format("an HDF5 file", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), _CONVERT),
@@ -205,31 +289,36 @@ FORMATS = (
     Format("a PDF document", (".pdf",), (b"%PDF-",), _EXTRACT),
     Format("a Git LFS pointer", (), (b"version https://git-lfs.github.com/spec/",), "fetch the file: git lfs pull"),
 )
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading through `decompress` raises
 _BY_ENDING = {ending: format for format in FORMATS for ending in format.endings}
 _JSON_OBJECT = re.compile(rb'\s*\[?\s*\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\})')
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An input that is being read: its text, without packing and byte order mark."""
+    """An input that is being read: its text without packing and byte order mark, or a file for `columns.Table`."""
 
     kind: Kind
     by_content: bool  # whether the content, and not the name, says that these are JSON records
     stream: BinaryIO
-    raw: BinaryIO  # what lies on disk; its position is the progress
+    raw: BinaryIO  # what lies on disk; its position is the progress of a text
 
 
 @contextmanager
 def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]:
-    """Open an input as text or as JSON records, whichever it is, or as `option` says.
+    """Open an input as what it is; one without a format of its own as text or as JSON records, or as `option` says.
 
     Raises ValueError, here or while it is read, naming the input: in a format or an encoding that is not read, or
     damaged.
     """
     with source.open() as raw:
+        packed = None
         try:
             endings = [ending.lower() for ending in PurePath(source.name).suffixes]
-            stream, head = _unpacked(source.name, raw, endings)
+            packed, inside, head = _formats(source.name, raw, endings)
+            if inside:
+                yield Opened(inside, False, raw, raw)
+                return
             encoding = _other_encoding(head)
             if encoding:
                 raise ValueError(
@@ -237,6 +326,7 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
                 )
             if head and not head.strip(b"\0"):
                 raise ValueError(f"{source.name}: begins with {len(head):,} zero bytes: damaged, or not text")
+            stream = packed.decompress(raw) if packed else raw
             if head.startswith(BOM):
                 head = head.removeprefix(BOM)
                 stream.read(len(BOM))
@@ -248,37 +338,49 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
             if kind == "jsonl":
                 _refuse_one_json_value(source.name, head, by_content)
             yield Opened(kind, by_content, stream, raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{source.name}: damaged gzip file ({error}): replace it or leave it out") from None
+        except _DAMAGED as error:
+            if packed is None:
+                raise
+            raise _damaged(source.name, packed, error) from None
 
 
-def _unpacked(name: str, raw: BinaryIO, endings: list[str]) -> tuple[BinaryIO, bytes]:
-    """(the unpacked bytes, the first HEAD of them) of a file; the ending of a compression is taken off `endings`.
+def _damaged(name: str, packed: Format, error: Exception) -> ValueError:
+    what = packed.name.split(" ", 1)[1]  # without its article
+    return ValueError(f"{name}: damaged {what} ({error}): replace it or leave it out")
 
-    Raises ValueError for a format that is not read, and where the content is not what the ending says.
+
+def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | None, Kind | None, bytes]:
+    """(the compression of a file, the kind of records where their format is one of their own, the first bytes of what
+    is inside); `raw` is at its first byte again.
+
+    Their endings are taken off `endings`. Raises ValueError for a format that is not read, and where the content is not
+    what the ending says.
     """
     stream, packed = raw, None
     while True:
-        head = stream.read(HEAD)
+        try:
+            head = stream.read(HEAD)
+        except _DAMAGED as error:
+            raise _damaged(name, packed, error) from None
+        raw.seek(0)
         found, named = _recognise(head), _BY_ENDING.get(endings[-1]) if endings else None
         if named and (found or not named.magic):
             endings.pop()
         format = found or named
         if format is None:
-            break
+            return packed, None, head
         if found is None and named.magic:
             begins = f"it begins with {head[:12]!r}" if head else "it is empty"
             raise ValueError(f"{name}: named like {named.name}, but {begins}: replace it, or correct its name")
-        if format.decompress is None:
+        if format.decompress is None and format.kind is None:
             inside = f" inside {packed.name}" if packed else ""
             raise ValueError(f"{name}: {format.name}{inside}, which is not read here: {format.instead}")
         if packed is not None:
             raise ValueError(f"{name}: {format.name} inside {packed.name}: unpack it once")
+        if format.kind:
+            return None, format.kind, head
         packed = format
-        raw.seek(0)
         stream = packed.decompress(raw)
-    raw.seek(0)
-    return packed.decompress(raw) if packed else raw, head
 
 
 def _recognise(head: bytes) -> Format | None:

@@ -20,7 +20,16 @@ import numpy as np
 
 from mdmtrain.data.inputs import FormatOption, Input, open_name
 from mdmtrain.data.processes import follow_parent
-from mdmtrain.data.records import LONGEST_TEXT, Document, OnBadRecord, Reading, read_documents
+from mdmtrain.data.records import (
+    LONGEST_TEXT,
+    USUAL_FIELDS,
+    Document,
+    Fields,
+    OnBadRecord,
+    Reading,
+    check_inputs,
+    read_documents,
+)
 from mdmtrain.data.shards import (
     FORMAT,
     MANIFEST,
@@ -47,6 +56,7 @@ class Options:
     shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
+    fields: Fields = USUAL_FIELDS
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -55,7 +65,7 @@ class Options:
             raise ValueError(f"--shard-tokens {self.shard_tokens} is not positive")
 
     def reading(self) -> Reading:
-        return Reading(self.on_bad_record, self.format)
+        return Reading(self.on_bad_record, self.format, self.fields)
 
 
 @dataclass
@@ -87,6 +97,7 @@ def prepare(
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
 
     reading = options.reading()
+    check_inputs(inputs, reading)
     report = progress or (lambda phase, done, total: None)
     try:
         with staging(out) as folder:
@@ -109,6 +120,8 @@ def prepare(
 def _identity(inputs: list[Input], options: Options, tokenizer: Tokenizer | None) -> str:
     stats = [one.identity() for one in inputs]
     settings = asdict(options)
+    if options.fields == USUAL_FIELDS:  # folders from before there were others stay what they are
+        del settings["fields"]
     if tokenizer:
         settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]
@@ -159,7 +172,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
     Raises ValueError naming the file and the line of a text that the tokenizer would change.
     """
     try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
-        before = [tokenizer.bos_id, *tokenizer.encode(document.prompt or "")]
+        before = [tokenizer.bos_id, *tokenizer.encode_prompt(document.prompt or "", document.specials)]
         tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
     except TextChanged as error:
         line = document.line if document.record else document.line + error.line - 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from mdmtrain.data.chat import PLAIN, Spans, Template, template_in
 from mdmtrain.data.hub import HubPieces, bundle, bundle_unigram
 from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
 from mdmtrain.data.sentencepieces import SentencePieces, escape
@@ -135,6 +136,18 @@ class Tokenizer:
             at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
         raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
 
+    def encode_prompt(self, text: str, specials: Spans = ()) -> list[int]:
+        """The same, where [start, end) in the text of `specials` are special tokens, which a chat template wrote."""
+        ids, done = [], 0
+        for start, end in specials:
+            ids += [*self.encode(text[done:start]), self._pieces.piece_to_id(text[start:end])]
+            done = end
+        return ids + self.encode(text[done:])
+
+    def specials(self) -> list[str]:
+        """The pieces of special tokens."""
+        return [piece for piece in self._pieces.added() if self._pieces.piece_to_id(piece) in self.reserved]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
 
@@ -156,6 +169,19 @@ class Tokenizer:
         added = self._pieces.added()
         within = "".join(f" {piece} a{piece}b\n{piece}\n " for piece in added)
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
+
+
+def chat_template(path: str | Path) -> Template:
+    """The chat template of the model folder that has the tokenizer `path`; a plain one where it has none.
+
+    Raises ValueError.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    jinja = template_in(folder)
+    if jinja is None:
+        return PLAIN
+    tokenizer = Tokenizer.load(path)
+    return Template(jinja, tuple(tokenizer.specials()), tokenizer.raw_pieces()[tokenizer.eos_id])
 
 
 def read_model(path: str | Path) -> tuple[Tokenizer, int]:

@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from launchers.sweep import Run, interval, planned_runs, train_all
+from launchers.comparison import Run, interval
+from launchers.sweep import planned_runs, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.tasks import Task
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
 
 EQUAL_COMPUTE, EQUAL_STEPS = "equal compute", "equal steps"

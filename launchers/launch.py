@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.handle import run_job
-from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state, write_state
+from launchers.lifecycle import State, job_folder, newest_step, read_state, write_state
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import find_resume, run_identity
 from mdmtrain.checkpoint.run_folder import git_revision
+from mdmtrain.checkpoint.run_lock import lock_holder
 from mdmtrain.checkpoint.store import TOKENIZER_FILE, home, write_atomically
+from mdmtrain.command import CommandParser
 from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.data.loader import open_sources
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.files import writing
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
-from mdmtrain.monitor.logs import CommandParser
-from mdmtrain.parallel.world import writing
 
 ROOT = Path(__file__).resolve().parent.parent
 

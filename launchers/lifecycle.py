@@ -7,18 +7,19 @@
                       -> stopped      by a person (launchers.local), or the cluster does not requeue: resume it by hand
 
 `begin` and `conclude` decide; supervise.py acts on Slurm, local.py on one machine. RUN/job/state.json keeps the
-state. Only the standard library is needed here and in the modules that
-run inside a job (supervise.py, rank.py): the node that supervises has better uses for its memory than another torch.
+state. Only the standard library is needed here and in the modules that run inside a job (supervise.py, rank.py): the
+node that supervises has better uses for its memory than another torch.
 """
 
-import fcntl
 import json
 import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-EARLY = 75  # exit status of a rank told to stop before it had begun, or before its last evaluation (EX_TEMPFAIL)
+from mdmtrain.exit_status import BAD_INPUT, STOPPED_EARLY
+from mdmtrain.files import replacing
+
 SRUN_ERROR = re.compile(r"srun: error: (\S+): tasks? (\S+): (.+)")
 NOT_STARTED = re.compile(r"slurmstepd\S*: error: execve\(\): (.+)")  # Python or the container is not on the node
 PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
@@ -74,27 +75,13 @@ def read_state(run_dir: Path) -> State | None:
 
 def write_state(run_dir: Path, state: State) -> None:
     path = job_folder(run_dir) / "state.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(asdict(state), indent=1) + "\n")
 
 
 def newest_step(run_dir: Path) -> int:
     """The step of the newest committed checkpoint, 0 without one."""
     return max((int(p.parent.name[5:]) for p in (run_dir / "checkpoints").glob("step-*/meta.json")), default=0)
-
-
-def lock_holder(run_dir: Path) -> str | None:
-    """The live process, on any node, that holds a run folder's lock (see RunLock), or None."""
-    lock = run_dir / ".lock"
-    if not lock.is_file():
-        return None
-    with open(lock, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None
 
 
 # ---- decisions
@@ -147,11 +134,11 @@ class ErrorLines:
 
     def rank_ended(self, node: str, ranks: str, how: str) -> None:
         """how: as srun says it, such as 'Killed' or 'Exited with exit code 1'."""
-        self.early |= how.endswith(f"exit code {EARLY}")
+        self.early |= how.endswith(f"exit code {STOPPED_EARLY}")
         if self._death:
             return  # the first death says more than those of peers that were left alone
         self._death, self._killed = f"rank {ranks} on {node}: {how}", "exit code" not in how
-        if not how.endswith("exit code 2"):  # 2: a user's error, no node's
+        if not how.endswith(f"exit code {BAD_INPUT}"):  # no node's fault
             self.node = node
 
     def ended(self, status: int) -> Ended:

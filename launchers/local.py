@@ -22,8 +22,8 @@ from launchers.launch import Launch, environment, parse, parser, prepare, write
 from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, newest_step, write_state
 from launchers.supervise import free_port, pass_on, rank_command
 from mdmtrain.checkpoint.run_folder import git_revision
-from mdmtrain.monitor.logs import survive_terminal, user_errors
-from mdmtrain.parallel.world import AgreedStop, heard
+from mdmtrain.command import survive_terminal, user_errors
+from mdmtrain.parallel.stop import AgreedStop, heard
 
 KILL_WAIT = 10.0  # seconds that the other ranks have to notice that one has crashed
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launchers.lifecycle import EARLY, this_job  # noqa: E402
+from launchers.lifecycle import this_job  # noqa: E402
 from launchers.supervise import guard  # noqa: E402
+from mdmtrain.exit_status import STOPPED_EARLY  # noqa: E402
 
 
 def from_slurm() -> None:
@@ -29,14 +30,14 @@ def from_slurm() -> None:
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup; else, until training has its own handlers:
-            signal.signal(number, lambda *_: os._exit(EARLY))
+            signal.signal(number, lambda *_: os._exit(STOPPED_EARLY))
     if "RANK" not in os.environ:
         from_slurm()
         if os.environ["RANK"] == "0":
             guard(this_job())
 
     from mdmtrain import train
-    from mdmtrain.monitor.logs import user_errors
+    from mdmtrain.command import user_errors
 
     with user_errors():
         train.main(sys.argv[1:])

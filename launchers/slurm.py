@@ -27,9 +27,9 @@ from launchers.launch import Launch, environment, parse, parser, positive, write
 from launchers.lifecycle import job_folder, write_state
 from launchers.supervise import supervise
 from mdmtrain.checkpoint.run_folder import git_revision
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.cost import GIB, GPUS, Assumptions, cost
-from mdmtrain.monitor.logs import CommandParser, user_errors
-from mdmtrain.parallel.world import writing
+from mdmtrain.files import writing
 
 OURS = ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "mem", "partition", "account", "qos", "constraint",
         "time", "exclude", "clusters", "signal", "output", "error", "open-mode", "requeue", "no-requeue", "hold",

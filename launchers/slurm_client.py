@@ -63,6 +63,7 @@ class JobState:
     restarts: int = 0
     partition: str = ""
     requeue: bool = True  # whether Slurm will requeue it
+    preempted: bool = False  # another job has taken its nodes, or will
 
     @property
     def lives(self) -> bool:
@@ -88,7 +89,12 @@ def job_state(job: str, cluster: str = "") -> JobState:
         return JobState("GONE") if known.lives else known
     words = dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
     return JobState(
-        words["JobState"], words["Reason"], int(words["Restarts"]), words["Partition"], words["Requeue"] == "1"
+        name=words["JobState"],
+        reason=words["Reason"],
+        restarts=int(words["Restarts"]),
+        partition=words["Partition"],
+        requeue=words["Requeue"] == "1",
+        preempted=words.get("PreemptTime", "None") != "None",
     )
 
 

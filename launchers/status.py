@@ -22,9 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from launchers.handle import RunJob
-from launchers.lifecycle import State, job_folder, lock_holder, newest_step, read_state
+from launchers.lifecycle import State, job_folder, newest_step, read_state
 from mdmtrain import yaml12
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.checkpoint.run_lock import lock_holder
+from mdmtrain.command import CommandParser, output_file, user_errors
 
 UNDECIDED = ("queued", "running", "requeued")  # phases that only a living job can be in
 

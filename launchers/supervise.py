@@ -106,10 +106,12 @@ def requeue(state: State, run_dir: Path, options: dict, failed: str, restarts: i
     now = patiently(lambda: slurm_client.job_state(state.job))
     if now.restarts > restarts:
         return state  # by Slurm or a person, before the ranks had stopped
-    if now.name != "RUNNING" and now.reason != "TimeLimit":
+    taken_by_slurm = now.reason == "TimeLimit" or (now.preempted and not now.requeue)
+    if now.name != "RUNNING" and not taken_by_slurm:
         return replace(state, phase="cancelled")  # scancel
     by_hand = f"resume it with python -m launchers.status resume {run_dir}"
     if not now.requeue:
+        # The partition may give no grace time; then Slurm has cancelled a preempted job that it may not requeue.
         return replace(state, phase="stopped", last_error=f"this cluster does not requeue the job: {by_hand}")
     # Slurm ends the job as soon as it is requeued; what is left to do must outlive its SIGTERM.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

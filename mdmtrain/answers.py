@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import LoadedModel, load_model
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.inputs import open_name
 from mdmtrain.data.records import BadRecord, Reading, read_records, string_field
 from mdmtrain.data.tasks import Task
@@ -27,7 +28,6 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.generate import never_chosen
 from mdmtrain.likelihood import NEXT_TOKEN, Estimator, estimate
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.unmask import MaskedRow, Sampling, unmask_rows
 

@@ -2,7 +2,7 @@
 
 Everything follows from the configuration and a few facts of the GPU; what is assumed rather than derived (how much of
 the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result. What the engine
-really sends and holds is in observed.py; tests and tools/plan_run.py compare the two.
+really sends and holds is measured by tools/observed.py; tests and tools/plan_run.py compare the two.
 """
 
 from collections.abc import Iterator

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import LoadedModel, load_model
+from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import EvalConfig
 from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
 from mdmtrain.data.loader import validation_rows
@@ -49,7 +50,8 @@ from mdmtrain.likelihood import (
     estimate,
 )
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, log, output_file, survive_terminal, user_errors
+from mdmtrain.monitor.logs import log
+from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world
 
 BASELINE_PART = 1 << 20  # tokens read at once
@@ -94,11 +96,15 @@ def evaluate_split(
     document_mask: bool,
     mask_id: int,
     world: World,
+    watch: Watchdog | None = None,
 ) -> Evaluation:
-    """The NELBO on evenly spaced rows of a validation split, per eligible token. A collective; any number of ranks."""
+    """The NELBO on evenly spaced rows of a validation split, per eligible token. A collective; any number of ranks.
+
+    watch: of a run that trains, which may stop here (Interrupted).
+    """
     rows = validation_rows(split, config.rows, sequence_length, document_mask)
     counted = Estimator("counted", config.samples, config.seed, 0.0)
-    found = estimate(model, rows, counted, config.batch, mask_id, world)
+    found = estimate(model, rows, counted, config.batch, mask_id, world, watch)
     return in_units(name, found, config.samples, split.eligible_tokens / split.bytes)
 
 

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import LoadedModel, load_model
+from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.data.inputs import open_name
 from mdmtrain.data.records import BadRecord, Reading, add_bad_record_option, present, read_records, string_field
 from mdmtrain.data.text import pad_rows
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.files import writing
 from mdmtrain.likelihood import Estimate, Estimator, estimate
-from mdmtrain.monitor.logs import CommandParser, output_file, survive_terminal, user_errors
-from mdmtrain.parallel.world import AgreedError, World, init_world, writing
+from mdmtrain.parallel.world import AgreedError, World, init_world
 from mdmtrain.unmask import MaskedRow, OnStep, Sampling, unmask_rows
 
 GAP = "<mask>"  # stands for a gap in an input file's texts

@@ -27,6 +27,7 @@ from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.parallel.parallelize import reshard
+from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
@@ -174,8 +175,16 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     return MaskedBatch(counted.noisy, flat, ids.flatten()[flat], P.float(), P.float())
 
 
-def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, mask_id: int, world: World) -> Estimate:
-    """The nats of each row. A collective; the same on any number of ranks.
+def estimate(
+    model: Transformer,
+    rows: Rows,
+    estimator: Estimator,
+    batch: int,
+    mask_id: int,
+    world: World,
+    watch: Watchdog | None = None,
+) -> Estimate:
+    """The nats of each row. A collective; the same on any number of ranks. watch: see `deal`.
 
     Every row must have an eligible position. A causal model cannot predict the first position of a row: where that is
     eligible, the others stand for it.
@@ -197,7 +206,7 @@ def estimate(model: Transformer, rows: Rows, estimator: Estimator, batch: int, m
         ce = model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, visible)
         return row_losses(ce, masked_batch)
 
-    return _by_row(deal(len(passes.row), batch, values, model, world), passes, tokens)
+    return _by_row(deal(len(passes.row), batch, values, model, world, watch), passes, tokens)
 
 
 def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
@@ -213,15 +222,28 @@ def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
 
 @torch.no_grad()
 def deal(
-    count: int, batch: int, values: Callable[[np.ndarray], Tensor], model: Transformer, world: World
+    count: int,
+    batch: int,
+    values: Callable[[np.ndarray], Tensor],
+    model: Transformer,
+    world: World,
+    watch: Watchdog | None = None,
 ) -> np.ndarray:
     """values(numbers) of 0 .. count - 1, `batch` numbers at a time: float64 [count], in order. A collective.
 
-    Batches are formed by number, whatever the ranks, so every number of ranks computes the same.
+    Batches are formed by number, whatever the ranks, so every number of ranks computes the same. watch: of a run that
+    trains: each batch is progress, and a stop before one raises Interrupted, on all ranks before the same one.
     """
+
+    def dealt_batch(number: int) -> np.ndarray:
+        if watch is not None:
+            watch.at("evaluation")
+            watch.stop.check()
+        return values(batches[number]).double().cpu().numpy()
+
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
     try:
-        dealt = world.deal(len(batches), lambda number: values(batches[number]).double().cpu().numpy())
+        dealt = world.deal(len(batches), dealt_batch)
     finally:  # it may be interrupted
         reshard(model)
     return np.concatenate(dealt)

@@ -101,40 +101,6 @@ def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: 
     return norm.to(healthy.device), skipped.to(healthy.device)
 
 
-class GradientPair:
-    """How noisy is the step's gradient: from the gradients g, g' of two steps in a row, without another backward pass.
-
-    |g' - g|^2 / 2 estimates Tr Cov of the step's gradient and <g, g'> estimates |E g|^2, both before clipping
-    (mathematics.md section 2; the noise scale of arXiv 1812.06162 is Tr Cov times the step's tokens over |E g|^2).
-    Exact for fixed weights; here the second step has other weights, which adds half the squared change of E g to the
-    first and, as the update was made of g itself, shifts both by the curvature along it: read them as trends.
-    The copy of the gradient, this rank's part, lives from one step to the next and no longer.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._parameters = list(model.parameters())
-        self._first: list[Tensor] = []
-
-    @property
-    def half(self) -> bool:
-        """Has the first step been taken, and not the second?"""
-        return bool(self._first)
-
-    def keep(self) -> None:
-        """The first step: after its backward pass."""
-        self._first = [local(p.grad).clone() for p in self._parameters]
-
-    def compare(self) -> Tensor:
-        """The second step: this rank's part of (|g' - g|^2 / 2, <g, g'>), float64 [2] on the device. No wait."""
-        total = torch.zeros(2, dtype=torch.float64, device=self._first[0].device)
-        for first, p in zip(self._first, self._parameters, strict=True):
-            second = local(p.grad)
-            total[0] += (second - first).square().sum(dtype=torch.float64) / 2
-            total[1] += (second * first).sum(dtype=torch.float64)
-        self._first = []
-        return total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # zeros: one of the two was skipped
-
-
 class EMA:
     """Exponential moving average of the weights, float32, sharded like them."""
 

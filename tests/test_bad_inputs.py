@@ -358,7 +358,7 @@ def weights_of_a_very_long_period(lab):
 @case("train", "{lab}/run is in use by process", "on ", "choose another run.dir", start=cold)
 def run_folder_in_use(lab):
     lab.copy_run()
-    program = "import sys; from mdmtrain.checkpoint.run_folder import RunLock, Path; lock = RunLock(Path(sys.argv[1]))"
+    program = "import sys; from mdmtrain.checkpoint.run_lock import RunLock, Path; lock = RunLock(Path(sys.argv[1]))"
     holder = subprocess.Popen(
         [sys.executable, "-c", program + "; print('held', flush=True); sys.stdin.read()", str(lab.run)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -746,7 +746,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_checkpoints(lab,
     before = lab.state()
     line = warm("train", arguments, tmp_path / "x.out").refusal()
     assert "3 steps in a row had a non-finite loss" in line
-    assert "lower optim.lr" in line and f"{lab.run} goes on from its last checkpoint" in line
+    assert "lower optim.lr" in line and f"{lab.run} resumes from its last checkpoint" in line
     after = lab.state()
     metrics_before, metrics_after = before.pop("run/metrics.jsonl"), after.pop("run/metrics.jsonl")
     assert metrics_after.startswith(metrics_before)

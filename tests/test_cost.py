@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mdmtrain import config as configuration
-from mdmtrain import cost, muon, observed
+from mdmtrain import cost, muon
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
+from tools import observed
 
 SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
 

@@ -25,6 +25,7 @@ from launchers import lifecycle
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import RunConfig
+from mdmtrain.exit_status import STOPPED_EARLY
 from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.parallel import world as parallel
 from mdmtrain.parallel.watchdog import Watchdog, judge
@@ -42,7 +43,8 @@ def watched(world, trees: dict[str, dict]) -> dict:
     """Several runs, some disturbed; what this rank saw of each."""
     from mdmtrain import likelihood, train
     from mdmtrain.monitor.recorder import StepRecorder
-    from mdmtrain.parallel.world import AgreedError, Interrupted
+    from mdmtrain.parallel.stop import Interrupted
+    from mdmtrain.parallel.world import AgreedError
 
     said, read = io.StringIO(), []
     cross_entropy, wait_for, save = train.masked_cross_entropy, StepRecorder.wait_for, store.save
@@ -129,6 +131,7 @@ def two_ranks(corpus, tmp_path_factory) -> tuple[Path, list[dict]]:
     trees["stopped"]["checkpoint"]["save_every"] = 2
     trees["abort"] = tree(folder / "abort", corpus, max_skips=3)
     trees |= {"late": tree(folder / "late", corpus, time_limit=1e-6), "slow": tree(folder / "slow", corpus)}
+    trees["late"]["monitor"] |= {"log_every": 1, "probe_every": 2}
     trees["slow"]["monitor"] |= {"log_every": 1, "profile_at": 1, "profile_steps": 2}
     return folder, run_world(watched, 2, trees)
 
@@ -175,12 +178,12 @@ def test_clocks_start_with_the_first_step(two_ranks):
 
 
 def test_the_time_left_counts_steps_alone(capsys, monkeypatch):
-    clock = iter([0.0, 100.0, 104.0])  # made; the steps begin; two of ten are done
+    clock = iter([100.0, 104.0])  # the steps begin; two of ten are done
     monkeypatch.setattr("mdmtrain.monitor.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = TrainingProgress(0, 10, visible=True)
-    progress.start_clock()
+    progress = TrainingProgress(0, 10, bits_per_nat=1.0, visible=True)
+    progress.start()
     record = {"step": 2, "loss": 1.0, "nelbo": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
-    progress.update(record, 1.0)
+    progress.update(record)
     assert capsys.readouterr().out.rstrip().endswith("ETA 0:16")
 
 
@@ -188,6 +191,15 @@ def test_a_time_limit_is_a_stop_that_says_so(two_ranks):
     folder, seen = two_ranks
     assert "stopped by the time limit (run.time_limit) after step 2, checkpoint saved" in seen[0]["said"]
     assert [r["step"] for r in read_metrics(folder / "late")] == [1, 2]
+
+
+def test_a_stop_waits_for_no_diagnostic(two_ranks):
+    """A probe and the second gradient of a pair belong to step 2, after which the run stops."""
+    folder, _ = two_ranks
+    first, second = read_metrics(folder / "late")
+    assert "probe" not in first and "probe" not in second
+    reasons = (folder / "late/logs/rank-0.log").read_text()
+    assert "after step 2: save (the time limit (run.time_limit)), log (monitor.log_every)" in reasons
 
 
 def test_a_slow_rank_is_named_and_the_wait_of_the_others_is_not_counted(two_ranks):
@@ -324,7 +336,7 @@ def test_a_hung_rank_is_named_with_its_stack(broken):
     assert (zero.status, one.status) == (1, 1)
     assert zero.err.startswith("error: no progress for 0.05 minutes: ") and zero.err.count("\n") == 1, zero.err
     assert "rank 1 is behind, in data (step 4) for " in zero.err
-    assert "the others wait in forward and backward (step 4), in gloo:" in zero.err
+    assert "the others wait in forward (step 4), in gloo:" in zero.err
     assert one.err == ""
     assert "stuck_in_a_lock" in (folder / "logs/rank-1.log").read_text()
     assert "in all_gather" in (folder / "logs/rank-0.log").read_text()  # a collective of torch's
@@ -343,7 +355,7 @@ def test_a_dead_rank_is_named(broken, victim, said):
 
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
     folder, (zero, one) = broken("stop")
-    assert (zero.status, one.status) == (parallel.EARLY, parallel.EARLY) == (lifecycle.EARLY, lifecycle.EARLY)
+    assert (zero.status, one.status) == (STOPPED_EARLY, STOPPED_EARLY)
     assert zero.out == "stopped by SIGTERM in preparation, before any step: the same command begins again\n"
     assert zero.err == one.err == one.out == ""
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
@@ -391,7 +403,7 @@ def test_a_run_that_owes_an_evaluation_alone_has_no_steps_to_watch():
 
 
 def test_the_verdict():
-    ahead = place([40, 10, 9], "forward and backward (step 7)")
+    ahead = place([40, 10, 9], "forward (step 7)")
     named, line = judge("no progress", {0: ahead, 1: ahead, 2: place([39, 9, 9]), 3: ahead}, 4)
     assert named == [2] and "rank 2 is behind, in data (step 7) for 600 s" in line and "wait in forward" in line
     # In the same phase, the one that has not come to the collective where the others wait.
@@ -405,5 +417,5 @@ def test_the_verdict():
 
 def test_a_run_without_its_last_evaluation_is_not_finished():
     running = lifecycle.State("slurm", "7", "running", starts=1, began_at=20)
-    stopped = lifecycle.Ended(lifecycle.EARLY, early=True)
+    stopped = lifecycle.Ended(STOPPED_EARLY, early=True)
     assert lifecycle.conclude(running, stopped, 100, 100, 3).phase == "requeued"

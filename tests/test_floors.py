@@ -11,17 +11,19 @@ PACKAGE = ROOT / "mdmtrain"
 
 FLOORS = {
     **dict.fromkeys(["train", "generate", "answers"], 5),
-    **dict.fromkeys(["evaluate", "likelihood", "unmask", "measure", "probe", "cost", "observed"], 4),
-    **dict.fromkeys(["checkpoint", "monitor", "parallel"], 3),
+    **dict.fromkeys(["evaluate", "likelihood", "unmask", "variance", "cost"], 4),
+    **dict.fromkeys(["command", "checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim", "muon"], 2),
-    **dict.fromkeys(["diffusion", "config_help"], 1),
+    **dict.fromkeys(["diffusion", "config_help", "due"], 1),
     "config": 0,
-    "yaml12": -1,  # under config: it knows nothing of runs
+    # Under config: they know nothing of runs. The last two are for supervisors too, without torch.
+    **dict.fromkeys(["yaml12", "files", "exit_status"], -1),
 }
 ARROWS = {
     ("train", "evaluate"),
     ("answers", "generate"),
     ("evaluate", "likelihood"),
+    ("command", "parallel"),
     ("checkpoint", "parallel"),
     ("monitor", "parallel"),
     ("optim", "muon"),

@@ -27,6 +27,7 @@ from tests.test_worlds import close
 STEPS, EVALUATE, SAVE = 60, 15, 4
 KINDS = ("one rank killed", "all killed", "launcher killed", "one rank told", "all told")
 MOMENTS = ("any time", "a step", "a save", "an evaluation")
+DIAGNOSTICS = {"probe", "rate_density", "grad_noise", "noise_scale_tokens"}
 SOAK_KILLS = 25  # of each of the two runs below
 
 
@@ -145,7 +146,7 @@ def check_start(ended: Start, run_dir: Path) -> None:
     if "run folder" in output:
         origin = f"resumed from {run_dir}/checkpoints/step-{ended.began_at:08d}" if ended.began_at else "fresh weights"
         assert origin in output, output
-    if "checkpoint saved; the same command goes on" in output:
+    if "checkpoint saved; the same command resumes" in output:
         assert newest_step(run_dir) == last_record(run_dir)["step"], output
     assert "]: Traceback (most recent call last)" not in output, output  # of a rank; torchrun has its own
 
@@ -173,21 +174,27 @@ def chosen(short: list[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
     return [(chance.choice(MOMENTS), chance.choice(KINDS)) for _ in range(SOAK_KILLS)]
 
 
+def without(names: set[str], records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in names} for record in records]
+
+
 def test_disturbed_runs_end_like_a_calm_one(calm, tmp_path):
     config, calm_dir, duration = calm
     last = f"checkpoints/step-{STEPS:08d}"
+    # Always on two ranks; where one of them is killed, torchrun starts both again.
+    short = chosen([("a save", "all killed"), ("a step", "one rank killed")], 1)
+    # A stop does not wait for a diagnostic: what that would have measured is missing from the records.
+    missing = DIAGNOSTICS if any(kind.endswith("told") for _, kind in short) else set()
 
     def equal(run_dir: Path) -> None:
-        assert read_metrics(run_dir) == read_metrics(calm_dir)
+        assert without(missing, read_metrics(run_dir)) == without(missing, read_metrics(calm_dir))
         for file in sorted((calm_dir / last).glob("*.distcp")):
             assert file.read_bytes() == (run_dir / last / file.name).read_bytes(), "final weights differ"
 
     def nearly(run_dir: Path) -> None:
-        close(read_metrics(calm_dir), read_metrics(run_dir), 1e-4)
+        close(without(DIAGNOSTICS, read_metrics(calm_dir)), without(DIAGNOSTICS, read_metrics(run_dir)), 1e-4)
 
-    # Always on two ranks; where one of them is killed, torchrun starts both again.
-    short = [("a save", "all killed"), ("a step", "one rank killed")]
-    happened = disturbed_run(config, tmp_path / "same", chosen(short, 1), [2], 3, duration, equal)
+    happened = disturbed_run(config, tmp_path / "same", short, [2], 3, duration, equal)
     assert any(" is silent: the process is gone" in file.read_text() for file in tmp_path.glob("same.*.out"))
     # On 2, 4 and 1 ranks in turn.
     short = [("an evaluation", "one rank told"), ("any time", "launcher killed")]

@@ -160,7 +160,7 @@ def test_a_command_whose_output_is_its_result_says_that_it_was_lost(tmp_path):
     """A full disk is an error with the place in it; a reader that leaves (`| head`) ends it quietly."""
     script = tmp_path / "command.py"
     script.write_text(
-        "from mdmtrain.monitor.logs import user_errors\n"
+        "from mdmtrain.command import user_errors\n"
         "with user_errors():\n    for number in range(100000):\n        print(number)\n"
     )
     command = f"{sys.executable} {script}"

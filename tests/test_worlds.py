@@ -20,8 +20,8 @@ def trace_and_train(world, tree: dict) -> dict:
     from mdmtrain.diffusion.objective import plain_process
     from mdmtrain.model.presets import model_shape
     from mdmtrain.parallel.parallelize import build_model, init_weights
-    from mdmtrain.probe import Probe
     from mdmtrain.train import train
+    from mdmtrain.variance.probe import Probe
 
     config = configuration.validate(tree, "test")
     plan = resolve(config, world.size)
@@ -49,7 +49,7 @@ def trace_and_train(world, tree: dict) -> dict:
     }
     probe = Probe(model, config, 4, world)
     found = probe.decompose(process, open_sources(config.data, "validation"), step=7)[0]
-    p = probe.fit(plain_process(config.diffusion), open_sources(config.data, "train"))
+    p = probe.fit(plain_process(config.diffusion), open_sources(config.data, "train")).p
     train(config, world)
     return {"slots": slots, "weights": weights, "noise": shared, "empty": empty, "probe": (found, p.tobytes())}
 

@@ -26,10 +26,10 @@ from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.monitor.logs import CommandParser, user_errors
 
 T = TypeVar("T")
 TOOL = Path(__file__).with_name("convert_ckpt.py")

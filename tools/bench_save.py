@@ -25,11 +25,11 @@ from rich.table import Table
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.checkpoint.writer import CheckpointWriter
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import CheckpointConfig, DiffusionConfig, OptimConfig, ParallelConfig
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.sampler import RateSampler
 from mdmtrain.model.presets import ModelShape, describe_shape
-from mdmtrain.monitor.logs import CommandParser, user_errors
 from mdmtrain.optim import build_optimizer, optimizer_step
 from mdmtrain.parallel.parallelize import build_model, init_weights
 from mdmtrain.parallel.world import World, init_world

@@ -46,6 +46,7 @@ from meter import (
     random_batch,
     summary,
 )
+from observed import measured_memory
 from plan_run import shape_of
 from rich.console import Console
 from rich.table import Table
@@ -61,12 +62,11 @@ from variance_cost import (
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config, resolve
 from mdmtrain.cost import WORK, Assumptions, memory, step_flops
 from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
-from mdmtrain.observed import measured_memory
 from mdmtrain.optim import build_optimizer, local
 from mdmtrain.parallel.world import World, init_world
 

@@ -32,9 +32,9 @@ from torch import Tensor
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.checkpoint.weights import open_checkpoint
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 
 ROWS, ACCUMULATED = 16, 4  # rows of a global batch; micro-steps of the arrangement that accumulates
 FEW, AT_FIRST, AFTER_MANY = 20, 1e-5, 1e-4  # law 1: relative tolerance of losses up to so many steps, and beyond

@@ -26,10 +26,10 @@ from mdmtrain.checkpoint.export import cast, export, import_checkpoint
 from mdmtrain.checkpoint.loading import open_any
 from mdmtrain.checkpoint.storage import place
 from mdmtrain.checkpoint.weights import DTYPES, Weights, open_folder
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.data.lossless import ROLES
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.logs import CommandParser, user_errors
 
 CHECK_TOKENS = 32
 TOLERANCE = 1e-4  # of the largest logit, float32: other orders of summation, and no more

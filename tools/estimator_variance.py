@@ -16,9 +16,9 @@ from scipy.stats import chi2
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import load_model
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.loader import open_sources, validation_rows
 from mdmtrain.likelihood import ESTIMATORS, Estimate, Estimator, estimate
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
 
 

@@ -21,12 +21,12 @@ from meter import (
     random_batch,
     summary,
 )
+from observed import measured_memory
 
 from mdmtrain.config import Config
 from mdmtrain.cost import WORK, Assumptions, memory, peak, step_flops
 from mdmtrain.diffusion.objective import row_losses
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.observed import measured_memory
 from mdmtrain.optim import build_optimizer, optimizer_step
 from mdmtrain.parallel.world import World
 

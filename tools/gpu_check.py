@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint.store import write_atomically
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
+from mdmtrain.command import CommandParser, output_file, user_errors
 
 # In order of importance; seconds that each may take on a GPU. What does not fit into the budget any more is left out.
 PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {

@@ -5,13 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from meter import (
@@ -23,15 +22,15 @@ from meter import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mdmtrain import config as configuration
-from mdmtrain import train as loop
 from mdmtrain.checkpoint import store
 from mdmtrain.config import Config
 from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import local
+from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world
+from mdmtrain.train import build_state, open_inputs, train_from
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch whose source is the corpus
@@ -230,31 +229,33 @@ def small_run(place: Place, name: str, **run) -> Config:
     return configuration.validate(tree, "gpu_check")
 
 
-def train(config: Config) -> list[dict]:
-    """Train and return the records."""
+class StepWatch(Watchdog):
+    """Calls begin(step), from 1, when the loop begins a step, and read() before it reads the device."""
+
+    def __init__(self, config: Config, begin: Callable[[int], None], read: Callable[[], None] = lambda: None):
+        super().__init__(the_world(), config.run)
+        self._begin, self._read = begin, read
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        super().at(phase, step)
+        if step is not None:
+            self._begin(step + 1)
+        elif phase == "log":
+            self._read()
+
+
+def train(config: Config, watch: Watchdog | None = None, hook: Callable[[Transformer], None] | None = None) -> list:
+    """Train and return the records. hook: puts hooks on the model before the first step."""
+    world = the_world()
+    watch = watch or Watchdog(world, config.run)
     with redirect_stdout(StringIO()):
-        loop.train(config, the_world())
+        inputs = open_inputs(config, world, watch)
+        state = build_state(inputs, config, world)
+        if hook is not None:
+            hook(state.model)
+        train_from(state, inputs, config, world, watch)
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "split" not in record]
-
-
-@contextmanager
-def at_each_step(act: Callable[[int], None], at_a_flush: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Call act(step), from 1, when the loop begins a step, and at_a_flush() before it reads the device."""
-    new_sums, flush, step = StepRecorder.new_sums, StepRecorder.flush, 0
-
-    def begin(recorder: StepRecorder) -> torch.Tensor:
-        nonlocal step
-        step += 1
-        act(step)
-        return new_sums(recorder)
-
-    def read(recorder: StepRecorder) -> list[dict]:
-        at_a_flush()
-        return flush(recorder)
-
-    with patch.object(StepRecorder, "new_sums", begin), patch.object(StepRecorder, "flush", read):
-        yield
 
 
 def sync_free(report: Report, place: Place) -> None:
@@ -266,33 +267,26 @@ def sync_free(report: Report, place: Place) -> None:
         if cuda:
             torch.cuda.set_sync_debug_mode(name)
 
-    with at_each_step(lambda step: mode("error" if step >= 4 else "default"), lambda: mode("default")):
-        records = train(config)
+    watch = StepWatch(config, lambda step: mode("error" if step >= 4 else "default"), lambda: mode("default"))
+    records = train(config, watch)
     report.check("16 steps", len(records) == 16 and not any(r["skipped"] for r in records), "no wait for the device")
 
 
 def nan_skip(report: Report, place: Place) -> None:
     """A step whose loss is not a number is skipped on the device: no weight moves, and the next step is sound."""
-    config, models, weights, now = small_run(place, "nan", steps=12), [], {}, [0]
-    build, losses = loop.build_model, loop.row_losses
+    config = small_run(place, "nan", steps=12)
+    models, weights, now = [], {}, [0]
 
     def begin(step: int) -> None:
         now[0] = step
         if step in (6, 7, 8):
             weights[step] = torch.cat([local(p).detach().flatten().clone() for p in models[0].parameters()])
 
-    def kept(*arguments):
-        models.append(build(*arguments))
-        return models[0]
+    def poison(model: Transformer) -> None:
+        models.append(model)
+        model.head.register_forward_hook(lambda _head, _rows, ce: ce * float("nan") if now[0] == 6 else None)
 
-    def poisoned(*arguments) -> torch.Tensor:
-        return losses(*arguments) * (float("nan") if now[0] == 6 else 1.0)
-
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(loop, "build_model", kept))
-        patches.enter_context(patch.object(loop, "row_losses", poisoned))
-        patches.enter_context(at_each_step(begin))
-        records = train(config)
+    records = train(config, StepWatch(config, begin), poison)
     skipped = [record["step"] for record in records if record["skipped"]]
     report.check("counted", skipped == [6], f"skipped: {skipped}, poisoned: [6]")
     report.check("no weight moved", torch.equal(weights[6], weights[7]), "bits of all weights before and after")

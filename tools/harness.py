@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 
 from mdmtrain.checkpoint.loading import load_model
+from mdmtrain.command import user_errors
 from mdmtrain.data.text import continuation_rows, encode_pair
 from mdmtrain.generate import fill, never_chosen
 from mdmtrain.likelihood import ESTIMATORS, Estimator, estimate
-from mdmtrain.monitor.logs import log, user_errors
+from mdmtrain.monitor.logs import log
 from mdmtrain.parallel.world import init_world
 from mdmtrain.unmask import Sampling, unmask
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mdmtrain.checkpoint.storage import write_atomically
+from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.data.tasks import KINDS, make_tasks
-from mdmtrain.monitor.logs import CommandParser, user_errors
 
 
 def main(arguments: list[str] | None = None) -> None:

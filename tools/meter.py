@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from observed import allocations
 from rich.progress import track
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.objective import MaskedBatch, plain_process, row_losses
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer, initial_std
-from mdmtrain.observed import allocations
 from mdmtrain.optim import local
 from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import World

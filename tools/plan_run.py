@@ -11,17 +11,17 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from observed import traced_traffic
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config
 from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, traffic
 from mdmtrain.data.shards import read_manifest
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
-from mdmtrain.observed import traced_traffic
 
 
 def shape_of(config: Config) -> ModelShape:

@@ -154,7 +154,7 @@ def _stop(number: int, _frame: object) -> None:
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(_number, _stop)
-    from mdmtrain.monitor.logs import user_errors
+    from mdmtrain.command import user_errors
 
     with user_errors():
         main()

@@ -25,19 +25,12 @@ from mdmtrain import config as configuration
 from mdmtrain import yaml12
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.loading import load_model
+from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import open_sources
-from mdmtrain.measure import (
-    ArmNoise,
-    Bench,
-    Spread,
-    density_floor,
-    gradient_components,
-    mean_interval,
-    ratio_interval,
-)
-from mdmtrain.monitor.logs import CommandParser, output_file, user_errors
 from mdmtrain.parallel.world import init_world
+from mdmtrain.variance.gradients import ArmNoise, Bench
+from mdmtrain.variance.intervals import Spread, density_floor, gradient_components, mean_interval, ratio_interval
 
 ARMS = Path(__file__).resolve().parent.parent / "configs/arms"
 DEFAULT_ARMS = "standard,strats,ppots-loss,ppots-gradient,mirror,mirror-dedup,complement,count,counted,counted-ppots"

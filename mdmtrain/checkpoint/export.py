@@ -30,7 +30,8 @@ from mdmtrain.data.hub import hub_files
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.staging import staging
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.parallel.world import describe_error, writing
+from mdmtrain.files import writing
+from mdmtrain.parallel.world import describe_error
 
 log = logging.getLogger("mdmtrain")
 

@@ -1,14 +1,11 @@
-"""The folder of one run: who may write it, and what it says about itself."""
+"""The folder of one run: what it says about itself."""
 
-import fcntl
 import json
 import os
 import platform
 import shlex
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -16,37 +13,12 @@ from importlib import metadata
 from pathlib import Path
 
 from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.run_lock import LOCK
 from mdmtrain.config import Config
-from mdmtrain.parallel.world import writing
+from mdmtrain.files import writing
 
 HISTORY = "history.jsonl"
 ABANDONED = "abandoned-"  # before the name of what a run has left behind
-LOCK_PATIENCE = 10.0  # seconds: a killed predecessor may need a moment to go
-
-
-class RunLock:
-    """The right to write a run folder. The operating system takes it back when the process ends, however it ends."""
-
-    def __init__(self, folder: Path):
-        """Raises ValueError when another live process holds the folder, OSError when it cannot be written."""
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / ".lock", "a+")  # noqa: SIM115 (held, and locked, for the whole run)
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self._file.seek(0)
-                    by = self._file.read().strip() or "another process"
-                    problem = f"run folder {folder} is in use by {by}: stop that run, or choose another run.dir"
-                    raise ValueError(problem) from None
-                time.sleep(0.2)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
 
 
 @contextmanager
@@ -60,7 +32,7 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, OSError):
         if new and not (folder / "config.yaml").exists():
-            for file in (folder / ".lock", *folder.glob("logs/rank-*.log")):
+            for file in (folder / LOCK, *folder.glob("logs/rank-*.log")):
                 with suppress(OSError):
                     file.unlink()
             for path in (folder / "logs", *new):
@@ -132,7 +104,8 @@ def abandon(folder: Path, step: int) -> list[Path]:
     moved = []
     for old in sorted(folder.glob(store.FOLDERS), key=str) if folder.is_dir() else []:
         if store.step_of(old) > step:
-            new, number = old.with_name(ABANDONED + old.name), 1
+            new = old.with_name(ABANDONED + old.name)
+            number = 1
             while new.exists():
                 number += 1
                 new = old.with_name(f"{ABANDONED}{old.name}-{number}")

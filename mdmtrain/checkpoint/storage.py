@@ -4,7 +4,6 @@ A place on a disk is a plain Path, any other a UPath, which has the same methods
 """
 
 import fcntl
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from typing import IO
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
-from mdmtrain.parallel.world import describe_error, writing
+from mdmtrain.files import replacing, writing
+from mdmtrain.parallel.world import describe_error
 
 
 def place(text: str) -> Path:
@@ -56,12 +56,8 @@ def write_atomically(path: Path, text: str) -> None:
     if not isinstance(path, Path):
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), open(temporary, "w", encoding="utf-8") as file:
+    with writing(path), replacing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def checksum(file: Path) -> str:

@@ -37,9 +37,10 @@ from mdmtrain.checkpoint.storage import (
 )
 from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
 from mdmtrain.diffusion.sampler import RateSampler
+from mdmtrain.files import writing
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.optim import EMA, Optimizer
-from mdmtrain.parallel.world import AgreedError, World, describe_error, writing
+from mdmtrain.parallel.world import AgreedError, World, describe_error
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"

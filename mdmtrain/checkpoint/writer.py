@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the loop waits for a copy of its tensors, then it goes on."""
+"""Asynchronous checkpoints: the loop waits until its tensors are copied, and trains on while the copy is written."""
 
 import threading
 from collections.abc import Mapping
@@ -30,7 +30,10 @@ class CheckpointWriter:
 
         patience: minutes that a rank waits for the slowest one to have written its file.
         """
-        self._home, self._tokenizer, self._config, self._world = home, tokenizer, config, world
+        self._home = home
+        self._tokenizer = tokenizer
+        self._config = config
+        self._world = world
         self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=patience)))
         self._copies: dict[str, Tensor] = {}  # used again by each save: pinning memory takes long
         self._saving: Future[Path] | None = None
@@ -69,7 +72,8 @@ class CheckpointWriter:
 
     def finish(self) -> Path | None:
         """The same, once what is being written is committed: waits for it."""
-        saving, self._saving = self._saving, None
+        saving = self._saving
+        self._saving = None
         return saving.result() if saving is not None else None
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:

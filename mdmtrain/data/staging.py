@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mdmtrain.files import put_in_place
+
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
@@ -27,16 +29,4 @@ def staging(out: Path) -> Iterator[Path]:
         for leftover in folder.iterdir():
             leftover.unlink()
         yield folder
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
-        os.replace(folder, out)
-        _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or a folder's names, to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        put_in_place(folder, out)

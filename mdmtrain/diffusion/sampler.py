@@ -58,18 +58,19 @@ class RateSampler:
         hits = self.tensors["hits"].cpu().numpy()
         if hits.min() < self._config.min_hits:
             return self.density.p
-        return fit(*self._moments(), self._config.floor, self._config.form).p
+        return fit_density(self._now(), *self._sums_and_counts()).p
 
     def picture(self) -> dict[str, list[float]]:
         """The density in use, and the one that the statistics ask for by themselves (0 where there are none yet)."""
-        return {"used": self.density.p.tolist(), "wanted": optimum(*self._moments()).tolist()}
+        wanted = optimum(*_bin_means(self._now(), *self._sums_and_counts()))
+        return {"used": self.density.p.tolist(), "wanted": wanted.tolist()}
 
-    def _moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Edges, mean statistic and omega of the cells: that of the last step, as annealing moves p with it."""
-        sums, counts = self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
-        edges, now = self.density.edges, self._process or self.process(0.0)
-        means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-        return edges, means, now.omega((edges[:-1] + edges[1:]) / 2)
+    def _now(self) -> ForwardProcess:
+        """The process of the last step: annealing changes omega, and p with it."""
+        return self._process or self.process(0.0)
+
+    def _sums_and_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.tensors["sums"].cpu().numpy(), self.tensors["counts"].cpu().numpy()
 
     def use(self, p: np.ndarray) -> None:
         """Draw from this density from the next step on."""
@@ -79,6 +80,23 @@ class RateSampler:
     def restored(self) -> None:
         """After a checkpoint was loaded into `tensors`."""
         self.density = Density(self.density.edges, self.tensors["p"].cpu().numpy())
+
+
+def fit_density(process: ForwardProcess, sums: np.ndarray, counts: np.ndarray) -> Density:
+    """P-POTS: the density that statistics by bin of the rate ask for, in the form and with the floor of the process.
+
+    sums, counts: float64 [bins], the statistics of rows in each bin, and how many rows there were.
+    """
+    return fit(*_bin_means(process, sums, counts), process.config.floor, process.config.form)
+
+
+def _bin_means(
+    process: ForwardProcess, sums: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges, mean statistic (0 where there is none) and omega of the bins."""
+    edges = process.density.edges
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    return edges, means, process.omega((edges[:-1] + edges[1:]) / 2)
 
 
 def token_table(tokens: tuple[str | int, ...], pieces: list[str], key: str) -> Tensor | None:

@@ -10,11 +10,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from mdmtrain.config import Config
+from mdmtrain.files import replacing, writing
 from mdmtrain.monitor.logs import log
-from mdmtrain.parallel.world import writing
 
 METRICS = "metrics.jsonl"
-RECORD_BYTES, EVENT_BYTES = (950, 1_850), (1_250, 17_000)  # (of a step, more of a probe) in the two, measured
+RECORD_BYTES = (950, 1_850)  # of a step, and more of a probe, measured
+EVENT_BYTES = (1_250, 17_000)  # the same in TensorBoard
 OCTILES = 8
 LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
@@ -31,7 +32,9 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
-        self.path, self._skipped, self.notes = run_dir / METRICS, run_dir / "skipped.jsonl", []
+        self.path = run_dir / METRICS
+        self._skipped = run_dir / "skipped.jsonl"
+        self.notes: list[str] = []
         events = run_dir / "events"
         with writing(run_dir):
             last, moved = cut(self.path, resume_step)
@@ -75,7 +78,8 @@ class MetricsLog:
                 self._board.flush()
 
     def _draw(self, record: dict) -> None:
-        step, group = record["step"], record.get("split", "train")
+        step = record["step"]
+        group = record.get("split", "train")
         scalars: dict[str, float] = {}
         for name, value in record.items():
             if name in BY_OCTILE:
@@ -122,7 +126,8 @@ class MetricsLog:
 
 def abandoned(path: Path) -> Path:
     """Where what a run leaves behind goes: records to one file, to be appended to; a folder to a name of its own."""
-    new, number = path.with_name(f"{path.stem}.abandoned{path.suffix}"), 1
+    new = path.with_name(f"{path.stem}.abandoned{path.suffix}")
+    number = 1
     while not path.suffix and new.exists():
         number += 1
         new = path.with_name(f"{path.stem}.abandoned-{number}")
@@ -133,11 +138,12 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
     """Keep the records of steps up to `step`, move later ones to the end of `abandoned(file)`; a line torn by a crash
     is dropped. The file is replaced as a whole. Returns the last step kept, and the steps of the records moved.
     """
-    last, moved = 0, []
+    last = 0
+    moved: list[int] = []
     if not file.exists():
         return last, moved
-    temporary, others = file.with_suffix(".tmp"), []
-    with open(file, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
+    others = []
+    with open(file, encoding="utf-8", errors="replace") as old, replacing(file) as new:
         for number, line in enumerate(old, 1):
             try:
                 if not line.endswith("\n"):
@@ -152,14 +158,11 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
             except (json.JSONDecodeError, KeyError, TypeError):
                 # A power cut may leave zeros behind what was brought to the disk.
                 log.warning("%s line %d was damaged and is left out", file, number)
-        new.flush()
-        os.fsync(new.fileno())
-    if others:  # first: a crash in between leaves them in both files, and never in none
-        with open(abandoned(file), "a", encoding="utf-8") as rest:
-            rest.writelines(others)
-            rest.flush()
-            os.fsync(rest.fileno())
-    os.replace(temporary, file)
+        if others:  # before the file is replaced: a crash in between leaves them in both files, and never in none
+            with open(abandoned(file), "a", encoding="utf-8") as rest:
+                rest.writelines(others)
+                rest.flush()
+                os.fsync(rest.fileno())
     return last, moved
 
 

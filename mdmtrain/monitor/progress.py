@@ -11,27 +11,34 @@ from mdmtrain.monitor.logs import log
 class TrainingProgress:
     """Step, percent, loss, bits/byte, tokens/s, share of time spent waiting for data, time left. For rank 0."""
 
-    def __init__(self, first_step: int, steps: int, visible: bool):
-        self._first, self._steps, self._visible = first_step, steps, visible
-        self._start, self._bar = time.monotonic(), None
-        if visible and sys.stdout.isatty():
-            done, numbers = TextColumn("step {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}")
-            self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers)
-            self._bar.start()
-            self._task = self._bar.add_task("train", total=steps, completed=first_step, numbers="starting")
+    def __init__(self, first_step: int, steps: int, bits_per_nat: float, visible: bool):
+        """bits_per_nat: bits per byte of one nat per token, on this data."""
+        self._first = first_step
+        self._steps = steps
+        self._bits_per_nat = bits_per_nat
+        self._visible = visible
+        self._bar: Progress | None = None
 
-    def start_clock(self) -> None:
+    def start(self) -> None:
         """The steps begin: what came before does not count for the time left."""
         self._start = time.monotonic()
+        if self._visible and sys.stdout.isatty():
+            done = TextColumn("step {task.completed}/{task.total}")
+            numbers = TextColumn("{task.fields[numbers]}")
+            self._bar = Progress(done, BarColumn(), TaskProgressColumn(), numbers)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=self._steps, completed=self._first, numbers="starting")
 
-    def update(self, record: dict, bits_per_nat: float) -> None:
-        """Show the newest training record. bits_per_nat: bits per byte of one nat per token, on this data."""
+    def update(self, record: dict) -> None:
+        """Show the newest training record."""
         if not self._visible:
             return
-        step, loss = record["step"], "not finite"
+        step = record["step"]
+        loss = "not finite"
         if record["loss"] is not None:
-            loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * bits_per_nat:.3f}"
-        left = round((time.monotonic() - self._start) / (step - self._first) * (self._steps - step))
+            loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * self._bits_per_nat:.3f}"
+        seconds_per_step = (time.monotonic() - self._start) / (step - self._first)
+        left = round(seconds_per_step * (self._steps - step))
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  data wait {record['data_wait']:.1%}"
         numbers += f"  ETA {left // 60}:{left % 60:02d}"
         if self._bar is not None:

@@ -18,8 +18,39 @@ from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATIST
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
 CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
 SLOW = 1.5  # times the median of the ranks' own seconds: a slow rank
-SLOW_FLUSHES, SLOW_WARNING = 3, 50  # flushes in a row before it is called slow, and until it is called so again
+SLOW_FLUSHES = 3  # flushes in a row before it is called slow
+SLOW_WARNING = 50  # and until it is called so again
 PAIR_DECAY = 0.9  # per pair, of the noise scale's two halves
+
+
+class Layout:
+    """Named parts of one vector, in a row: layout["masked"] is the slice of a part. length: of the whole vector."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.length = 0
+        self._slices: dict[str, slice] = {}
+        for name, size in sizes.items():
+            self._slices[name] = slice(self.length, self.length + size)
+            self.length += size
+
+    def __getitem__(self, name: str) -> slice:
+        return self._slices[name]
+
+    def split(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """Every part of a vector, by name."""
+        return {name: vector[where] for name, where in self._slices.items()}
+
+
+def sums_of_a_step(bins: int, ranks: int) -> dict[str, int]:
+    """The parts of the vector that is added up over ranks once a step, with their sizes. None depends on the batch."""
+    return {
+        "losses": bins,  # weighted losses of the rows, by cell of their masking rate
+        "statistics": bins,  # P-POTS statistics of the rows, likewise
+        "eligible": 1,  # positions that may be masked
+        "pair": 2,  # what a GradientPair found; zeros in most steps
+        "masked": ranks,  # masked positions of each rank
+        "seconds": ranks,  # that each rank took by itself: waiting for data, and `awake`, but not in a collective
+    }
 
 
 @dataclass
@@ -31,21 +62,19 @@ class _Pending:
     row_counts: np.ndarray  # int64 [bins], rows of the global batch in each cell of the sampler
     shares: np.ndarray  # float64 [bins], their probability
     effective: float  # effective sample size of the importance weights, over the number of slots
-    numbers: Tensor  # float64 [sums + 2]: the sums, gradient norm, skipped
+    numbers: Tensor  # float64 [sums + 2]: see StepRecorder._numbers
 
 
 class StepRecorder:
     """Collects the steps between two flushes.
 
-    The vector of sums (float64 [2 bins + 3 + 2 ranks], added up over ranks once a step: its size does not depend on the
-    batch) holds, by cell of the masking rate, the weighted losses of the rows and their P-POTS statistics; then the
-    eligible positions, what a GradientPair found (zeros in most steps), the masked positions of each rank, and the
-    seconds that the step took each rank by itself: waiting for data, and awake (`awake`), but not in a collective.
+    A step's sums are one vector, float64, with the parts of `sums_of_a_step`.
 
-    It also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the running mean of
-    the weighted loss y in each cell. b is a constant to the step, so the gradient does not change by a bit: it is
-    a quieter curve of the same expectation (`loss_smooth`), no more; under global strata little is left to quieten.
-    How much quieter: the running mean of its squared steps over that of the raw curve (`loss_smooth_variance_ratio`).
+    The recorder also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the
+    running mean of the weighted loss y in each cell. b is a constant to the step, so the gradient does not change
+    by a bit: it is a quieter curve of the same expectation (`loss_smooth`), no more; under global strata little is
+    left to quieten. How much quieter: the running mean of its squared steps over that of the raw curve
+    (`loss_smooth_variance_ratio`).
     """
 
     def __init__(self, config: Config, plan: RunPlan, device: torch.device, rank: int):
@@ -54,8 +83,13 @@ class StepRecorder:
         self._bins = config.diffusion.bins
         self._complement = config.diffusion.views == "complement"
         self._clip_norm = config.optim.clip_norm
-        self._rows, self._positions = config.run.global_batch, plan.tokens_per_step
-        self._device, self._rank, self._ranks = device, rank, plan.world_size
+        self._rows = config.run.global_batch
+        self._positions = plan.tokens_per_step
+        self._device = device
+        self._rank = rank
+        parts = sums_of_a_step(self._bins, plan.world_size)
+        self._sums = Layout(parts)
+        self._numbers = Layout(parts | {"norm": 1, "skipped": 1})  # once they are added up
         self._means: dict[str, float] = {}
         self._last: list[float] = []  # loss and loss_smooth of the last step that was not skipped
         self._baseline = np.zeros(self._bins)
@@ -63,31 +97,37 @@ class StepRecorder:
         self._pending: list[_Pending] = []
         self._waited = 0.0
         self._flushed = time.monotonic()
-        self._asleep, self._awake = 0.0, awake()  # seconds asleep for data since the last step, and when that ended
-        self._own, self._slow = np.zeros(self._ranks), 0
+        self._asleep = 0.0  # seconds asleep for data since the last step
+        self._awake = awake()  # when that ended
+        self._own = np.zeros(plan.world_size)
+        self._slow = 0
 
     def state(self) -> dict:
-        """What a resumed run needs to go on with the same numbers, for meta.json."""
+        """What a resumed run needs to continue with the same numbers, for meta.json."""
         baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
         return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
     def restore(self, state: dict, cursor: Cursor = START, same_batch: bool = True) -> None:
         """same_batch: with another one, how much steps differ is another matter: that is measured anew."""
-        self.cursor, self.skips_in_a_row = cursor, state["skips_in_a_row"]
+        self.cursor = cursor
+        self.skips_in_a_row = state["skips_in_a_row"]
         if same_batch:
-            self._means, self._last = state["means"], state["last"]
-        self._baseline, self._seen = np.array(state["baseline"]), np.array(state["seen"])
+            self._means = state["means"]
+            self._last = state["last"]
+        self._baseline = np.array(state["baseline"])
+        self._seen = np.array(state["seen"])
 
     def new_sums(self) -> Tensor:
-        return torch.zeros(2 * self._bins + 3 + 2 * self._ranks, dtype=torch.float64, device=self._device)
+        return torch.zeros(self._sums.length, dtype=torch.float64, device=self._device)
 
     def statistics(self, sums: Tensor) -> Tensor:
         """The part of the sums that the sampler is fitted from: float64 [bins]."""
-        return sums[self._bins : 2 * self._bins]
+        return sums[self._sums["statistics"]]
 
     def wait_for(self, batches: Iterator):
         """The next micro-batch; the time that it takes counts as waiting for data."""
-        start, busy = time.monotonic(), awake()
+        start = time.monotonic()
+        busy = awake()
         batch = next(batches)
         waited = time.monotonic() - start
         self._waited += waited
@@ -99,20 +139,21 @@ class StepRecorder:
     ) -> None:
         """losses, statistics: float32 [B] on the device, of each row; cells: int64 [B], of their masking rates."""
         cell = torch.from_numpy(cells).to(self._device, non_blocking=True)
-        sums.index_add_(0, cell, losses.double())
-        sums.index_add_(0, cell + self._bins, statistics.double())
-        sums[2 * self._bins] += eligible
-        sums[2 * self._bins + 3 + self._rank] += masked
+        sums[self._sums["losses"]].index_add_(0, cell, losses.double())
+        sums[self._sums["statistics"]].index_add_(0, cell, statistics.double())
+        sums[self._sums["eligible"]] += eligible
+        sums[self._sums["masked"]][self._rank] += masked
 
     def add_pair(self, sums: Tensor, pair: Tensor) -> None:
         """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
-        sums[2 * self._bins + 1 : 2 * self._bins + 3] = pair
+        sums[self._sums["pair"]] = pair
 
     def add_own_seconds(self, sums: Tensor) -> None:
         """What this rank took since the last step, others' lateness not counted."""
         now = awake()
-        sums[2 * self._bins + 3 + self._ranks + self._rank] += now - self._awake + self._asleep
-        self._asleep, self._awake = 0.0, now
+        sums[self._sums["seconds"]][self._rank] += now - self._awake + self._asleep
+        self._asleep = 0.0
+        self._awake = now
 
     def add_step(
         self,
@@ -139,23 +180,27 @@ class StepRecorder:
         assert self._pending, "flush follows at least one add_step"
         numbers = torch.stack([p.numbers for p in self._pending]).cpu().numpy()
         now = time.monotonic()
-        elapsed, steps = now - self._flushed, len(self._pending)
+        elapsed = now - self._flushed
+        steps = len(self._pending)
         records = [
             self._record(p, row, self._positions * steps / elapsed, self._waited / elapsed)
             for p, row in zip(self._pending, numbers, strict=True)
         ]
-        self._own = numbers[:, 2 * self._bins + 3 + self._ranks : -2].sum(axis=0)
+        self._own = numbers[:, self._numbers["seconds"]].sum(axis=0)
         slow = self._own.max() > SLOW * np.median(self._own) and self._own.max() > elapsed / 4
         self._slow = self._slow + 1 if slow else 0
-        self._pending, self._waited = [], 0.0
-        self._flushed, self._awake = now, awake()  # CUDA's wait for the device may be awake
+        self._pending = []
+        self._waited = 0.0
+        self._flushed = now
+        self._awake = awake()  # CUDA's wait for the device may be awake
         return records
 
     def slow_rank(self) -> str | None:
         """Something to say of a rank that has been slow in each of the last few flushes; None the next few times."""
         if self._slow % SLOW_WARNING != SLOW_FLUSHES:
             return None
-        most, median = self._own.max(), np.median(self._own)
+        most = self._own.max()
+        median = np.median(self._own)
         return (
             f"rank {self._own.argmax()} takes {most / median:.1f} times the median of the ranks by itself (work and "
             "its wait for data, no wait for others), and all wait for it: look at its node"
@@ -163,14 +208,22 @@ class StepRecorder:
 
     def resume_clock(self) -> None:
         """Leave the time since the last flush (an evaluation, a save) out of the next speed."""
-        self._flushed, self._awake = time.monotonic(), awake()
+        self._flushed = time.monotonic()
+        self._awake = awake()
 
     def _record(self, pending: _Pending, numbers: np.ndarray, speed: float, wait: float) -> dict:
-        by_bin, statistics = numbers[: 2 * self._bins].reshape(2, -1)
-        eligible, noise, signal, *by_rank, norm, skipped = numbers[2 * self._bins :].tolist()
-        masked, own = by_rank[: self._ranks], by_rank[self._ranks :]
-        after_skip, self.skips_in_a_row = self.skips_in_a_row > 0, self.skips_in_a_row + 1 if skipped else 0
-        total, length = float(by_bin.sum()), self._positions / self._rows
+        parts = self._numbers.split(numbers)
+        by_bin = parts["losses"]
+        masked = parts["masked"].tolist()
+        own = parts["seconds"].tolist()
+        eligible = parts["eligible"].item()
+        noise, signal = parts["pair"].tolist()
+        norm = parts["norm"].item()
+        skipped = parts["skipped"].item()
+        after_skip = self.skips_in_a_row > 0
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        total = float(by_bin.sum())
+        length = self._positions / self._rows
         smooth = self._smooth(by_bin / length, pending, bool(skipped))
         octile_counts = pending.row_counts.reshape(OCTILES, -1).sum(axis=1)
 
@@ -194,7 +247,7 @@ class StepRecorder:
             "effective_sample_share": pending.effective,
             "skipped": bool(skipped),
             LOSS_BY_OCTILE: by_octile(by_bin / length),
-            STATISTIC_BY_OCTILE: by_octile(statistics),
+            STATISTIC_BY_OCTILE: by_octile(parts["statistics"]),
             HISTOGRAM: octile_counts.tolist(),
             "tokens_per_second": speed,
             "data_wait": wait,

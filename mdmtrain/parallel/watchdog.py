@@ -23,7 +23,9 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from mdmtrain.config import RunConfig
-from mdmtrain.parallel.world import EARLY, AgreedStop, World, describe_error, exit_at_once, meeting_point, reason
+from mdmtrain.exit_status import STOPPED_EARLY
+from mdmtrain.parallel.stop import AgreedStop, reason
+from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting_point
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -40,16 +42,23 @@ class Watchdog:
 
     def __init__(self, world: World, config: RunConfig):
         self.stop = AgreedStop(world, config.time_limit)
-        self._world, self._log = world, Path(config.dir) / "logs" / f"rank-{world.rank}.log"
+        self._world = world
+        self._log = Path(config.dir) / "logs" / f"rank-{world.rank}.log"
         self._timeouts = 60 * config.step_timeout, 60 * config.slow_timeout
-        self._count, self._first, self._step = 0, None, 0
+        self._count = 0
+        self._first: int | None = None
+        self._step = 0
         self._place = ("preparation", 0, True, time.monotonic())
-        self._closed, self._lost, self._deaf = threading.Event(), "", False
+        self._closed = threading.Event()
+        self._lost = ""
+        self._deaf = False
 
     def at(self, phase: str, step: int | None = None) -> None:
         """The main thread begins with `phase`; step: of the loop, from 0, where it is a new one."""
         if step is not None:
-            self._first, self._step = step if self._first is None else self._first, step
+            if self._first is None:
+                self._first = step
+            self._step = step
         self._count += 1  # the ranks run the same program, so these counts can be compared
         slow = phase in SLOW or self._step < self._first + 2
         since = float("inf") if phase == UNLIMITED else time.monotonic()
@@ -124,14 +133,15 @@ class Watchdog:
     def _leave_early(self, number: int) -> None:
         if self._world.is_main:
             print(f"stopped by {reason(number)} in preparation, before any step: the same command begins again")
-        exit_at_once(EARLY)
+        exit_at_once(STOPPED_EARLY)
 
     def _roll_call(self, why: str) -> None:
         if self._log.exists():
             with open(self._log, "a", encoding="utf-8") as file:
                 print(f"---- {why}: the stack of every thread", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
-        size, rank = self._world.size, self._world.rank
+        size = self._world.size
+        rank = self._world.rank
         self._tell(f"at {rank}", json.dumps(self._report()))
         # Rank 0 asks everybody. Where it is the one that does not answer, nobody does, and each asks for itself.
         deadline = time.monotonic() + (0.0 if rank == 0 or self._lost else 2 * PATIENCE)
@@ -153,7 +163,8 @@ class Watchdog:
 
     def _answers(self) -> dict[int, dict]:
         """Where each rank stands, of those that answer."""
-        answers, deadline = {}, time.monotonic() + PATIENCE
+        answers = {}
+        deadline = time.monotonic() + PATIENCE
         while len(answers) < self._world.size and time.monotonic() < deadline:
             for rank in set(range(self._world.size)) - answers.keys():
                 if text := self._told(f"left {rank}"):
@@ -200,7 +211,8 @@ def ranks(numbers: list[int]) -> str:
 
 def collectives() -> tuple[list[int], str]:
     """How many collectives this process has begun, and ended, and its newest one, from torch's flight recorder."""
-    entries, counts = [], [0, 0]
+    entries = []
+    counts = [0, 0]
     for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where torch has it
         if hasattr(c10d, dump):
             trace = json.loads(getattr(c10d, dump)())

@@ -1,4 +1,4 @@
-"""One process among many: start-up, what the ranks agree on, and an agreed stop."""
+"""One process among many: start-up, and what the ranks agree on."""
 
 import ctypes
 import logging
@@ -7,10 +7,9 @@ import resource
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -23,15 +22,8 @@ T = TypeVar("T")
 WRITER_THREAD = "checkpoint writer"  # a process that ends in good order lets it finish
 
 
-EARLY = 75  # exit status of a run that was told to stop with something left that no checkpoint tells (EX_TEMPFAIL)
-
-
 class AgreedError(ValueError):
     """A user's error that every rank raises together."""
-
-
-class Interrupted(Exception):
-    """A stop that all ranks take in the middle of something, which is given up. Its argument: see AgreedStop.poll."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,6 @@ class World:
     device: torch.device
     mesh: DeviceMesh  # one dimension, "dp_shard"
     control: dist.ProcessGroup  # gloo on the CPU, for what must not touch the accelerator
-    between: Callable[[], None] | None = field(default=None, compare=False)  # called before each round of `deal`
 
     @property
     def is_main(self) -> bool:
@@ -69,8 +60,6 @@ class World:
         """
         mine = {}
         for first in range(0, count, self.size):
-            if self.between is not None:
-                self.between()
             number = min(first + self.rank, count - 1)
             mine[number] = compute(number)
         gathered = {number: value for part in self.gather(mine) for number, value in part.items()}
@@ -81,7 +70,8 @@ class World:
 
         If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
         """
-        result, failure = None, None
+        result = None
+        failure = None
         if self.is_main or not main_only:
             try:
                 result = act()
@@ -114,16 +104,6 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Say where a write failed: the operating system names a file that it cannot open, not one that it cannot fill."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot write: {error.strerror or error}: make room or choose another place, then start again"
-        raise OSError(error.errno, problem, str(place)) from None
-
-
 def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     """Join the process group that torchrun describes, or a group of one when started as plain `python`.
 
@@ -139,7 +119,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         check_launcher()
     if torch.cuda.is_available():
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
         if here > gpus:
             raise ValueError(
                 f"{here} ranks on a node with {gpus} GPUs: start {gpus}, or hide them (CUDA_VISIBLE_DEVICES=)"
@@ -153,7 +134,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        device = torch.device("cpu")
+        backend = "gloo"
     longest = timedelta(minutes=timeout)
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
@@ -190,69 +172,3 @@ def meeting_point(name: str) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://"))
     return dist.PrefixStore(f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-class AgreedStop:
-    """A stop that all ranks take at the same step.
-
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them, and so does the time limit
-    (minutes from now). SIGHUP stays ignored where the process was started so (nohup). Each step sends the flag round
-    without waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second
-    Ctrl-C takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    TIME_LIMIT = 1000  # the flag where it was no signal
-
-    def __init__(self, world: World, time_limit: float | None = None):
-        self._world = world
-        self._requested = 0
-        self._deadline = float("inf") if time_limit is None else time.monotonic() + 60 * time_limit
-        self._in_flight: tuple | None = None
-        for number in heard(self.SIGNALS):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame) -> None:
-        self._requested = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    @property
-    def requested(self) -> int:
-        """What this rank knows by itself: the number of a signal, TIME_LIMIT, or 0."""
-        return self._requested or (self.TIME_LIMIT if time.monotonic() > self._deadline else 0)
-
-    def poll(self) -> int:
-        """Call once a step on every rank. What some rank had been told by the step before: a signal's number,
-        TIME_LIMIT, or 0."""
-        if self._world.size == 1:  # nobody to agree with
-            return self.requested
-        agreed = 0
-        if self._in_flight is not None:
-            work, flag = self._in_flight
-            work.wait()
-            agreed = int(flag.item())
-        flag = torch.tensor([self.requested], dtype=torch.int32)
-        self._in_flight = (dist.all_reduce(flag, dist.ReduceOp.MAX, self._world.control, async_op=True), flag)
-        return agreed
-
-    def check(self) -> None:
-        """The same in the middle of something: raises Interrupted."""
-        if number := self.poll():
-            raise Interrupted(number)
-
-    def drain(self) -> None:
-        """Wait for the last exchange, before the process group goes away."""
-        if self._in_flight is not None:
-            self._in_flight[0].wait()
-            self._in_flight = None
-
-
-def reason(number: int) -> str:
-    """Why a run stops, as AgreedStop numbers it."""
-    return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else signal.Signals(number).name
-
-
-def heard(numbers: Iterable[int]) -> list[int]:
-    """The signals among these that the process may handle: all but a SIGHUP that it was told to ignore (nohup)."""
-    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]

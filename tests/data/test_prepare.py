@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mdmtrain.command import user_errors
 from mdmtrain.data import prepare as module
 from mdmtrain.data import records, staging
 from mdmtrain.data.inputs import Input, find_inputs
@@ -26,7 +27,6 @@ from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Reading, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
-from mdmtrain.monitor.logs import user_errors
 from tests.conftest import ROOT
 
 TOOL = [sys.executable, str(ROOT / "tools/prepare_data.py")]

@@ -1,11 +1,15 @@
 """What is decided when ranks have ended, and what is read from their last words."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
-from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, lock_holder, read_state, write_state
+from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, read_state, write_state
 from launchers.slurm_client import seconds
+from mdmtrain.exit_status import STOPPED_EARLY
+from tests.conftest import ROOT
 
 RUNNING = State("slurm", "7", "running", starts=1, began_at=20)
 CRASH = Ended(1, error="it broke", node="n2")
@@ -16,15 +20,12 @@ def test_stops_go_on_without_end_and_crashes_without_progress_do_not():
     for _ in range(50):  # time limits: each start gets a little further, or nowhere
         state = conclude(begin(state, 20, 3), Ended(0), 20, 100, 3)
         assert state.phase == "requeued"
-    assert conclude(RUNNING, Ended(EARLY_STATUS, early=True), 20, 100, 1).phase == "requeued"
+    assert conclude(RUNNING, Ended(STOPPED_EARLY, early=True), 20, 100, 1).phase == "requeued"
     state = RUNNING
     for crashes, expected in ((1, "requeued"), (2, "requeued"), (3, "failed")):
         state = conclude(begin(replace(state, phase="requeued"), 20, 3), CRASH, 20, 100, 3)
         assert (state.crashes, state.phase, state.last_error) == (crashes, expected, "it broke")
     assert begin(state, 20, 3).phase == "failed", "a job that gave up must not start again"
-
-
-EARLY_STATUS = 75
 
 
 def test_progress_forgives_crashes():
@@ -92,8 +93,14 @@ def test_last_words(text, error, node, early):
     assert lines.ended(0) == Ended(0)
 
 
+def test_a_supervisor_needs_no_torch():
+    heavy = "{'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    program = f"import sys, launchers.supervise; assert not {heavy}, {heavy}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_state_on_disk(tmp_path):
-    assert read_state(tmp_path) is None and lock_holder(tmp_path) is None
+    assert read_state(tmp_path) is None
     (tmp_path / "job").mkdir()
     write_state(tmp_path, RUNNING)
     assert read_state(tmp_path) == RUNNING

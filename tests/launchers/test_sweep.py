@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.sweep import Curve, Run, compare, interval, main, planned_runs, read_curve, tokens_to_reach
+from launchers.comparison import Curve, Run, compare, interval, read_curve, tokens_to_reach
+from launchers.sweep import main, planned_runs
 from mdmtrain import config as configuration
 from tests.conftest import ROOT, write_config
 

@@ -20,7 +20,7 @@ from mdmtrain.monitor.metrics import (
     thinned,
     validation_scores,
 )
-from mdmtrain.monitor.recorder import StepRecorder, finite
+from mdmtrain.monitor.recorder import Layout, StepRecorder, finite
 from tests.conftest import WALL_CLOCK
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
@@ -239,6 +239,14 @@ def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=
 
 RATES = np.array([0.2, 0.99, 0.25, 1.0])  # octiles of [.2, 1]: 0, 7, 0, 7
 LOSSES = [3.0, 5.0, 8.0, 6.5]
+
+
+def test_the_parts_of_a_vector_lie_in_a_row():
+    layout = Layout({"a": 2, "b": 1, "c": 3})
+    assert layout.length == 6 and (layout["a"], layout["b"], layout["c"]) == (slice(0, 2), slice(2, 3), slice(3, 6))
+    assert {name: part.tolist() for name, part in layout.split(np.arange(6)).items()} == {
+        "a": [0, 1], "b": [2], "c": [3, 4, 5]
+    }  # fmt: skip
 
 
 def test_a_record_is_the_naive_sum():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launchers import slurm, status
 from launchers.lifecycle import newest_step, read_state
-from mdmtrain.monitor.logs import CommandParser, user_errors
+from mdmtrain.command import CommandParser, user_errors
 from tests.slurm.cluster import Cluster, missing
 
 RUN = Path("runs/slurm-demo")

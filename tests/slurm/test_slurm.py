@@ -37,7 +37,7 @@ def write_run(corpus: Path, folder: Path, name: str, steps: int = STEPS, global_
         "data": {"sources": [{"path": str(corpus)}], "sequence_length": 64, "workers": 1},
         "optim": {"lr": 3e-3, "warmup_steps": 5, "ema_decay": 0.9},
         "checkpoint": {"save_every": 10},
-        "monitor": {"log_every": 5},
+        "monitor": {"log_every": 5, "probe_every": None},  # a stop leaves out what a probe would have measured
         "eval": {"every": 100, "rows": 16, "samples": 2, "batch": 8},
     }
     return write_config(tree, folder / f"{name}.yaml"), folder / name
@@ -247,7 +247,7 @@ def test_two_nodes_one_node_two_nodes(cluster, calm, corpus, tmp_path, capsys):
 
 
 def test_a_submitit_script_of_ones_own(cluster, corpus, tmp_path):
-    """The example of docs/cluster.md; and a cluster that does not requeue: the run saves, and says how to resume."""
+    """The example of docs/cluster.md. A cluster that does not requeue: the run saves and says how to resume."""
     script = tmp_path / "submit.py"
     script.write_text(re.search(r"```python\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)[1])
     file, run_dir = write_run(corpus, tmp_path, "own", 100_000)
@@ -269,7 +269,18 @@ def test_a_submitit_script_of_ones_own(cluster, corpus, tmp_path):
     )
     assert f"start 1 of {run_dir}" in job.stdout() and "stopped at step" in job.stdout()
     cluster.wait_for(lambda: not cluster.run("squeue", "-h", "--name=own"), "an empty queue", LONG)
-    status.resume(run_dir, ["--dry-run"])
+    status.resume(run_dir, [])
+    saved = newest_step(run_dir)
+    wait_until_saved(cluster, run_dir, saved + 10)
+    job = run_job(run_dir)
+    cluster.run("scontrol", "update", f"JobId={job.job_id}", "Requeue=0")
+    cluster.run("scontrol", "update", "PartitionName=main", "GraceTime=0")  # Slurm itself ends the preempted job
+    try:
+        Disturbance(cluster, run_dir).preempt()
+        cluster.wait_for(lambda: phase(run_dir) not in ("queued", "running"), "the preempted run's end", LONG)
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=main", "GraceTime=60")
+    assert phase(run_dir) == "stopped" and newest_step(run_dir) > saved, logs(run_dir)
 
 
 @pytest.mark.skipif(not SOAK, reason="twenty disturbances take half an hour: make soak")

@@ -12,8 +12,8 @@ from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import plain_process, row_losses
 from mdmtrain.diffusion.rates import Density
-from mdmtrain.diffusion.variance import loss_components, paired_rates
-from mdmtrain.probe import Probe
+from mdmtrain.variance.components import loss_components, paired_rates
+from mdmtrain.variance.probe import Probe
 from tests.diffusion.test_forward_process import EPS, IDS, MASK, SEQUENCES, TABLE, L, make_process, run, target
 from tests.spawn import fake_world
 
@@ -152,7 +152,7 @@ def test_t2_the_fit_on_a_grid_is_the_closed_form():
     )
     process = plain_process(probe._config.diffusion)
     split = split_of(np.zeros(5, dtype=np.int64))
-    p, edges = probe.fit(process, [split]), process.density.edges
+    p, edges = probe.fit(process, [split]).p, process.density.edges
     inverse = np.log(edges[1:] / edges[:-1]) / np.diff(edges)
     best = np.sqrt(inverse) / np.sqrt(inverse).mean()
     middles, hits = (edges[1:] + edges[:-1]) / 2, 70 * 15 * 60 / 16
@@ -168,7 +168,7 @@ def test_the_loss_stays_unbiased_under_the_fitted_density(views):
         TableModel(), L, sampler="ppots", when="once", views=views, fit_rates=8, fit_sequences=4, fit_masks=2
     )
     plain = make_process("independent", views, "rate")
-    p = probe.fit(plain, [SPLIT])
+    p = probe.fit(plain, [SPLIT]).p
     process = make_process("independent", views, "rate", sampler="ppots")
     object.__setattr__(process, "density", Density(plain.density.edges, p))
     assert p.max() > 1.2 and (p * np.diff(process.density.edges)).sum() == pytest.approx(np.ptp(process.density.edges))
@@ -180,4 +180,4 @@ def test_every_cell_gets_its_share_or_the_grid_is_refused():
     with pytest.raises(ValueError, match="fit_rates x fit_sequences must be at least 32"):
         probe_of(One(), 1, sampler="ppots", when="once", fit_rates=31, fit_sequences=1, fit_masks=4)
     probe = probe_of(One(), 1, sampler="ppots", when="once", fit_rates=16, fit_sequences=2, fit_masks=1)
-    assert np.isfinite(probe.fit(plain_process(probe._config.diffusion), [SPLIT])).all()
+    assert np.isfinite(probe.fit(plain_process(probe._config.diffusion), [SPLIT]).p).all()

@@ -1,6 +1,6 @@
-"""Forward passes on a grid of sequences x rates x masks: the live decomposition, and the fit of p before training.
+"""Forward passes on a grid of sequences x rates x masks: the variance components during training, and the fit of p.
 
-Neither touches training's noise or its data order: each has a stream of its own.
+Neither changes the noise or the data order of training: each uses its own random stream.
 """
 
 import time
@@ -16,12 +16,13 @@ from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import ForwardProcess, MaskedBatch, MaskingRates, row_losses, row_statistics
-from mdmtrain.diffusion.rates import fit
-from mdmtrain.diffusion.variance import loss_components, paired_rates
+from mdmtrain.diffusion.rates import Density
+from mdmtrain.diffusion.sampler import fit_density
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.monitor.metrics import finite
 from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.world import World
+from mdmtrain.variance.components import loss_components, paired_rates
 
 
 class Probe:
@@ -30,11 +31,6 @@ class Probe:
     def __init__(self, model: Transformer, config: Config, mask_id: int, world: World):
         self._model, self._config, self._mask_id, self._world = model, config, mask_id, world
         self._since = time.monotonic()
-
-    def due(self, step: int) -> bool:
-        """Is there a decomposition after `step` steps?"""
-        every = self._config.monitor.probe_every
-        return bool(every) and step % every == 0
 
     def decompose(
         self, process: ForwardProcess, validation: list[PreparedSplit], step: int
@@ -59,15 +55,18 @@ class Probe:
         found = {name: finite(float(value)) for name, value in parts.items()}
         return found, seconds, seconds / (self._since - before)
 
-    def fit(self, process: ForwardProcess, sources: list[PreparedSplit]) -> np.ndarray:
-        """P-POTS before training (arXiv 2511.18159): the density for the weights as they stand, float64 [bins].
+    def fit(self, process: ForwardProcess, sources: list[PreparedSplit]) -> Density:
+        """P-POTS by forward passes alone (arXiv 2511.18159): the density for the present weights.
 
-        process: with uniform rates. The fit makes fit_rates x fit_sequences x fit_masks passes on training rows. Its
-        rates are one stratification over rates and sequences, so each cell gets its share and the mean statistic of a
-        cell is unbiased.
+        process: with uniform rates; its configuration says what is fitted. The fit makes fit_rates x fit_sequences x
+        fit_masks passes on training rows. The rates are one stratification over rates and sequences, so that each bin
+        gets its share and the mean statistic of a bin is unbiased.
         """
-        diffusion, seed = self._config.diffusion, self._config.run.seed
-        rates, sequences, masks = diffusion.fit_rates, diffusion.fit_sequences, diffusion.fit_masks
+        seed = self._config.run.seed
+        diffusion = process.config
+        rates = diffusion.fit_rates
+        sequences = diffusion.fit_sequences
+        masks = diffusion.fit_masks
         rows = random_rows(sources, self._config.data, sequences, noise.philox(seed, Stream.FIT, 0))
         draws = process.rates_at(strata.uniforms(seed, 1, sequences * rates, "global", Stream.FIT))
         statistics = self._grid(
@@ -75,9 +74,9 @@ class Probe:
         )
         cells = process.row_cells(draws).reshape(sequences, rates, 1, -1)
         cells = np.broadcast_to(cells, statistics.shape).flatten()
-        sums, hits = np.bincount(cells, statistics.flatten(), diffusion.bins), np.bincount(cells)
-        edges = process.density.edges
-        return fit(edges, sums / hits, process.omega((edges[:-1] + edges[1:]) / 2), diffusion.floor, diffusion.form).p
+        sums = np.bincount(cells, statistics.flatten(), diffusion.bins)
+        counts = np.bincount(cells, minlength=diffusion.bins)
+        return fit_density(process, sums, counts)
 
     @torch.no_grad()
     def _grid(

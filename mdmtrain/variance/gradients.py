@@ -29,30 +29,21 @@ from mdmtrain.diffusion.objective import (
     plain_process,
     rate_range,
     row_losses,
-    row_statistics,
 )
 from mdmtrain.diffusion.rates import Density, fit
 from mdmtrain.diffusion.sampler import token_table
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
-from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.world import World
+from mdmtrain.variance.probe import Probe
 
 # Far beyond any run, so that each has its own data order and its own noise.
-FIRST_STEP, FIT_STEP, SLOT_STEP, ROW_STEP = (k << 40 for k in (1, 2, 3, 4))
+FIRST_STEP = 1 << 40
+SLOT_STEP = 3 << 40
+ROW_STEP = 4 << 40
+FIT = {"fit_rates": 32, "fit_sequences": 200, "fit_masks": 1}  # forward passes in which p is fitted to the checkpoint
 PARTNERED = 0.5  # share of the slots that are paired with another one: <H, H'> is a small part of the whole
-RESAMPLES = 2000
-FLOOR_BINS = 24  # of the rate, in `density_floor`
 Progress = Callable[[], None]
 Slot = tuple[Tensor, float]  # this rank's part of a slot's gradient, and its loss
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean with its bootstrap interval (95%)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -82,6 +73,7 @@ class Bench:
         self.model, self.config, self.sources, self.world = model, config, sources, world
         self.mask_id = tokenizer.mask_id
         self._pieces = tokenizer.pieces()
+        self._probe = Probe(model, config, tokenizer.mask_id, world)
         self.densities: dict[tuple, Density] = {}
         self._nothing = torch.cat([torch.zeros_like(p.to_local()).flatten() for p in model.parameters()])
 
@@ -269,33 +261,9 @@ class Bench:
             return process
         key = (diffusion.masks, rate_range(diffusion), diffusion.target, diffusion.form, diffusion.objective)
         if key not in self.densities:
-            self.densities[key] = self._fit(diffusion)
+            uniform = plain_process(diffusion.model_copy(update={"sampler": "uniform", **FIT}))
+            self.densities[key] = self._probe.fit(uniform, self.sources)
         return replace(process, density=self.densities[key])
-
-    @torch.no_grad()
-    def _fit(self, diffusion: DiffusionConfig, steps: int = 200) -> Density:
-        """P-POTS from the statistics of `steps` forward passes at this checkpoint, on data and noise of their own."""
-        uniform = diffusion.model_copy(update={"sampler": "uniform"})
-        process, dataset = plain_process(uniform), self._dataset(uniform)
-        config = self.config.model_copy(update={"diffusion": uniform})
-        plan = resolve(config, self.world.size)
-        sums = torch.zeros(2, diffusion.bins, dtype=torch.float64)
-        for step in range(FIT_STEP, FIT_STEP + steps):
-            draws = process.draw(config.run.seed, step, config.slots_per_step, self.world.size)
-            for micro_step in range(plan.accumulation):
-                batch = dataset.__getitems__([(step, slot) for slot in plan.slots(self.world.rank, micro_step)])
-                drawn = draws.at(batch.slots.numpy())
-                masked_batch = self._corrupt(process, batch, drawn)
-                ce = masked_cross_entropy(self.model, masked_batch, batch.segments, plan.rows_per_slot)
-                statistic = row_statistics(ce, masked_batch, diffusion.target).double().cpu()
-                cells = torch.from_numpy(process.row_cells(drawn))
-                sums[0].index_add_(0, cells, statistic)
-                sums[1].index_add_(0, cells, torch.ones_like(statistic))
-        reshard(self.model)
-        totals = [sum(part) for part in zip(*self.world.gather((sums[0].numpy(), sums[1].numpy())), strict=True)]
-        edges = process.density.edges
-        omega = process.omega((edges[:-1] + edges[1:]) / 2)
-        return fit(edges, totals[0] / np.maximum(totals[1], 1), omega, diffusion.floor, diffusion.form)
 
 
 # ---- slots one by one
@@ -330,68 +298,3 @@ def _proportion(one: MaskedBatch, other: MaskedBatch) -> float | None:
         return None
     ratio = one.weights / other.weights
     return float(ratio[0]) if (ratio - ratio[0]).abs().max() <= 1e-5 * ratio[0] else None
-
-
-# ---- from numbers to statements
-
-
-def mean_interval(values: np.ndarray, seed: int = 0) -> Spread:
-    """Mean of independent values with its bootstrap interval."""
-    means = values[_resamples(len(values), seed)].mean(axis=1)
-    return Spread(float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
-
-
-def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = True, seed: int = 0) -> Spread:
-    """Ratio of two means. shared: values of equal index share their data, so both are resampled together."""
-    chosen = _resamples(len(values), seed)
-    chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
-    ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
-    return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
-
-
-def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
-    """The least second moment of the gradient over all densities of the rate, as a share of this arm's own.
-
-    noise: of an arm with uniform rates. (mean sqrt(s2))^2 / mean s2 with s2(t) = E[|H|^2 | t] (mathematics.md, section
-    3), by bins of the rate that hold equally many slots.
-    """
-    order = np.argsort(noise.rate)
-    bins = np.empty(len(order), dtype=np.int64)
-    bins[order] = np.arange(len(order)) * FLOOR_BINS // len(order)
-
-    def ratio(chosen: np.ndarray) -> float:
-        weight, square = noise.weight[chosen], noise.square[chosen]
-        mass = np.bincount(bins[chosen], weight, FLOOR_BINS)
-        moment = np.bincount(bins[chosen], weight * square, FLOOR_BINS)
-        return float(np.sqrt(mass * moment).sum() ** 2 / (mass.sum() * moment.sum()))
-
-    ratios = [ratio(chosen) for chosen in _resamples(len(order), seed)]
-    return Spread(ratio(np.arange(len(order))), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
-
-
-def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:
-    """A, B, B_t, B_int + C, C, rho and `mirror_margin` = -rho A - (B_int + C), each with its bootstrap interval."""
-
-    def named(mean: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rest = mean["AC"] - mean["A"]
-        return {
-            "A": mean["A"],
-            "B": mean["AB"] - mean["A"],
-            "B_t": mean["ABC"] - mean["AC"],
-            "B_int_plus_C": rest,
-            "C": mean["ABC"] - mean["AB"],
-            "rho": 1 - mean["mirror"] / mean["A"],
-            "mirror_margin": mean["mirror"] - mean["A"] - rest,
-        }
-
-    chosen = _resamples(len(kinds["A"]), seed)
-    value = named({kind: values.mean() for kind, values in kinds.items()})
-    spread = named({kind: values[chosen].mean(axis=1) for kind, values in kinds.items()})
-    return {
-        name: Spread(float(value[name]), *(float(q) for q in np.quantile(spread[name], [0.025, 0.975])))
-        for name in value
-    }
-
-
-def _resamples(count: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))

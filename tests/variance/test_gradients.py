@@ -11,21 +11,14 @@ import pytest
 import torch
 
 from mdmtrain import config as configuration
-from mdmtrain import measure as measure_module
 from mdmtrain.config import DiffusionConfig
 from mdmtrain.data.loader import Batch
 from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.objective import rate_range, row_losses
 from mdmtrain.diffusion.rates import fit, uniform_density
-from mdmtrain.measure import (
-    SLOT_STEP,
-    Bench,
-    SlotNoise,
-    density_floor,
-    gradient_components,
-    mean_interval,
-    ratio_interval,
-)
+from mdmtrain.variance import gradients
+from mdmtrain.variance.gradients import SLOT_STEP, Bench, SlotNoise
+from mdmtrain.variance.intervals import density_floor, gradient_components, mean_interval, ratio_interval
 from tests.conftest import ROOT, write_config
 from tests.diffusion.test_exact import t3_second_moment
 from tests.spawn import run_world
@@ -164,8 +157,8 @@ def test_slots_give_the_closed_forms(monkeypatch):
             strata, "uniforms", lambda *a, **more: parity if a[1] == SLOT_STEP + 2 else uniforms(*a, **more)
         )
         assert abs(scores(1000, "counted")[0]["counted"]) > 5
-    drawn = measure_module._drawn
-    monkeypatch.setattr(measure_module, "_drawn", lambda *a: (drawn(*a)[0], 1.0))
+    drawn = gradients._drawn
+    monkeypatch.setattr(gradients, "_drawn", lambda *a: (drawn(*a)[0], 1.0))
     assert all(abs(score) > 5 for score in scores(500, "counted", "ppots")[0].values())
 
 

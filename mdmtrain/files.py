@@ -1,0 +1,45 @@
+"""Writing files: each is there whole or not at all, and a failure says where it was. Standard library only."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say where a write failed: the operating system names a file that it cannot open, not one that it cannot fill."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write: {error.strerror or error}: make room or choose another place, then start again"
+        raise OSError(error.errno, problem, str(place)) from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A new text file to write. At the end of the block it takes the place of `path`: a crash leaves the old text or
+    the new, never a part. An error in the block leaves `path` as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        yield file
+    put_in_place(temporary, path)
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Give a finished file, or a folder of files, its final name, once its content is on the disk itself."""
+    for path in (*made.iterdir(), made) if made.is_dir() else (made,):
+        sync(path)
+    os.replace(made, place)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""What a run tells while it trains: its records, its progress, and lines for a person."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mdmtrain.config import Config
+from mdmtrain.data.loader import Dataset
+from mdmtrain.monitor.logs import log
+from mdmtrain.monitor.metrics import MetricsLog, thinned
+from mdmtrain.monitor.progress import TrainingProgress
+from mdmtrain.monitor.recorder import StepRecorder
+from mdmtrain.parallel.world import AgreedError, World
+
+
+class RunLog:
+    """Every rank calls it, and rank 0 writes: metrics.jsonl, TensorBoard, skipped.jsonl and the terminal."""
+
+    def __init__(self, config: Config, step: int, world: World, bits_per_nat: float):
+        """A collective. step: where the run starts, later records move away; bits_per_nat: see TrainingProgress.
+
+        Raises AgreedError.
+        """
+        self._config = config
+        folder, tensorboard = Path(config.run.dir), config.monitor.tensorboard
+        self._metrics = world.agree(lambda: MetricsLog(folder, step, tensorboard) if world.is_main else None)
+        self._progress = TrainingProgress(step, config.run.steps, bits_per_nat, world.is_main)
+        self.notes = self._metrics.notes if self._metrics is not None else []  # see MetricsLog
+
+    def start_clock(self) -> None:
+        """The steps begin."""
+        self._progress.start()
+
+    def steps(self, records: list[dict], recorder: StepRecorder, dataset: Dataset, keep_last: bool) -> None:
+        """The records of the steps since the last call. keep_last: write the last one in any case (see `thinned`).
+
+        Raises AgreedError when too many steps in a row were skipped.
+        """
+        if self._metrics is not None:
+            self._metrics.write(thinned(records, self._config.monitor.record_every, keep_last))
+        for record in records:
+            if record["skipped"]:
+                self._skipped(record["step"], dataset)
+        self._progress.update(records[-1])
+        in_a_row = recorder.skips_in_a_row
+        if in_a_row >= self._config.run.max_skips:
+            raise AgreedError(
+                f"{in_a_row} steps in a row had a non-finite loss or gradient: lower optim.lr or raise "
+                f"optim.warmup_steps; {self._config.run.dir} resumes from its last checkpoint"
+            )
+        if slow := recorder.slow_rank():
+            log.warning("step %d: %s", records[-1]["step"], slow)
+
+    def _skipped(self, step: int, dataset: Dataset) -> None:
+        log.warning("step %d skipped: its loss or gradient was not finite", step)
+        if self._metrics is not None:
+            self._metrics.skipped(step, dataset.samples(step - 1))
+
+    def evaluation(self, step: int, found: list) -> None:
+        """found: an Evaluation of each validation split."""
+        for one in found:
+            self._progress.note(f"step {step}  {one}")
+        if self._metrics is not None:
+            self._metrics.write([{"step": step, **asdict(one)} for one in found])
+
+    def probe_cost(self, step: int, seconds: float, share: float) -> None:
+        if self._metrics is not None:
+            self._metrics.probe_cost(step, seconds, share)
+
+    def checkpoint(self, committed: Path | None) -> None:
+        """A checkpoint has been committed; None: there is none to tell of."""
+        if committed is not None:
+            self._progress.note(f"step {int(committed.name.removeprefix('step-'))}  checkpoint {committed}")
+
+    def sync(self) -> None:
+        """Bring the records to the disk itself: before a checkpoint is committed."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()

@@ -1,0 +1,81 @@
+"""Means, ratios and components of measured gradients, with bootstrap intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdmtrain.variance.gradients import SlotNoise
+
+RESAMPLES = 2000
+FLOOR_BINS = 24  # of the rate, in `density_floor`
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean with its bootstrap interval (95%)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(values: np.ndarray, seed: int = 0) -> Spread:
+    """Mean of independent values with its bootstrap interval."""
+    means = values[_resamples(len(values), seed)].mean(axis=1)
+    return Spread(float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
+
+
+def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = True, seed: int = 0) -> Spread:
+    """Ratio of two means. shared: values of equal index share their data, so both are resampled together."""
+    chosen = _resamples(len(values), seed)
+    chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
+    ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
+    return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+
+
+def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
+    """The least second moment of the gradient over all densities of the rate, as a share of this arm's own.
+
+    noise: of an arm with uniform rates. (mean sqrt(s2))^2 / mean s2 with s2(t) = E[|H|^2 | t] (mathematics.md, section
+    3), by bins of the rate that hold equally many slots.
+    """
+    order = np.argsort(noise.rate)
+    bins = np.empty(len(order), dtype=np.int64)
+    bins[order] = np.arange(len(order)) * FLOOR_BINS // len(order)
+
+    def ratio(chosen: np.ndarray) -> float:
+        weight, square = noise.weight[chosen], noise.square[chosen]
+        mass = np.bincount(bins[chosen], weight, FLOOR_BINS)
+        moment = np.bincount(bins[chosen], weight * square, FLOOR_BINS)
+        return float(np.sqrt(mass * moment).sum() ** 2 / (mass.sum() * moment.sum()))
+
+    ratios = [ratio(chosen) for chosen in _resamples(len(order), seed)]
+    return Spread(ratio(np.arange(len(order))), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+
+
+def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:
+    """A, B, B_t, B_int + C, C, rho and `mirror_margin` = -rho A - (B_int + C), each with its bootstrap interval."""
+
+    def named(mean: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rest = mean["AC"] - mean["A"]
+        return {
+            "A": mean["A"],
+            "B": mean["AB"] - mean["A"],
+            "B_t": mean["ABC"] - mean["AC"],
+            "B_int_plus_C": rest,
+            "C": mean["ABC"] - mean["AB"],
+            "rho": 1 - mean["mirror"] / mean["A"],
+            "mirror_margin": mean["mirror"] - mean["A"] - rest,
+        }
+
+    chosen = _resamples(len(kinds["A"]), seed)
+    value = named({kind: values.mean() for kind, values in kinds.items()})
+    spread = named({kind: values[chosen].mean(axis=1) for kind, values in kinds.items()})
+    return {
+        name: Spread(float(value[name]), *(float(q) for q in np.quantile(spread[name], [0.025, 0.975])))
+        for name in value
+    }
+
+
+def _resamples(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Worker processes import this file: what they do not need is imported in main.
 from mdmtrain.data.chat import PLAIN
-from mdmtrain.data.inputs import find_inputs
+from mdmtrain.data.inputs import find_inputs, named_in
 from mdmtrain.data.prepare import Options, Summary, prepare
 from mdmtrain.data.records import LONGEST_TEXT, Fields, add_bad_record_option, add_field_options, add_format_option
 from mdmtrain.data.tokenizer import chat_template
@@ -33,15 +33,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
         help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), each "
         "also compressed (.gz, .zst, .bz2, .xz), Parquet or Arrow file, folder, quoted glob (** for any depth), or - "
         "for standard input. A JSON object or a row has a 'text' field, which is one document, or 'prompt' and "
         "'response': prompts are never masked in training, and sizes in bytes are those of the responses. A text file "
         f"is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In folders, links are followed and hidden "
-        "files are not read. docs/data.md has the details",
+        "files are not read. URLs (s3://, gs://, hf://datasets/, https://) name files, folders and globs too. "
+        "docs/data.md has the details",
     )
+    add("--inputs-from", type=Path, metavar="FILE", help="more inputs: a text file with one INPUT on each line")
     add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -104,7 +106,10 @@ def main(argv: list[str] | None = None) -> None:
         args.format,
         fields,
     )
-    inputs = find_inputs(args.inputs, args.include, args.exclude, args.out)
+    names = [*args.inputs, *(named_in(args.inputs_from) if args.inputs_from else [])]
+    if not names:
+        raise ValueError("no input: give files, folders or URLs, or --inputs-from FILE")
+    inputs = find_inputs(names, args.include, args.exclude, args.out)
     percent = TextColumn("{task.percentage:>3.0f}%")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:

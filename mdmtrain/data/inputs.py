@@ -25,6 +25,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
+from urllib.parse import urlsplit
+
+from mdmtrain.data.remote import is_url
+from mdmtrain.data.remote_inputs import Remote, remote_file, remote_files
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -46,18 +50,23 @@ FormatOption = Literal["auto", "text", "jsonl"]
 
 @dataclass(frozen=True)
 class Input:
-    """A file, under the name that the user gave it, or the content of standard input or of a pipe."""
+    """A file, under the name that the user gave it, a URL, or the content of standard input or of a pipe."""
 
     name: str
     spool: BinaryIO | None = None  # an unnamed temporary file with the content of what can be read only once
+    remote: Remote | None = None  # where the name is a URL
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk, or in the object store."""
+        if self.remote:
+            return self.remote.size
         return os.stat(self.name if self.spool is None else self.spool.fileno()).st_size
 
     def open(self) -> BinaryIO:
         """The bytes from the first one on, seekable."""
+        if self.remote:
+            return self.remote.open()
         if self.spool is None:
             return open(self.name, "rb")
         descriptor = os.dup(self.spool.fileno())
@@ -66,6 +75,8 @@ class Input:
 
     def identity(self) -> list:
         """What tells this input from another one, or from a later version of itself."""
+        if self.remote:
+            return [self.remote.url, self.remote.size, self.remote.version]
         if self.spool is None:
             return [os.path.abspath(self.name), self.size, os.stat(self.name).st_mtime_ns]
         with self.open() as stream:
@@ -78,6 +89,8 @@ def open_name(name: str | Path) -> Input:
     Raises ValueError where there is no such file.
     """
     name = str(name)
+    if _is_url(name):
+        return _behind_url(name, remote_file(name))
     if name == STANDARD_INPUT:
         if sys.stdin is None:
             raise ValueError("standard input is closed: give a file, or pipe the text in")
@@ -93,6 +106,14 @@ def open_name(name: str | Path) -> Input:
         return Input(name, _spooled(stream))
 
 
+def _is_url(name: str) -> bool:
+    return is_url(name) and not os.path.lexists(name)
+
+
+def _behind_url(url: str, file: Remote | BinaryIO) -> Input:
+    return Input(url, remote=file) if isinstance(file, Remote) else Input(url, spool=file)
+
+
 def _spooled(stream: BinaryIO) -> BinaryIO:
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the input)
     shutil.copyfileobj(stream, spool)
@@ -101,7 +122,7 @@ def _spooled(stream: BinaryIO) -> BinaryIO:
 
 
 def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Sequence[str], out: Path) -> list[Input]:
-    """The files that `arguments` (files, folders, globs, "-") name, each real file once, in a fixed order.
+    """The files that `arguments` (files, folders, globs, URLs of these, "-") name, each once, in a fixed order.
 
     Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
     names and the folder `out` are left alone. Links to folders are followed, each real folder once.
@@ -110,6 +131,13 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
     """
     found: dict[str, Input] = {}
     for argument in arguments:
+        if _is_url(argument):
+            behind = {url: file for url, file in remote_files(argument, include, exclude)}
+            if not behind:
+                raise ValueError(f"no file behind {argument!r} matches it, --include and --exclude: check the URL")
+            for url, file in behind.items():
+                found.setdefault(url, _behind_url(url, file))
+            continue
         exists = argument == STANDARD_INPUT or os.path.lexists(argument)
         named = [argument] if exists else _expand(argument)
         if not named:
@@ -124,6 +152,16 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
             if real not in found:
                 found[real] = open_name(file)
     return list(found.values())
+
+
+def named_in(file: Path) -> list[str]:
+    """The inputs that the lines of a text file name; blank lines are none. Raises ValueError."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--inputs-from {file}: {why}: give a text file with one input on each line") from None
+    return [name for name in names if name]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -314,7 +352,8 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
     with source.open() as raw:
         packed = None
         try:
-            endings = [ending.lower() for ending in PurePath(source.name).suffixes]
+            name = urlsplit(source.name).path if _is_url(source.name) else source.name
+            endings = [ending.lower() for ending in PurePath(name).suffixes]
             packed, inside, head = _formats(source.name, raw, endings)
             if inside:
                 yield Opened(inside, False, raw, raw)

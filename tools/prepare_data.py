@@ -19,6 +19,7 @@ from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.inputs import find_inputs, named_in
 from mdmtrain.data.prepare import Options, Summary, prepare
 from mdmtrain.data.records import LONGEST_TEXT, Fields, add_bad_record_option, add_field_options, add_format_option
+from mdmtrain.data.tiktoken_files import ENCODINGS
 from mdmtrain.data.tokenizer import chat_template
 
 
@@ -49,8 +50,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     kind.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a sentencepiece model or "
-        "tokenizer.json file; docs/tokenizers.md says which are accepted",
+        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a tokenizer.json, a "
+        "sentencepiece model or a rank file of tiktoken; docs/tokenizers.md says which are accepted",
     )
     kind.add_argument(
         "--vocab-size",
@@ -58,6 +59,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=Options.vocab_size,
         metavar="N",
         help="train a tokenizer of N pieces on the text (default %(default)s)",
+    )
+    add(
+        "--tiktoken-pattern",
+        metavar="PATTERN",
+        help="where --tokenizer is a rank file of tiktoken that is not named like its encoding: the encoding's name "
+        f"({', '.join(ENCODINGS)}), or the regular expression at which it splits text",
     )
     add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, only files with such names ('*.py')")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, no files or folders with such names")
@@ -105,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         args.on_bad_record,
         args.format,
         fields,
+        args.tiktoken_pattern,
     )
     names = [*args.inputs, *(named_in(args.inputs_from) if args.inputs_from else [])]
     if not names:

@@ -57,6 +57,7 @@ class Options:
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
+    tiktoken_pattern: str | None = None  # of a tokenizer that is a rank file of tiktoken
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -84,7 +85,7 @@ def prepare(
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
     inputs = [one if isinstance(one, Input) else open_name(one) for one in inputs]
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
     made_from = _identity(inputs, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
@@ -122,6 +123,7 @@ def _identity(inputs: list[Input], options: Options, tokenizer: Tokenizer | None
     settings = asdict(options)
     if options.fields == USUAL_FIELDS:  # folders from before there were others stay what they are
         del settings["fields"]
+    del settings["tiktoken_pattern"]  # the tokenizer has it
     if tokenizer:
         settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]

@@ -7,6 +7,7 @@ pad and mask are control pieces; `hub.py` reads those of other models.
 import hashlib
 import io
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,9 +16,12 @@ from pathlib import Path
 import sentencepiece
 
 from mdmtrain.data.chat import PLAIN, Spans, Template, template_in
-from mdmtrain.data.hub import HubPieces, bundle, bundle_unigram
+from mdmtrain.data.hub import HubPieces, bundle, bundle_content, bundle_unigram
 from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
-from mdmtrain.data.sentencepieces import SentencePieces, escape
+from mdmtrain.data.sentencepieces import SentencePieces, adapted, escape
+from mdmtrain.data.tiktoken_files import as_tokenizer_json, is_rank_file
+
+log = logging.getLogger("mdmtrain")
 
 MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
@@ -69,9 +73,9 @@ class Tokenizer:
             self.encode(text)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
         """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
-        return read_model(path)[0]
+        return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
@@ -184,11 +188,12 @@ def chat_template(path: str | Path) -> Template:
     return Template(jinja, tuple(tokenizer.specials()), tokenizer.raw_pieces()[tokenizer.eos_id])
 
 
-def read_model(path: str | Path) -> tuple[Tokenizer, int]:
+def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[Tokenizer, int]:
     """The tokenizer that `path` names, and its vocabulary size before tokens were added.
 
-    path: a model file of ours, a tokenizer.json, or a folder with one: prepared data, a checkpoint, or a model. Foreign
-    ones become lossless, and get the roles that they lack. Raises ValueError.
+    path: a sentencepiece model, a tokenizer.json, or a folder with one (prepared data, a checkpoint, a model); or a
+    rank file of tiktoken, for which `tiktoken_files` has the pattern. Foreign ones become lossless, and get the roles
+    that they lack, which is logged. Raises ValueError.
     """
     path = Path(path)
     if path.is_dir():
@@ -199,10 +204,27 @@ def read_model(path: str | Path) -> tuple[Tokenizer, int]:
     if content.lstrip()[:1] == b"{" and "roles" not in _json_object(path):
         config = path.parent / "config.json"
         return _bundled(path, _json_object(config) if config.is_file() else {}, add_missing=True)
+    if is_rank_file(content):
+        model, size = bundle_content(path, *as_tokenizer_json(path, tiktoken_pattern), {}, add_missing=True)
+        return Tokenizer(model, str(path)), size
+    size = None
+    if content[:1] != b"{":
+        content, size = _adapted(content, path)
     tokenizer = Tokenizer(content, str(path))
     if isinstance(tokenizer._pieces, SentencePieces) and tokenizer._pieces.model_type == "Unigram":
         tokenizer = Tokenizer(bundle_unigram(tokenizer._pieces), str(path))
-    return tokenizer, tokenizer.vocab_size
+    return tokenizer, size or tokenizer.vocab_size
+
+
+def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
+    """A sentencepiece model that loses no text and has all roles, and its size before. What was changed is logged."""
+    try:
+        content, size, notes = adapted(content)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: {error}") from None
+    if notes:
+        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", path, "; ".join(notes))
+    return content, size
 
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
@@ -213,6 +235,8 @@ def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[T
             tokenizer = Tokenizer(ours.read_bytes(), str(ours))
             return tokenizer, tokenizer.vocab_size
         except ValueError as error:
+            if not theirs.is_file() and add_missing:
+                return read_model(ours)
             if not theirs.is_file():
                 raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
     if not theirs.is_file():

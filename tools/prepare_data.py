@@ -18,7 +18,14 @@ from pathlib import Path
 from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.inputs import find_inputs, named_in
 from mdmtrain.data.prepare import Options, Summary, prepare
-from mdmtrain.data.records import LONGEST_TEXT, Fields, add_bad_record_option, add_field_options, add_format_option
+from mdmtrain.data.records import (
+    LONGEST_TEXT,
+    Fields,
+    add_bad_record_option,
+    add_dtype_option,
+    add_field_options,
+    add_format_option,
+)
 from mdmtrain.data.tiktoken_files import ENCODINGS
 from mdmtrain.data.tokenizer import chat_template
 
@@ -84,6 +91,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_field_options(parser)
     add_format_option(parser)
+    add_dtype_option(parser)
     add_bad_record_option(parser)
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help="tokenizing processes (default: cores, %(default)s)")
@@ -113,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         args.format,
         fields,
         args.tiktoken_pattern,
+        args.dtype,
     )
     names = [*args.inputs, *(named_in(args.inputs_from) if args.inputs_from else [])]
     if not names:
@@ -148,7 +157,7 @@ def print_summary(summary: Summary, seconds: float) -> None:
             f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
             + (f"  {learned:,} tokens of responses" if learned else "")
         )
-    kinds = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow"}
+    kinds = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow", "tokens": "token ids"}
     files = [f"{count:,} of {kinds[kind]}" for kind, count in sorted(summary.reading.files.items())]
     print(f"files      {', '.join(files)}")
     for line in summary.reading.summary():

@@ -27,8 +27,9 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
-from mdmtrain.data.remote import is_url
+from mdmtrain.data.remote import exists, is_url
 from mdmtrain.data.remote_inputs import Remote, remote_file, remote_files
+from mdmtrain.data.tokenized import LLM_C, MEGATRON
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -39,9 +40,10 @@ STANDARD_INPUT = "-"
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 12  # bytes that are looked at to recognise a format
 _BLOCK = 1 << 17  # bytes that are unpacked at once
+ID_ENDINGS = {".bin", ".npy"}
 RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
 
-Kind = Literal["text", "jsonl", "parquet", "arrow"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "tokens"]
 FormatOption = Literal["auto", "text", "jsonl"]
 
 
@@ -73,8 +75,20 @@ class Input:
         os.lseek(descriptor, 0, os.SEEK_SET)
         return os.fdopen(descriptor, "rb")
 
+    def index(self) -> "Input | None":
+        """The .idx file of Megatron beside a .bin file, where there is one."""
+        if self.spool or not self.name.endswith(".bin"):
+            return None
+        beside = f"{self.name.removesuffix('.bin')}.idx"
+        there = exists(beside) if self.remote else os.path.isfile(beside)
+        return open_name(beside) if there else None
+
     def identity(self) -> list:
         """What tells this input from another one, or from a later version of itself."""
+        index = self.index()
+        return self._identity() + (index.identity() if index else [])
+
+    def _identity(self) -> list:
         if self.remote:
             return [self.remote.url, self.remote.size, self.remote.version]
         if self.spool is None:
@@ -110,6 +124,12 @@ def _is_url(name: str) -> bool:
     return is_url(name) and not os.path.lexists(name)
 
 
+def _data_of(file: str) -> str:
+    """The .bin file beside an index of Megatron; any other file itself."""
+    data = f"{file.removesuffix('.idx')}.bin"
+    return data if file.endswith(".idx") and os.path.isfile(data) else file
+
+
 def _behind_url(url: str, file: Remote | BinaryIO) -> Input:
     return Input(url, remote=file) if isinstance(file, Remote) else Input(url, spool=file)
 
@@ -136,10 +156,13 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
             if not behind:
                 raise ValueError(f"no file behind {argument!r} matches it, --include and --exclude: check the URL")
             for url, file in behind.items():
-                found.setdefault(url, _behind_url(url, file))
+                if not (url.endswith(".idx") and f"{url.removesuffix('.idx')}.bin" in behind):
+                    found.setdefault(url, _behind_url(url, file))
             continue
         exists = argument == STANDARD_INPUT or os.path.lexists(argument)
         named = [argument] if exists else _expand(argument)
+        if not named and os.path.isfile(f"{argument}.idx"):  # the prefix of Megatron's two files
+            named = [f"{argument}.idx"]
         if not named:
             raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
         files = [
@@ -147,7 +170,7 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
         ]
         if not files:
             raise ValueError(f"no file in {argument!r} matches --include and --exclude: widen the patterns")
-        for file in files:
+        for file in map(_data_of, files):
             real = file if file == STANDARD_INPUT else os.path.realpath(file)
             if real not in found:
                 found[real] = open_name(file)
@@ -295,7 +318,6 @@ class Format:
 _UNPACK = "unpack it, or compress it with gzip instead"
 _CONVERT = "convert it to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
-_TOKENS = "tokens made elsewhere are not read: give their text"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
 _BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
 FORMATS = (
@@ -322,8 +344,9 @@ FORMATS = (
     Format("an ORC file", (".orc",), (b"ORC",), _CONVERT),
     Format("an HDF5 file", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), _CONVERT),
     Format("an SQLite database", (".sqlite",), (b"SQLite format 3\0",), _CONVERT),
-    Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _TOKENS),
-    Format("a Megatron index", (), (b"MMIDIDX\0\0",), _TOKENS),
+    Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _UNPACK, kind="tokens"),
+    Format("a file of ids for llm.c", (), tuple(LLM_C), _UNPACK, kind="tokens"),
+    Format("a Megatron index", (), (MEGATRON,), "its .bin file must be beside it"),
     Format("a PDF document", (".pdf",), (b"%PDF-",), _EXTRACT),
     Format("a Git LFS pointer", (), (b"version https://git-lfs.github.com/spec/",), "fetch the file: git lfs pull"),
 )
@@ -343,8 +366,10 @@ class Opened:
 
 
 @contextmanager
-def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]:
+def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = False) -> Iterator[Opened]:
     """Open an input as what it is; one without a format of its own as text or as JSON records, or as `option` says.
+
+    raw_ids: .bin and .npy files without a header are ids.
 
     Raises ValueError, here or while it is read, naming the input: in a format or an encoding that is not read, or
     damaged.
@@ -354,6 +379,9 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
         try:
             name = urlsplit(source.name).path if _is_url(source.name) else source.name
             endings = [ending.lower() for ending in PurePath(name).suffixes]
+            if endings and endings[-1] in ID_ENDINGS and _has_ids(source, raw, raw_ids):
+                yield Opened("tokens", False, raw, raw)
+                return
             packed, inside, head = _formats(source.name, raw, endings)
             if inside:
                 yield Opened(inside, False, raw, raw)
@@ -381,6 +409,20 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
             if packed is None:
                 raise
             raise _damaged(source.name, packed, error) from None
+
+
+def _has_ids(source: Input, raw: BinaryIO, raw_ids: bool) -> bool:
+    """Whether the user or an index says that a .bin or .npy file has ids. Raises ValueError where it looks so."""
+    if raw_ids or source.index():
+        return True
+    head = raw.read(HEAD)
+    raw.seek(0)
+    if not _recognise(head) and has_control_characters(head):
+        raise ValueError(
+            f"{source.name}: not text: where it has token ids without a header (OLMo-core, nanoGPT), give --dtype and "
+            "--tokenizer; otherwise leave it out with --exclude"
+        )
+    return False
 
 
 def _damaged(name: str, packed: Format, error: Exception) -> ValueError:

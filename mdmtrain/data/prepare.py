@@ -25,6 +25,7 @@ from mdmtrain.data.records import (
     USUAL_FIELDS,
     Document,
     Fields,
+    Ids,
     OnBadRecord,
     Reading,
     check_inputs,
@@ -40,6 +41,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
+from mdmtrain.data.tokenized import TokenType
 from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer
 
 BATCH = 1 << 18  # characters that a worker gets at once
@@ -58,15 +60,19 @@ class Options:
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
     tiktoken_pattern: str | None = None  # of a tokenizer that is a rank file of tiktoken
+    dtype: TokenType | None = None  # of files of token ids without a header
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation-fraction {self.validation_fraction} is not between 0 and 1")
         if self.shard_tokens < 1:
             raise ValueError(f"--shard-tokens {self.shard_tokens} is not positive")
+        if self.dtype and not self.tokenizer:
+            raise ValueError("--dtype is of token ids: give the --tokenizer that made them")
 
     def reading(self) -> Reading:
-        return Reading(self.on_bad_record, self.format, self.fields)
+        ids = Ids(self.tokenizer, self.tiktoken_pattern, self.dtype) if self.tokenizer else None
+        return Reading(self.on_bad_record, self.format, self.fields, ids)
 
 
 @dataclass
@@ -123,6 +129,8 @@ def _identity(inputs: list[Input], options: Options, tokenizer: Tokenizer | None
     settings = asdict(options)
     if options.fields == USUAL_FIELDS:  # folders from before there were others stay what they are
         del settings["fields"]
+    if options.dtype is None:
+        del settings["dtype"]
     del settings["tiktoken_pattern"]  # the tokenizer has it
     if tokenizer:
         settings["tokenizer"] = tokenizer.sha256
@@ -173,6 +181,8 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
 
     Raises ValueError naming the file and the line of a text that the tokenizer would change.
     """
+    if document.ids is not None:
+        return [tokenizer.bos_id, *document.ids.tolist(), tokenizer.eos_id], None
     try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
         before = [tokenizer.bos_id, *tokenizer.encode_prompt(document.prompt or "", document.specials)]
         tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]

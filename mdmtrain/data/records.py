@@ -8,18 +8,25 @@ number in a summary.
 import argparse
 import hashlib
 import json
+import logging
 import re
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
 
 from mdmtrain.data.chat import PLAIN, Spans, Template
 from mdmtrain.data.inputs import BOM, FormatOption, Input, Kind, Opened, has_control_characters, open_input
+from mdmtrain.data.tokenized import TokenFile, TokenType
+from mdmtrain.data.tokenizer import Tokenizer
 
+log = logging.getLogger("mdmtrain")
 if TYPE_CHECKING:  # it needs pyarrow, which only the reading of tables imports
     from mdmtrain.data.columns import Table
 
@@ -65,6 +72,15 @@ class Fields:
 USUAL_FIELDS = Fields()
 
 
+@dataclass(frozen=True)
+class Ids:
+    """What is needed to read files of token ids."""
+
+    tokenizer: str  # that made them, as `Tokenizer.load` takes it
+    tiktoken_pattern: str | None = None
+    dtype: TokenType | None = None  # of files without a header
+
+
 @dataclass
 class Reading:
     """How inputs are read, and what was left out so far."""
@@ -72,6 +88,7 @@ class Reading:
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
+    ids: Ids | None = None  # None: files of ids are refused
     left_out: Counter[str] = field(default_factory=Counter)  # records, by reason
     files: Counter[Kind] = field(default_factory=Counter)  # inputs that were opened, by what they are
 
@@ -98,6 +115,15 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what inputs are: text, one JSON object a line, or whichever their names and contents say "
         "(default: %(default)s)",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(TokenType),
+        help="take .bin and .npy files without a header as token ids of this type (OLMo-core, nanoGPT: uint16 or "
+        "uint32), made by --tokenizer; files with a header or an index (NumPy, llm.c, Megatron) say it themselves",
     )
 
 
@@ -158,10 +184,10 @@ def read_records(
     blank ones. columns: gives those of a table that `make` needs; all where it is None. Raises ValueError naming the
     file and the line.
     """
-    with open_input(source, reading.format) as opened:
+    with _open(source, reading) as opened:
         reading.files[opened.kind] += 1
         number = 0
-        for number, fields, position in _records(source, opened, lines, columns):
+        for number, fields, position in _records(source, opened, reading, lines, columns):
             place = Place(source.name, number, opened.kind != "text")
             try:
                 made = make(fields())
@@ -180,13 +206,26 @@ def read_records(
 _Record = tuple[int, Callable[[], dict[str, Any]], int]  # its number, its fields (raises BadRecord), bytes read so far
 
 
+def _open(source: Input, reading: Reading) -> AbstractContextManager[Opened]:
+    return open_input(source, reading.format, reading.ids is not None and reading.ids.dtype is not None)
+
+
 def _records(
-    source: Input, opened: Opened, lines: bool, columns: Callable[["Table"], Sequence[str]] | None
+    source: Input,
+    opened: Opened,
+    reading: Reading,
+    lines: bool,
+    columns: Callable[["Table"], Sequence[str]] | None,
 ) -> Iterator[_Record]:
     if opened.kind in ("text", "jsonl"):
         parse = _json_object if opened.kind == "jsonl" else lambda content: {"text": _text(content)}
         for number, content in _contents(opened, lines):
             yield number, partial(parse, content), opened.raw.tell()
+        return
+    if opened.kind == "tokens":
+        with _open_ids(source, opened, reading) as (file, tokenizer):
+            for number, ids in enumerate(file.documents(), 1):
+                yield number, partial(_decoded, ids, tokenizer), opened.raw.tell()
         return
     table = open_table(source, opened)
     size = source.size
@@ -199,6 +238,35 @@ def open_table(source: Input, opened: Opened) -> "Table":
     from mdmtrain.data.columns import Table
 
     return Table(source.name, opened.kind, opened.raw)
+
+
+class IdRecord(dict):
+    """The record of a document that is ids already: its text is what they decode to."""
+
+    ids: np.ndarray
+
+
+def _decoded(ids: np.ndarray, tokenizer: Tokenizer) -> IdRecord:
+    record = IdRecord(text=tokenizer.decode(ids.tolist()))
+    record.ids = ids
+    return record
+
+
+@contextmanager
+def _open_ids(source: Input, opened: Opened, reading: Reading) -> Iterator[tuple[TokenFile, Tokenizer]]:
+    """A file of ids, and the tokenizer that made them. Raises ValueError."""
+    if reading.ids is None:
+        raise ValueError(
+            f"{source.name}: token ids, not text: tools/prepare_data.py reads them with the --tokenizer that made them"
+        )
+    tokenizer = _loaded(reading.ids.tokenizer, reading.ids.tiktoken_pattern)
+    index = source.index()
+    with index.open() if index else nullcontext() as stream:
+        file = TokenFile(source.name, opened.raw, stream, reading.ids.dtype, tokenizer)
+    yield file, tokenizer
+
+
+_loaded = lru_cache(maxsize=1)(Tokenizer.load)
 
 
 def _row(row: dict[str, Any] | UnicodeDecodeError) -> dict[str, Any]:
@@ -358,6 +426,7 @@ class Document(NamedTuple):
     file: str = ""
     line: int = 0  # of the record in the file (a row's number, in a table), or of the text's beginning
     record: bool = False  # whether it is a line of JSON or a row
+    ids: np.ndarray | None = None  # made elsewhere, without bos and eos: int64
     specials: Spans = ()  # [start, end) in the prompt of what is a special token and not text
 
     def hash(self) -> int:
@@ -370,7 +439,9 @@ class Document(NamedTuple):
 
 def as_document(record: dict[str, Any], fields: Fields = USUAL_FIELDS) -> Document:
     """The document in a record. Raises BadRecord."""
-    if fields.messages is not None:
+    if isinstance(record, IdRecord):
+        document = Document(record["text"], ids=record.ids)
+    elif fields.messages is not None:
         document = _conversation(record, fields)
     elif fields.prompts() is None:
         wanted = "every line must be an object with a 'text' field, or with 'prompt' and 'response'"
@@ -383,7 +454,7 @@ def as_document(record: dict[str, Any], fields: Fields = USUAL_FIELDS) -> Docume
         document = _plain(record, fields.text, "every record must have it, or give --on-bad-record skip")
     else:
         document = _pair(record, fields, "every record must have it, or give --on-bad-record skip")
-    if not document.text:
+    if not document.text and not (document.ids is not None and len(document.ids)):
         raise EmptyRecord
     return document
 
@@ -447,15 +518,29 @@ def read_documents(
         yield document._replace(**place._asdict()), position
 
 
+def _check_first(source: Input, file: TokenFile, tokenizer: Tokenizer) -> None:
+    """Warn where the first document of a file of ids does not come back from its text: these may be ids of another."""
+    ids = next((ids.tolist() for ids in file.documents() if len(ids)), [])
+    same = Counter(ids) & Counter(tokenizer.encode(tokenizer.decode(ids)))
+    if same.total() < 0.8 * len(ids) - 2:  # the first word may have been another piece
+        log.warning(
+            "%s: the text of its first document has other tokens: is --tokenizer the one that made the ids?",
+            source.name,
+        )
+
+
 def check_inputs(inputs: Sequence[Input], reading: Reading) -> None:
     """Find what stands in the way of reading the inputs, as far as their beginnings and the schemas of tables show it.
 
     Raises ValueError naming the file: what `open_input` refuses, a table without the columns that documents are made
-    from, prompts in one and plain text in another.
+    from, prompts in one and plain text in another, ids that do not come from the tokenizer.
     """
     first: tuple[str, list[str]] | None = None
     for source in inputs:
-        with open_input(source, reading.format) as opened:
+        with _open(source, reading) as opened:
+            if opened.kind == "tokens":
+                with _open_ids(source, opened, reading) as (file, tokenizer):
+                    _check_first(source, file, tokenizer)
             if opened.kind not in ("parquet", "arrow"):
                 continue
             columns = columns_of(open_table(source, opened), reading.fields)

@@ -69,6 +69,7 @@ class Tokenizer:
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
         self.reserved = frozenset(self._pieces.reserved())
+        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # the id of what has no piece, where there is one
         for text in self.probes():
             self.encode(text)
 

@@ -106,7 +106,7 @@ PACKED = {
     "a.parquet.gz": (gzip.compress(b"PAR1\x15\xff"), "a Parquet file inside a gzip file: unpack it once"),
     "a.avro": (b"Obj\1\x04\x14", "an Avro file"),
     "a.orc": (b"ORC\x08\x03\xf8", "an ORC file"),
-    "a.npy": (b"\x93NUMPY\1\0", "a NumPy array"),
+    "a.npy": (b"\x93NUMPY\1\0", "token ids, not text"),
     "a.idx": (b"MMIDIDX\0\0\1", "a Megatron index"),
     "a.sqlite": (b"SQLite format 3\0", "an SQLite database"),
     "a.pdf": (b"%PDF-1.7\n", "a PDF document"),

@@ -131,16 +131,19 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
     return rows
 
 
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    """A number of a table; sign: "+" shows it always. Empty where there is none."""
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def around(value: float | None, ends: list[float] | None, digits: int, sign: str = "") -> str:
+    """A number with the ends of its interval, where these are known."""
+    shown = number(value, digits, sign)
+    return shown if ends is None else f"{shown} ({number(ends[0], digits, sign)}..{number(ends[1], digits, sign)})"
+
+
 def show(rows: list[dict], reference: str, console: Console) -> None:
     """Print a table for each variation."""
-
-    def number(value: float | None, digits: int = 4, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.{digits}f}"
-
-    def around(value: float | None, ci: list[float] | None, digits: int, sign: str = "") -> str:
-        low_high = "" if ci is None else f" ({number(ci[0], digits, sign)}..{number(ci[1], digits, sign)})"
-        return number(value, digits, sign) + low_high
-
     for variation in dict.fromkeys(tuple(row["variation"]) for row in rows):
         table = Table(
             "arm", "seeds", "final NELBO, nats/token", "sd", f"minus {reference} (95%)", "tokens to its level, ratio",
@@ -148,7 +151,7 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
         )  # fmt: skip
         for row in (row for row in rows if tuple(row["variation"]) == variation):
             table.add_row(
-                row["arm"], str(len(row["seeds"])), number(row["nelbo"]), number(row["nelbo_sd"]),
+                row["arm"], str(len(row["seeds"])), number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
                 around(row.get("difference"), row.get("difference_ci"), 4, "+"),
                 around(row.get("tokens_ratio"), row.get("tokens_ratio_ci"), 2) or "not reached",
             )  # fmt: skip

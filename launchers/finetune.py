@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from launchers.comparison import Run, interval
-from launchers.sweep import planned_runs, train_all
+from launchers.comparison import Run, around, interval, number
+from launchers.sweep import planned_runs, seed_list, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.tasks import Task
+from mdmtrain.evaluate import write_json
 from mdmtrain.parallel.world import World, init_world
 
 EQUAL_COMPUTE, EQUAL_STEPS = "equal compute", "equal steps"
@@ -172,15 +173,6 @@ def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
 # ---- showing
 
 
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return "" if value is None else f"{value:{sign}.{digits}f}"
-
-
-def _around(value: float | None, ci: list[float] | None, digits: int, sign: str = "") -> str:
-    ends = "" if ci is None else f" ({_number(ci[0], digits, sign)}..{_number(ci[1], digits, sign)})"
-    return _number(value, digits, sign) + ends
-
-
 def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
     """Print two Markdown tables: accuracy, then the NELBO of the responses."""
     for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
@@ -191,7 +183,7 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
             box=box.MARKDOWN,
         )  # fmt: skip
         for name, base in before.items():
-            table.add_row("before", name, "", _number(scale * getattr(base, measure), digits))
+            table.add_row("before", name, "", number(scale * getattr(base, measure), digits))
         for row in rows:
             if not row["seeds"]:
                 table.add_row(row["rule"], row["arm"], "missing")
@@ -202,17 +194,17 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
             cells = [
                 row["rule"], row["arm"],
                 str(len(row["seeds"])) + (f", {len(row['missing_seeds'])} missing" if row["missing_seeds"] else ""),
-                _number(scale * found["mean"], digits),
-                _around(found["sd"] and scale * found["sd"], ci and [scale * end for end in ci], digits + 1),
+                number(scale * found["mean"], digits),
+                around(found["sd"] and scale * found["sd"], ci and [scale * end for end in ci], digits + 1),
                 f"{scale * min(found['values']):.{digits}f}..{scale * max(found['values']):.{digits}f}",
-                _around(
+                around(
                     scale * found["difference"] if "difference" in found else None,
                     difference and [scale * end for end in difference], digits, "+",
                 ),
-                _around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
+                around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
             ]  # fmt: skip
             if measure == "accuracy":
-                cells.append(_number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
+                cells.append(number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
             table.add_row(*cells)
         console.print(table)
 
@@ -252,7 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--ar-base", required=True, metavar="RUN", help="pretrained autoregressive model that causal arms start from"
     )
     parser.add_argument("--arms", required=True, help="names of files in configs/arms, comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="values of run.seed, comma-separated (default: 0,1,2)")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0, 1, 2], metavar="N,...", help="values of run.seed (default: 0,1,2)"
+    )
     parser.add_argument("--dir", type=Path, required=True, help="folder that will hold the run folders")
     parser.add_argument(
         "--workers", type=int, default=1, help="number of runs that train at the same time (default: 1)"
@@ -267,10 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--figure", type=output_file, metavar="FILE", help="draw all runs to this file (PNG), after each seed"
     )
     args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
-    try:
-        seeds = sorted({int(seed) for seed in args.seeds.split(",")})
-    except ValueError:
-        raise ValueError(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2") from None
+    seeds = sorted(set(args.seeds))
     if args.workers < 1:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
@@ -299,9 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         show(rows, before, console)
         if args.json:
             bare = {name: asdict(score) for name, score in before.items()}
-            table = json.dumps({"tasks": len(tasks), "before": bare, "cells": rows})
-            finite = json.loads(table, parse_constant=lambda _: None)  # null instead of NaN and infinity
-            store.write_atomically(args.json, json.dumps(finite, indent=1) + "\n")
+            write_json(args.json, {"tasks": len(tasks), "before": bare, "cells": rows})
         if args.figure:
             draw(rows, args.figure)
     if failed:

@@ -10,7 +10,6 @@ each run. These tasks save and requeue like the jobs of launchers.slurm.
 """
 
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from launchers.launch import live_job, parse
 from launchers.lifecycle import read_state
 from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
-from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import resolve
+from mdmtrain.evaluate import write_json
 from mdmtrain.parallel.stop import heard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,10 @@ def planned_runs(
 
 
 # ---- running
+
+
+def runs_bar(console: Console) -> Progress:
+    return Progress(TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
 
 def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
@@ -107,8 +111,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
             console.print(f"failed: {run.cell.name} seed {run.seed}, status {status}: see {run.dir / 'output.log'}")
         return status == 0 and run.finished()
 
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar, ThreadPoolExecutor(workers) as pool:
+    with runs_bar(console) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("", total=len(runs), completed=len(runs) - len(waiting))
         outcomes = []
         for future in [pool.submit(train, run) for run in waiting]:
@@ -130,9 +133,8 @@ def train_on_slurm(runs: list[Run], options: str, at_once: int | None, folder: P
     if fresh:
         parsed = [parse(slurm_parser(), [*run.arguments, *shlex.split(options)], None) for run in fresh]
         submit([prepare(one) for one in parsed], folder.absolute(), at_once)
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as bar:
+        with runs_bar(console) as bar:
             task = bar.add_task("", total=len(runs))
             while live := [run for run in waiting if live_job(run.dir)]:
                 bar.update(task, completed=len(runs) - len(live))
@@ -149,6 +151,14 @@ def train_on_slurm(runs: list[Run], options: str, at_once: int | None, folder: P
 # ---- command
 
 
+def seed_list(argument: str) -> list[int]:
+    """The type of --seeds: N,N,... Raises ArgumentTypeError."""
+    try:
+        return [int(seed) for seed in argument.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{argument}: expected whole numbers, such as 0,1,2") from None
+
+
 def varied(argument: str) -> list[str]:
     """The value of --vary: KEY=A,B,... -> [KEY=A, KEY=B, ...]. Raises ValueError."""
     key, equals, values = argument.partition("=")
@@ -163,7 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         "config", nargs="+", metavar="CONFIG | section.key=value", help="configuration, as for mdmtrain.train"
     )
     parser.add_argument("--arms", required=True, help="names of files in configs/arms, comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="values of run.seed, comma-separated (default: 0,1,2)")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0, 1, 2], metavar="N,...", help="values of run.seed (default: 0,1,2)"
+    )
     parser.add_argument(
         "--vary",
         action="append",
@@ -183,15 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the table to this file too")
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the differences to this file (PNG)")
     args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2") from None
     if args.workers is not None and args.workers < 1:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
-    runs = planned_runs(args.config, arms, seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
+    runs = planned_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
     if args.report:
         failed = []
     elif args.slurm is not None:
@@ -201,8 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = compare(runs, args.reference)
     show(rows, args.reference, console)
     if args.json:
-        table = json.loads(json.dumps({"reference": args.reference, "cells": rows}), parse_constant=lambda _: None)
-        store.write_atomically(args.json, json.dumps(table, indent=1) + "\n")
+        write_json(args.json, {"reference": args.reference, "cells": rows})
     if args.figure and rows:
         draw(rows, args.reference, args.figure)
     if failed:

@@ -108,10 +108,10 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(trained, tmp_path):
 
 
 def test_the_variance_of_the_estimators(trained, tmp_path):
-    """tools/estimator_variance.py: every estimator targets the NELBO, so their means agree within their errors."""
+    """tools/bench/estimators.py: every estimator targets the NELBO, so their means agree within their errors."""
     file = tmp_path / "variance.json"
     options = ["--rows", "2", "--mc-num", "4", "--seeds", "3", "--estimator", "counted", "systematic"]
-    command = [sys.executable, "tools/estimator_variance.py", str(trained), *options, "--json", str(file)]
+    command = [sys.executable, "tools/bench/estimators.py", str(trained), *options, "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     counted, systematic = json.loads(file.read_text())["results"].values()

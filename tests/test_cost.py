@@ -17,6 +17,7 @@ from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
 from tools import observed
+from tools.bench import allocator
 
 SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
 
@@ -173,7 +174,7 @@ MEMORY_CASES = [
 
 def measure_memory(world) -> list[dict[str, float]]:
     """In the order of MEMORY_CASES."""
-    return [observed.measured_memory(*memory_case(world.size, *case), world, 0.5) for case in MEMORY_CASES]
+    return [allocator.measured_memory(*memory_case(world.size, *case), world, 0.5) for case in MEMORY_CASES]
 
 
 def memory_case(ranks: int, change: dict, parallel: dict, optimizer: str = "adamw") -> tuple:

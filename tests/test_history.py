@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mdmtrain.checkpoint import resume, run_folder, store
+from mdmtrain.checkpoint import initial_weights, run_folder, store
 from mdmtrain.checkpoint.export import export
 from mdmtrain.checkpoint.weights import open_checkpoint
 from tests.conftest import read_metrics, write_config
@@ -167,10 +167,10 @@ def test_another_vocabulary_is_refused_with_an_offer(finished, tmp_path):
 def test_rows_follow_their_pieces():
     import torch
 
-    rows = resume.rows_by_piece(["<s>", "a", "b"], ["b", "<s>", "c"], 4)
+    rows = initial_weights.rows_by_piece(["<s>", "a", "b"], ["b", "<s>", "c"], 4)
     assert rows.tolist() == [2, 0, -1, -1]
     old = torch.tensor([[0.0, 3.0], [3.0, 0.0], [6.0, 6.0], [100.0, 100.0]])  # the last is no piece's
-    assert resume.resized(old, rows, 3).tolist() == [[6.0, 6.0], [0.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
+    assert initial_weights.resized(old, rows, 3).tolist() == [[6.0, 6.0], [0.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
 
 
 # ---- evaluate and generate on what there is

@@ -25,15 +25,17 @@ from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
-import gpu_bench
-import gpu_parts as parts
 import torch
-from gpu_parts import Place, Report
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
+
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))  # the modules below
+import gpu_bench
+import gpu_parts as parts
+from gpu_parts import Place, Report
 
 # The parts in order of importance, with the time limit of each in seconds. Parts beyond the budget are left out.
 PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
 from mdmtrain.checkpoint.layout import divide
+from mdmtrain.checkpoint.storage import storage_of
 from mdmtrain.checkpoint.tensor_files import file_blocks, tensor_bytes, write_file
 from mdmtrain.checkpoint.weights import FACTS_FILE, INDEX_FILE, Weights, open_checkpoint
 from mdmtrain.config import Config, DiffusionConfig
@@ -223,7 +224,7 @@ class SideExports:
         self._report([entry for entry in self._running if entry[1].done()])
         shutil.rmtree(out, ignore_errors=True)  # left by an abandoned course of the run
         try:
-            held = storage.hold(checkpoint)  # held already now, because the process takes time to start
+            held = storage_of(checkpoint).hold(checkpoint)  # held already now, because the process takes time to start
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.checkpoint.weights import Weights, open_checkpoint, open_folder, read_json
+from mdmtrain.checkpoint.storage import on_disk
+from mdmtrain.checkpoint.weights import Weights, chosen_weights, open_checkpoint, open_folder, read_json
 from mdmtrain.config import Config, upgrade, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
@@ -38,7 +39,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
         return _load_exported(Path(path), weights, world)
     folder = world.agree(lambda: store.find(path), main_only=True)
     meta = world.agree(lambda: store.read_meta(folder), main_only=True)
-    source = store.chosen_weights(folder, meta, weights)
+    source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     file = folder / store.TOKENIZER_FILE
     tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
@@ -133,7 +134,7 @@ def find_data(path: str, places: list[Path], run_dir: str, recorded: str | None)
     """
     if Path(path).is_absolute():
         return path
-    bases = [store.started_in(place, run_dir) for place in places if isinstance(place, Path)]
+    bases = [store.started_in(place, run_dir) for place in places if on_disk(place)]
     bases += [Path(recorded)] if recorded else []
     return next((str(base / path) for base in [*bases, Path()] if base is not None and (base / path).is_dir()), path)
 

@@ -1,36 +1,33 @@
-"""Choose what a run starts from: a checkpoint of its own, or the weights of another run."""
+"""Choose what a run resumes from: a checkpoint of its own, and what may differ from it."""
 
 import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from mdmtrain.checkpoint import run_folder, store
-from mdmtrain.checkpoint.loading import copy_into
 from mdmtrain.config import Config, validate
 from mdmtrain.data.order import Cursor
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.optim import learning_rate
-from mdmtrain.parallel.world import AgreedError, World
+from mdmtrain.parallel.world import World
 
 log = logging.getLogger("mdmtrain")
-CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow_changed
+CHANGEABLE = ("global_batch", "data", "sequence_length", "phases")  # checkpoint.allow_changed
 REORDERING = ("data", "sequence_length")  # changes after which sample numbers refer to other samples
-PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each token of the vocabulary
 MOST_SHOWN = 200  # characters of a setting's value that are shown
 
 
 def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
     """The settings that a resumed run must share with its checkpoint."""
-    weights = [source.weight for source in config.data.sources]
+    data = config.data
+    order = [["shuffle_shards", data.shuffle_shards]] if data.shuffle_shards is not None else []
     return {
         "model": asdict(shape),
         "tokenizer": tokenizer.sha256,
-        "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
+        "data": [*map(list, zip(fingerprints, data.weights, strict=True)), *order],
+        "phases": [[phase.from_step, list(phase.weights)] for phase in data.phases] or None,
         "sequence_length": config.data.sequence_length,
         "document_mask": config.data.document_mask,
         "random_length_fraction": config.data.random_length_fraction,
@@ -91,6 +88,15 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
                 f"cannot resume {folder}: its {name} is {brief(saved, value)}: "
                 f"use the settings it was trained with, or another run.dir{instead}"
             )
+    began, begin = (
+        [phase for phase in phases or [] if phase[0] < meta["step"]]
+        for phases in (meta["identity"].get("phases"), identity.get("phases"))
+    )
+    if began != begin:
+        raise ValueError(
+            f"cannot resume {folder}: data.phases that begin before its step {meta['step']} were {began}, not {begin}: "
+            "give these as they were, and change those from this step on"
+        )
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
             f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
@@ -181,8 +187,8 @@ def shown(value: object) -> str:
 
 def changes(meta: dict, identity: dict) -> list[str]:
     """The settings of checkpoint.allow_changed that differ from the checkpoint, as phrases."""
-    saved = meta["identity"]
-    return [f"its {n} was {brief(saved[n], identity[n])}" for n in CHANGEABLE if saved[n] != identity[n]]
+    pairs = {name: (meta["identity"].get(name), identity.get(name)) for name in CHANGEABLE}
+    return [f"its {name} was {brief(saved, wanted)}" for name, (saved, wanted) in pairs.items() if saved != wanted]
 
 
 def continued(meta: dict, identity: dict) -> Cursor:
@@ -194,12 +200,15 @@ def continued(meta: dict, identity: dict) -> Cursor:
     """
     saved = meta["identity"]
     cursor = Cursor(**meta.get("cursor", {}))
+    cursor = replace(cursor, phases=tuple(cursor.phases))
     if not changes(meta, identity):
         return cursor
     config = validate(meta["config"], "the checkpoint's configuration")
     here = cursor.at(meta["step"], config.slots_per_step, config.run.global_batch * config.data.sequence_length)
+    began = [phase.from_step for phase in config.data.phases if phase.from_step < meta["step"]][len(cursor.phases) :]
+    here = replace(here, phases=(*cursor.phases, *(cursor.at(step, config.slots_per_step, 0).sample for step in began)))
     if any(saved[name] != identity[name] for name in REORDERING):
-        return replace(here, sample=0)
+        return replace(here, sample=0, phases=(0,) * len(here.phases))
     return here
 
 
@@ -210,63 +219,3 @@ def brief(saved, wanted) -> str:
         saved = {key: saved.get(key) for key in keys}
         wanted = {key: wanted[key] for key in keys}
     return f"{str(saved)[:200]}, not {str(wanted)[:200]}"
-
-
-# ---- another run's weights
-
-
-def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, model, world: World) -> str:
-    """Load another run's weights (its average, if it has one) into the model. Returns a description of them.
-
-    With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
-    """
-    folder = world.agree(lambda: store.find(config.checkpoint.init_from), main_only=True)
-    meta = world.agree(lambda: store.read_meta(folder), main_only=True)
-    saved = meta["identity"]
-    resize = config.checkpoint.resize_vocab
-    where = f"checkpoint.init_from={folder}"
-    networks = [{**one["model"], "vocab_size": None} for one in (saved, identity)]
-    if networks[0] != networks[1]:
-        raise AgreedError(f"{where}: its model is {brief(*networks)}: start from weights of the same network")
-    vocabularies = [(one["model"]["vocab_size"], one["tokenizer"]) for one in (saved, identity)]
-    other = vocabularies[0] != vocabularies[1]
-    if other and not resize:
-        (rows, theirs), (wanted, ours) = vocabularies
-        what = "it has another tokenizer"
-        if rows != wanted:
-            what = f"its vocabulary has {rows} rows, not {wanted}"
-            if theirs != ours:
-                what += ", and another tokenizer"
-        raise AgreedError(
-            f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
-            "the embedding and the head then move with their tokens, and new tokens start at the mean row"
-        )
-    if problem := store.damage(folder, world):
-        raise AgreedError(f"{where}: {problem}: use another checkpoint")
-    source = "average" if meta["has_average"] else "model"
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    by_piece = [name for name in PER_PIECE if name in parameters] if other else []
-    old = {name: torch.empty(saved["model"]["vocab_size"], parameters[name].shape[1]) for name in by_piece}
-    store.load(folder, meta, {f"{source}.{name}": tensor for name, tensor in (parameters | old).items()}, world)
-    if not other:
-        return str(folder)
-    pieces = world.agree(lambda: Tokenizer.load(folder / store.TOKENIZER_FILE).pieces())
-    rows = rows_by_piece(pieces, tokenizer.pieces(), identity["model"]["vocab_size"])
-    kept = int((rows >= 0).sum())
-    if not kept:
-        raise AgreedError(f"{where}: the two vocabularies have no token in common: start from other weights")
-    for name in by_piece:
-        copy_into(parameters[name], resized(old[name], rows, len(pieces)))
-    others = "the others start at the mean row"
-    return f"{folder}, resized: {kept} of {tokenizer.vocab_size} tokens keep their rows, {others}"
-
-
-def rows_by_piece(old: list[str], new: list[str], rows: int) -> Tensor:
-    """For each row of a new vocabulary, the row of the same token in the old one, or -1: int64 [rows]."""
-    ids = {piece: number for number, piece in enumerate(old)}
-    return torch.tensor([ids.get(piece, -1) for piece in new] + [-1] * (rows - len(new)))
-
-
-def resized(old: Tensor, rows: Tensor, used: int) -> Tensor:
-    """The given rows, int64 [R], of a matrix [V, d]. For -1, the mean of its first `used` rows. Returns [R, d]."""
-    return torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], old[:used].mean(dim=0))

@@ -26,10 +26,10 @@ from mdmtrain.checkpoint import version1
 from mdmtrain.checkpoint.layout import Layout, divide
 from mdmtrain.checkpoint.storage import (
     checksum,
-    held,
     place,
     remove,
     storage_errors,
+    storage_of,
     write_atomically,
 )
 from mdmtrain.checkpoint.tensor_files import TensorReader, file_blocks, write_file
@@ -87,7 +87,7 @@ def layout_of(tensors: Mapping[str, Tensor], world: World) -> Layout:
 
 
 def save(
-    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
+    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: bytes, config: CheckpointConfig,
     world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove checkpoints that are not kept. A collective.
@@ -122,7 +122,7 @@ class _Hopeless(AgreedError):
 
 
 def _write(
-    folder: Path, layout: Layout, read: Callable[[str], Tensor], meta: dict, tokenizer: Path, world: World
+    folder: Path, layout: Layout, read: Callable[[str], Tensor], meta: dict, tokenizer: bytes, world: World
 ) -> None:
     def prepare() -> None:
         remove(folder)
@@ -131,7 +131,7 @@ def _write(
     def commit() -> None:
         names = map(layout.file_name, range(layout.files))
         files = dict(zip(names, written, strict=True))
-        files[TOKENIZER_FILE] = write_file(folder / TOKENIZER_FILE, [tokenizer.read_bytes()])
+        files[TOKENIZER_FILE] = write_file(folder / TOKENIZER_FILE, [tokenizer])
         write_marker(folder, meta, layout, files)
 
     _write_together(prepare, folder, world, main_only=True)
@@ -178,7 +178,7 @@ def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] =
 
     def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        return old in last or old in best or (for_good and (old / "meta.json").exists()) or held(old)
+        return old in last or old in best or (for_good and (old / "meta.json").exists()) or storage_of(old).held(old)
 
     try:
         with storage_errors(newest.parent):
@@ -351,25 +351,11 @@ def load(folder: Path, meta: dict, tensors: dict[str, Tensor], world: World) -> 
                 version1.load(folder, tensors, world.control)
             else:
                 TensorReader(folder, Layout.from_json(meta["layout"])).read(tensors)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            OSError,
-        ) as error:  # RuntimeError: a rank has died
+        # A RuntimeError means that a rank has died.
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
                 f"cannot read checkpoint {folder}: {textwrap.shorten(describe_error(error), 120)}: use another one; "
                 "if you remove this one, its run resumes from the one before it"
             ) from None
 
     world.agree(read)
-
-
-def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
-    """The prefix of the tensors' names: "model" or "average".
-
-    weights: "raw", "average", or None (the average if there is one). Raises AgreedError if there is no average.
-    """
-    if weights == "average" and not meta["has_average"]:
-        raise AgreedError(f"{folder}: has no weight average (optim.ema_decay was null): leave out --weights")
-    return "average" if weights != "raw" and meta["has_average"] else "model"

@@ -5,7 +5,6 @@ library's own writer wants all tensors of a file at once, and its reader a file 
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mdmtrain.checkpoint.layout import TORCH_DTYPES, Layout, chunk
-from mdmtrain.checkpoint.storage import storage_errors
+from mdmtrain.checkpoint.storage import storage_errors, storage_of
 from mdmtrain.optim import local
 
 
@@ -51,9 +50,7 @@ def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, s
             stream.write(block)
             value, size = zlib.crc32(block, value), size + len(block)
             del block  # before the next one comes
-        if isinstance(file, Path):
-            stream.flush()
-            os.fsync(stream.fileno())
+        storage_of(file).sync(stream)
     return size, f"{value:08x}"
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from mdmtrain.checkpoint.storage import on_disk
+
 # DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def _reader(folder: Path) -> dcp.StorageReader:
-    return dcp.FileSystemReader(folder) if isinstance(folder, Path) else FsspecReader(str(folder))
+    return dcp.FileSystemReader(folder) if on_disk(folder) else FsspecReader(str(folder))
 
 
 def load(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:

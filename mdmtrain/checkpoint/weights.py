@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mdmtrain.checkpoint import formats, storage, store, version1
+from mdmtrain.checkpoint import formats, store, version1
 from mdmtrain.checkpoint.layout import Layout
+from mdmtrain.checkpoint.storage import storage_of
 from mdmtrain.checkpoint.tensor_files import TensorReader, tensor_bytes
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.parallel.world import describe_error
+from mdmtrain.parallel.world import AgreedError, describe_error
 
 log = logging.getLogger("mdmtrain")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names -> safetensors' names
@@ -44,13 +45,13 @@ class Weights:
 def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     """Open the model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
 
-    weights: "raw", "average", or None (the average if there is one). The checkpoint is held (storage.hold) as long as
+    weights: "raw", "average", or None (the average if there is one). The checkpoint is held (Storage.hold) as long as
     the result exists.
     """
     folder = store.find(path)
-    held = storage.hold(folder)
+    held = storage_of(folder).hold(folder)
     meta = store.read_meta(folder)
-    source = store.chosen_weights(folder, meta, weights)
+    source = chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
     with _unreadable(folder):
@@ -66,6 +67,16 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     known = {key: meta[key] for key in ("identity", "config", "step", "tokens") if key in meta}
     facts = {"weights": "average" if source == "average" else "raw", **known, **_run_facts(folder, meta["step"])}
     return Weights(folder, ModelShape(**meta["identity"]["model"]), tokenizer, facts | meta.get("origin", {}), read)
+
+
+def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
+    """The prefix of the tensors' names: "model" or "average".
+
+    weights: "raw", "average", or None (the average if there is one). Raises AgreedError if there is no average.
+    """
+    if weights == "average" and not meta["has_average"]:
+        raise AgreedError(f"{folder}: has no weight average (optim.ema_decay was null): leave out --weights")
+    return "average" if weights != "raw" and meta["has_average"] else "model"
 
 
 @contextmanager

@@ -87,10 +87,15 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
     library = tokenizers_library()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        usual = library.Tokenizer.from_str(json.dumps(content))
+        library.Tokenizer.from_str(json.dumps(content))
     except Exception:  # the library raises Exception itself
         raise ValueError(f"{file}: not a tokenizer.json that can be read: copy the model's original file") from None
-    settings = _settings(file.parent)
+    return bundle_content(file, content, _settings(file.parent), config, add_missing)
+
+
+def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_missing: bool) -> tuple[bytes, int]:
+    """The same of a tokenizer.json and its settings that were made from `file`."""
+    usual = tokenizers_library().Tokenizer.from_str(json.dumps(content))
     try:
         content.setdefault("added_tokens", [])
         _add_from_settings(content, settings)

@@ -47,7 +47,7 @@ def save_and_read(world: World, home: Path, corpus: Path, saves: list, reads: li
         tensors = tensors_of(world, replicate)
         for key, tensor in tensors.items():
             copy_into(tensor, values(key, tensor.shape, tensor.dtype))
-        folder = store.save(home / name, 1, tensors, meta, corpus / "tokenizer.model", config, world)
+        folder = store.save(home / name, 1, tensors, meta, (corpus / "tokenizer.model").read_bytes(), config, world)
         assert store.damage(folder, world) is None
         if world.is_main:
             assert len(list(folder.glob("*.safetensors"))) == world.size

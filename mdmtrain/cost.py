@@ -315,6 +315,16 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     return 3 * (blocks + head), (3 + again[config.parallel.activation_checkpointing]) * blocks + 4 * head
 
 
+def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
+    """The MFU (arXiv 2204.02311) of a run at one token per second of all ranks; None where the GPU is not in GPUS."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
+    if not peaks:
+        return None
+    counted, _ = step_flops(shape, config, Assumptions().masked)
+    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * peaks[0])
+
+
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
     """The whole plan. Raises ValueError where the configuration does not resolve on so many ranks."""
     plan = resolve(config, gpus)

@@ -36,6 +36,7 @@ from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.command import CommandParser, survive_terminal, user_errors
 from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.config_help import HelpAction
+from mdmtrain.cost import mfu_per_speed
 from mdmtrain.data.checks import describe_epochs, shared_documents
 from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
 from mdmtrain.data.order import START, Cursor
@@ -47,6 +48,7 @@ from mdmtrain.due import due_after
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
+from mdmtrain.monitor.display import check_displays
 from mdmtrain.monitor.logs import log, log_to_file, say
 from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, disk_use, evaluated, validation_scores
 from mdmtrain.monitor.profile import Profiler, out_of_memory
@@ -110,6 +112,7 @@ def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
     """Lock the run folder, and open and check what the run reads. A collective. Raises AgreedError."""
     run_dir = Path(config.run.dir)
     plan = world.agree(lambda: resolve(config, world.size))
+    world.agree(lambda: check_displays(config), main_only=True)
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
     sources = world.agree(lambda: open_sources(config.data, "train", share=(world.rank, world.size)))
@@ -134,7 +137,8 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
     listed = config.diffusion.isad_tokens
     delimiters = world.agree(lambda: token_table(listed, tokenizer.pieces(), "diffusion.isad_tokens"))
     sampler = RateSampler(config.diffusion, world.device, delimiters)
-    recorder = StepRecorder(config, inputs.plan, world.device, world.rank)
+    mfu = mfu_per_speed(shape, config, world.size, world.device)
+    recorder = StepRecorder(config, inputs.plan, world.device, world.rank, mfu)
     step = 0
     cursor = START
 
@@ -293,7 +297,7 @@ def take_steps(
         elif due_after(config, state.step + 2).probe and not due_after(config, state.step + 1).interrupts:
             pair.keep()  # no pair across an evaluation or a checkpoint
         watch.at("sums")
-        recorder.add_own_seconds(sums)
+        recorder.add_own(sums)
         world.sum(sums)
         watch.at("optimizer")
         lr = learning_rate(config.optim, state.step, run.steps)

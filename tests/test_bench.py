@@ -79,5 +79,5 @@ def test_a_part_that_fails_hides_no_other(gpu_check, monkeypatch, tmp_path):
 
 def test_gpu_check_needs_a_gpu(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: False)
-    with pytest.raises(ValueError, match=r"needs a CUDA GPU and sees none: .* --cpu-rehearsal"):
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU, but there is none: .* --cpu-rehearsal"):
         gpu_check.main([])

@@ -322,7 +322,7 @@ def test_the_plan_gives_its_reasons():
     assert plan.reasons[1] == "tokens per step 4,096 = 256 rows x 16"
     assert plan.reasons[2] == "tokens in the run 40,960 = 10 steps x 4,096"
     cut = resolve(built(global_batch=8, micro_batch=32), 2)
-    assert cut.micro_batch == 4 and "micro-batch 4, not 32: a rank has only 4 rows" in cut.reasons[0]
+    assert cut.micro_batch == 4 and "micro-batch 4 instead of 32: a rank has only 4 rows" in cut.reasons[0]
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 40))
@@ -459,7 +459,7 @@ def test_help_of_one_section(capsys):
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "optim.lr (required)" in shown and "run.dir" not in shown
-    with pytest.raises(ValueError, match="no section 'optimm' in a configuration: there are run, model, data"):
+    with pytest.raises(ValueError, match="unknown section 'optimm' of the configuration: choose from run, model, data"):
         config_help.text("optimm")
 
 

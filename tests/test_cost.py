@@ -203,6 +203,18 @@ def test_memory_is_what_the_allocator_hands_out(ranks):
     assert worst > 0.2
 
 
+def test_mfu_is_the_counted_flops_over_the_peak(monkeypatch):
+    """At the planned speed it is the planned MFU; a GPU that is not listed, and the CPU, have none."""
+    config, shape = config_of({}), ModelShape(**SHAPE)
+    planned = cost.cost(config, shape, 8, cost.GPUS["h100"], cost.Assumptions())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = torch.device("cuda", 0)
+    assert cost.mfu_per_speed(shape, config, 8, gpu) * planned.tokens_per_second == pytest.approx(planned.mfu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
+    assert cost.mfu_per_speed(shape, config, 8, gpu) is None
+    assert cost.mfu_per_speed(shape, config, 8, torch.device("cpu")) is None
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools/plan_run.py"), *arguments], capture_output=True, text=True, cwd=ROOT

@@ -158,7 +158,7 @@ def test_another_vocabulary_is_refused_with_an_offer(finished, tmp_path):
     line = train(tmp_path / "new", finished, *new).refusal()
     assert "its vocabulary has 512 rows, not 640" in line and "checkpoint.resize_vocab=true" in line
     done = train(tmp_path / "new", finished, *new, "checkpoint.resize_vocab=true")
-    assert done.status == 0 and "resized: 512 of 512 pieces keep their rows" in done.out
+    assert done.status == 0 and "resized: 512 of 512 tokens keep their rows" in done.out
     # 128 more rows with the mean logit: the loss rises, by no more than their share of the softmax.
     was, now = ([r["nelbo"] for r in read_metrics(run) if "split" in r][-1] for run in (finished, tmp_path / "new"))
     assert was < now < was + 0.5
@@ -215,9 +215,9 @@ def test_a_run_is_evaluated_from_anywhere_and_so_is_its_export(server, corpus, f
     assert made.status == 0 and "1 texts, " in made.out
     moved = Path(shutil.move(export_to, tmp_path / "moved"))
     line = from_elsewhere(away, "evaluate", [str(moved), "--weights", "raw"], tmp_path / "refused").refusal()
-    assert "is an exported folder, which has one kind of weights" in line
+    assert "is an exported folder, which has only one set of weights" in line
     (away / "data/corpus").rmdir()
     line = from_elsewhere(away, "evaluate", [str(moved)], tmp_path / "refused").refusal()
-    assert "its data folder data/corpus is not found: name what to evaluate with --data" in line
+    assert "its data folder data/corpus does not exist: give the data to evaluate with --data" in line
     line = from_elsewhere(away, "evaluate", [str(tmp_path / "data")], tmp_path / "refused").refusal()
     assert "name a run, a checkpoint or an exported folder" in line

@@ -11,11 +11,11 @@ from mdmtrain.config import Config
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.parallel.world import AgreedError, World
 
-PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each piece of the vocabulary
+PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each token of the vocabulary
 
 
 def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, model: nn.Module, world: World) -> str:
-    """Fill the model with another run's weights (its average, where it kept one); what was taken, for a person.
+    """Load another run's weights (its average, if it has one) into the model. Returns a description of them.
 
     With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
     """
@@ -30,11 +30,14 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     other = vocabularies[0] != vocabularies[1]
     if other and not config.checkpoint.resize_vocab:
         (rows, theirs), (wanted, ours) = vocabularies
-        what = f"its vocabulary has {rows} rows, not {wanted}" if rows != wanted else "it has another tokenizer"
-        what += ", and another tokenizer" if rows != wanted and theirs != ours else ""
+        what = "it has another tokenizer"
+        if rows != wanted:
+            what = f"its vocabulary has {rows} rows, not {wanted}"
+            if theirs != ours:
+                what += ", and another tokenizer"
         raise AgreedError(
             f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
-            "the embedding and the head then follow their pieces, and new pieces start at the mean row"
+            "the embedding and the head then move with their tokens, and new tokens start at the mean row"
         )
     if problem := store.damage(folder, world):
         raise AgreedError(f"{where}: {problem}: use another checkpoint")
@@ -49,19 +52,19 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     rows = rows_by_piece(pieces, tokenizer.pieces(), identity["model"]["vocab_size"])
     kept = int((rows >= 0).sum())
     if not kept:
-        raise AgreedError(f"{where}: the two vocabularies have no piece in common: start from other weights")
+        raise AgreedError(f"{where}: the two vocabularies have no token in common: start from other weights")
     for name in by_piece:
         copy_into(parameters[name], resized(old[name], rows, len(pieces)))
     others = "the others start at the mean row"
-    return f"{folder}, resized: {kept} of {tokenizer.vocab_size} pieces keep their rows, {others}"
+    return f"{folder}, resized: {kept} of {tokenizer.vocab_size} tokens keep their rows, {others}"
 
 
 def rows_by_piece(old: list[str], new: list[str], rows: int) -> Tensor:
-    """Of each row of a new vocabulary the row of the same piece in the old one, -1 without one: int64 [rows]."""
+    """For each row of a new vocabulary, the row of the same token in the old one, or -1: int64 [rows]."""
     ids = {piece: number for number, piece in enumerate(old)}
     return torch.tensor([ids.get(piece, -1) for piece in new] + [-1] * (rows - len(new)))
 
 
 def resized(old: Tensor, rows: Tensor, used: int) -> Tensor:
-    """The rows [R] of a matrix [V, d]; where it is -1, the mean of its first `used` rows. Returns [R, d]."""
+    """The given rows, int64 [R], of a matrix [V, d]. For -1, the mean of its first `used` rows. Returns [R, d]."""
     return torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], old[:used].mean(dim=0))

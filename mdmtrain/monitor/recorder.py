@@ -1,6 +1,8 @@
 """Per-step numbers, kept on the device and read by the host only at the log interval."""
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +52,7 @@ def sums_of_a_step(bins: int, ranks: int) -> dict[str, int]:
         "pair": 2,  # what a GradientPair found; zeros in most steps
         "masked": ranks,  # masked positions of each rank
         "seconds": ranks,  # that each rank took by itself: waiting for data, and `awake`, but not in a collective
+        "memory": ranks,  # peak memory of each rank's process so far, bytes
     }
 
 
@@ -77,7 +80,11 @@ class StepRecorder:
     (`loss_smooth_variance_ratio`).
     """
 
-    def __init__(self, config: Config, plan: RunPlan, device: torch.device, rank: int):
+    def __init__(
+        self, config: Config, plan: RunPlan, device: torch.device, rank: int, mfu_per_speed: float | None = None
+    ):
+        """mfu_per_speed: the MFU at one token per second of all ranks; None where the peak of the device is unknown."""
+        self._mfu_per_speed = mfu_per_speed
         self.skips_in_a_row = 0
         self.cursor = START  # from where on every step has had this many tokens
         self._bins = config.diffusion.bins
@@ -148,9 +155,10 @@ class StepRecorder:
         """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
         sums[self._sums["pair"]] = pair
 
-    def add_own_seconds(self, sums: Tensor) -> None:
-        """What this rank took since the last step, others' lateness not counted."""
+    def add_own(self, sums: Tensor) -> None:
+        """This rank's seconds since the last step, without waiting for other ranks, and its peak memory."""
         now = awake()
+        sums[self._sums["memory"]][self._rank] += peak_memory(self._device)
         sums[self._sums["seconds"]][self._rank] += now - self._awake + self._asleep
         self._asleep = 0.0
         self._awake = now
@@ -250,6 +258,8 @@ class StepRecorder:
             STATISTIC_BY_OCTILE: by_octile(parts["statistics"]),
             HISTOGRAM: octile_counts.tolist(),
             "tokens_per_second": speed,
+            "mfu": None if self._mfu_per_speed is None else speed * self._mfu_per_speed,
+            "memory_gib": parts["memory"].max().item() / 2**30,
             "data_wait": wait,
             "slowest_rank": int(np.argmax(own)),
             "slowest_over_median": finite(float(max(own) / np.median(own))) if min(own) > 0 else None,
@@ -286,6 +296,14 @@ class StepRecorder:
             self._baseline[hit] = BASELINE_DECAY * old + (1 - BASELINE_DECAY) * means
             self._seen |= hit
         return float(value)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has allocated on a GPU so far, or held in main memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # Linux counts in KiB
 
 
 def awake() -> float:

@@ -72,7 +72,9 @@ def test_a_run_does_not_change_its_optimizer(small_run, tmp_path, monkeypatch):
         monkeypatch.setattr(resume.store, "read_meta", lambda folder, was=was: was)
         own, other = ("muon", "adamw") if saved == "muon" else ("adamw", "muon")
         assert resume.find_resume(wanted[own], tmp_path, IDENTITY) == tmp_path
-        with pytest.raises(ValueError, match=f"with optim.name={own}, not {other}, .*: set optim.name={own}, or start"):
+        with pytest.raises(
+            ValueError, match=f"with optim.name={own} and has no state of {other}: set optim.name={own}, or start"
+        ):
             resume.find_resume(wanted[other], tmp_path, IDENTITY)
 
 
@@ -90,6 +92,6 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_r
     (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
     config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
     with pytest.raises(
-        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+        ValueError, match=r"the checkpoints of .*run are in .*/run/checkpoints, and .*/new has none: copy them"
     ):
         resume.find_resume(config, resume.store.home(config), IDENTITY)

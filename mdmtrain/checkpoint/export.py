@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -95,17 +95,19 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
     needs all tensors of a file in memory.
     """
     width = getattr(torch, dtype).itemsize
-    shards, hashes, places = [], {}, {}
+    shards: list[dict[str, int]] = []
+    hashes: dict[str, str] = {}
+    places: dict[str, str] = {}
     for name, shape in formats.tensor_shapes(weights.shape).items():
         size = torch.Size(shape).numel() * width
         if not shards or sum(shards[-1].values()) + size > shard_bytes:
             shards.append({})
         shards[-1][name] = size
 
-    def parts(names: dict[str, int], file_name: str) -> Iterator[bytes]:
+    def parts(names: dict[str, int], file_name: str) -> Iterator[bytes | memoryview]:
         shapes = formats.tensor_shapes(weights.shape)
         offset = 0
-        header = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for name, size in names.items():
             entry = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [offset, offset + size]}
             header[formats.name_in(target, name)] = entry

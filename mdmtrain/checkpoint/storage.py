@@ -73,7 +73,7 @@ class _OwnErrors:
 
     def write_data(self, plan, planner):
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(plan, planner)  # type: ignore[misc] # of the class that follows
         except Exception as error:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             # It goes to the other ranks, and what a library raises may not survive pickling.

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mdmtrain.checkpoint import formats, store
 from mdmtrain.checkpoint.storage import storage_of
@@ -41,7 +42,7 @@ class Weights:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor as safetensors stores them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 # ---- checkpoints
@@ -68,6 +69,7 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
         key, planner = f"{source}.{name}", DefaultLoadPlanner()
         with _unreadable(folder):
             entry = index.state_dict_metadata[key]
+            assert isinstance(entry, TensorStorageMetadata)
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             planner.set_up_planner({key: tensor}, index, True)
             reader.read_data(planner.create_local_plan(), planner).wait()

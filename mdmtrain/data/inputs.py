@@ -8,7 +8,6 @@ by its own name. To read another compression, give its `Format` a `decompress`.
 
 import glob
 import gzip
-import hashlib
 import os
 import re
 import shutil
@@ -20,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
+
+from mdmtrain.files import sha256
 
 STANDARD_INPUT = "-"
 BOM = b"\xef\xbb\xbf"
@@ -59,7 +60,7 @@ class Input:
         if self.spool is None:
             return [os.path.abspath(self.name), self.size, os.stat(self.name).st_mtime_ns]
         with self.open() as stream:
-            return [self.size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            return [self.size, sha256(stream)]
 
 
 def open_name(name: str | Path) -> Input:
@@ -173,13 +174,17 @@ class Format:
     offset: int = 0  # of the magic bytes
 
 
+def _gunzip(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+
+
 _UNPACK = "unpack it, or compress it with gzip instead"
 _CONVERT = "convert it to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
 _TOKENS = "tokens made elsewhere are not read: give their text"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
 FORMATS = (
-    Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, lambda raw: gzip.GzipFile(fileobj=raw)),
+    Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, _gunzip),
     Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK),
     Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK),
     Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK),
@@ -240,11 +245,13 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
             if head.startswith(BOM):
                 head = head.removeprefix(BOM)
                 stream.read(len(BOM))
-            kind, by_content = option, False
+            by_content = False
             if option == "auto":
                 by_name = bool(endings) and endings[-1] in RECORD_ENDINGS
                 by_content = not by_name and _JSON_OBJECT.match(head) is not None
-                kind = "jsonl" if by_name or by_content else "text"
+                kind: Literal["text", "jsonl"] = "jsonl" if by_name or by_content else "text"
+            else:
+                kind = option
             if kind == "jsonl":
                 _refuse_one_json_value(source.name, head, by_content)
             yield Opened(kind, by_content, stream, raw)
@@ -266,9 +273,9 @@ def _unpacked(name: str, raw: BinaryIO, endings: list[str]) -> tuple[BinaryIO, b
         format = found or named
         if format is None:
             break
-        if found is None and named.magic:
+        if found is None and format.magic:
             begins = f"it begins with {head[:12]!r}" if head else "it is empty"
-            raise ValueError(f"{name}: named like {named.name}, but {begins}: replace it, or correct its name")
+            raise ValueError(f"{name}: named like {format.name}, but {begins}: replace it, or correct its name")
         if format.decompress is None:
             inside = f" inside {packed.name}" if packed else ""
             raise ValueError(f"{name}: {format.name}{inside}, which is not read here: {format.instead}")
@@ -276,9 +283,9 @@ def _unpacked(name: str, raw: BinaryIO, endings: list[str]) -> tuple[BinaryIO, b
             raise ValueError(f"{name}: {format.name} inside {packed.name}: unpack it once")
         packed = format
         raw.seek(0)
-        stream = packed.decompress(raw)
+        stream = format.decompress(raw)
     raw.seek(0)
-    return packed.decompress(raw) if packed else raw, head
+    return packed.decompress(raw) if packed and packed.decompress else raw, head
 
 
 def _recognise(head: bytes) -> Format | None:

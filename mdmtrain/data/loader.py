@@ -6,7 +6,7 @@ The loader's processes prefetch and nothing more: its position is the step, so n
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from mdmtrain.config import Config, DataConfig, RunPlan
 from mdmtrain.data.order import START, Cursor, Mixture
 from mdmtrain.data.processes import follow_parent
-from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.shards import Check, PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.sampler import token_table
+
+if TYPE_CHECKING:  # text.py imports this module
+    from mdmtrain.data.text import TextSplit
 
 LENGTHS = 16  # different lengths that a row may be cut to
 
@@ -44,7 +47,7 @@ class Rows(NamedTuple):
 
 
 def open_sources(
-    config: DataConfig, split: str, verify: str | None = None, share: tuple[int, int] = (0, 1)
+    config: DataConfig, split: str, verify: Check | None = None, share: tuple[int, int] = (0, 1)
 ) -> list[PreparedSplit]:
     """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder.
 
@@ -61,7 +64,7 @@ def open_sources(
     return sources
 
 
-def windows(source: PreparedSplit, length: int) -> int:
+def windows(source: "PreparedSplit | TextSplit", length: int) -> int:
     """Rows of a split: windows of `length` tokens (a last, shorter one is left out), or documents, if it has prompts.
 
     Raises ValueError where there is none with anything to train on.
@@ -84,7 +87,7 @@ def windows(source: PreparedSplit, length: int) -> int:
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def read_row(split: PreparedSplit, window: int, length: int, most: int, document_mask: bool) -> Row:
+def read_row(split: "PreparedSplit | TextSplit", window: int, length: int, most: int, document_mask: bool) -> Row:
     """One window of a split as a row of `length` positions, padded after `most` tokens.
 
     A prompt and its response are a row of their own, from its bos, padded after its eos or cut. Returns ids int64 [L],
@@ -218,7 +221,7 @@ def _start_worker(_worker: int) -> None:
     follow_parent()
 
 
-def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool) -> Rows:
+def validation_rows(split: "PreparedSplit | TextSplit", rows: int, sequence_length: int, document_mask: bool) -> Rows:
     """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
 
     One that is cut before its response has nothing to evaluate and is left out. No prompt is eligible, even under SyRM.

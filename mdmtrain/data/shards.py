@@ -18,10 +18,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+from mdmtrain.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 AGAIN = "prepare the data again with tools/prepare_data.py"
+Check = Literal["size", "sha256"]  # of shards: their sizes only, or all of their content
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -36,7 +38,7 @@ class ShardWriter:
         self._folder, self._split, self._limit = folder, split, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
-        self._bytes = self._response_tokens = 0
+        self._bytes = self._response_tokens = self._tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int, hash: int, response: int | None = None) -> None:
         """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text; hash:
@@ -44,7 +46,7 @@ class ShardWriter:
 
         response: where in a document with a prompt the response starts; text_bytes are then those of the response.
         """
-        if self._file and self._tokens + len(tokens) > self._limit:
+        if self._file is not None and self._tokens + len(tokens) > self._limit:
             self._finish()
         if not self._file:
             name = f"{self._split}-{len(self._shards):05d}.bin"
@@ -61,7 +63,7 @@ class ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}, "response_tokens" with prompts."""
-        if self._file:
+        if self._file is not None:
             self._finish()
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("tokens", "documents")}
         if self._response_tokens:
@@ -69,6 +71,7 @@ class ShardWriter:
         return {**totals, "bytes": self._bytes, "shards": self._shards}
 
     def _finish(self) -> None:
+        assert self._file is not None, "no shard is open"
         self._file.close()
         file, self._file = Path(self._file.name), None
         shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
@@ -137,7 +140,7 @@ class PreparedSplit:
         self,
         folder: str | Path,
         split: str,
-        verify: Literal["size", "sha256"] = "size",
+        verify: Check = "size",
         share: tuple[int, int] = (0, 1),
     ):
         """Checks the folder: sizes, or the hashes of this split's shards too (reads them once).
@@ -270,8 +273,5 @@ def _map(file: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256(stream)

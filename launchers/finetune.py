@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--arms", required=True, help="names of files in configs/arms, comma-separated")
     parser.add_argument(
-        "--seeds", type=seed_list, default=[0, 1, 2], help="values of run.seed, comma-separated (default: 0,1,2)"
+        "--seeds", type=seed_list, default=[0, 1, 2], metavar="N,...", help="values of run.seed (default: 0,1,2)"
     )
     parser.add_argument("--dir", type=Path, required=True, help="folder that will hold the run folders")
     parser.add_argument(

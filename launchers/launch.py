@@ -19,11 +19,12 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import find_resume, run_identity
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.checkpoint.run_lock import lock_holder
-from mdmtrain.checkpoint.store import TOKENIZER_FILE, home, write_atomically
+from mdmtrain.checkpoint.store import home, write_atomically
 from mdmtrain.command import CommandParser
 from mdmtrain.config import Config, RunPlan, resolve
-from mdmtrain.data.loader import open_sources
-from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.data.checks import describe_cache, describe_mixture
+from mdmtrain.data.loader import check_splits, mixture, open_splits, windows
+from mdmtrain.data.order import START
 from mdmtrain.files import writing
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 
@@ -110,15 +111,21 @@ def prepare(options: argparse.Namespace) -> Launch:
             f"checkpoint.dir={config.checkpoint.dir}: the launchers need the checkpoints in the run folder: "
             "leave this key out, or start the run with torchrun"
         )
-    sources = open_sources(config.data, "train", "size")
-    open_sources(config.data, "validation", "size")
-    tokenizer = Tokenizer.load(Path(config.data.sources[0].path) / TOKENIZER_FILE)
+    sources, validation = splits = open_splits(config.data, ("train", "validation"))
+    check_splits(splits, ("size", "size"))
+    order = mixture(config, sources)
+    for split in validation:
+        windows(split, config.data.sequence_length)
+    describe_cache(config, sources, validation)
+    tokenizer = sources[0].tokenizer()
     shape = model_shape(config.model, tokenizer.vocab_size)
     identity = run_identity(config, shape, tokenizer, [source.fingerprint for source in sources])
     find_resume(config, home(config), identity)
     step = newest_step(run_dir)
     if step >= config.run.steps:
         raise ValueError(f"{run_dir} is complete: {step} of {config.run.steps} steps; raise run.steps to train longer")
+    if not step:  # later, an order may have begun anew
+        describe_mixture(config, sources, order, START)
     start = f"from step {step}" if step else "from the beginning"
     ranks = f"ranks {world} = {options.nodes} nodes x {options.ranks_per_node}, {start}"
     return Launch(

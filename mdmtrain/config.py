@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal, cast
 
 from pydantic import (
@@ -104,14 +105,29 @@ class ModelConfig(Section):
 class DataSource(Section):
     """One prepared folder among the sources of a run."""
 
-    path: PathText = Field(min_length=1, description="folder written by tools/prepare_data.py")
-    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    path: PathText = Field(min_length=1, description="folder written by tools/prepare_data.py: a path or an fsspec URL")
+    weight: float = Field(
+        1.0, ge=0, description="share of the samples, relative to the other sources; 0: only in data.phases"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="a run that would read the source more often than this is refused; null: no limit"
+    )
+
+
+class DataPhase(Section):
+    """Weights that hold from a step on."""
+
+    from_step: int = Field(gt=0, description="first step (from 0) with these weights")
+    weights: tuple[float, ...] = Field(
+        min_length=1, description="share of the samples of each source, in the order of data.sources; 0: none"
+    )
 
 
 class DataConfig(Section):
     """Which prepared data is read, how rows are cut from it, and how it is loaded."""
 
     sources: tuple[DataSource, ...] = Field(min_length=1, description="prepared folders and their weights")
+    phases: tuple[DataPhase, ...] = Field((), description="weights that replace those of the sources at given steps")
     sequence_length: int = Field(gt=0, description="tokens per row")
     document_mask: bool = Field(False, description="tokens attend only to tokens of the same document")
     random_length_fraction: float = Field(
@@ -121,9 +137,60 @@ class DataConfig(Section):
         description="fraction of rows cut to a random length (one of 16 multiples of sequence_length/16); "
         "rows of prompts and responses are not cut",
     )
-    verify: Literal["sha256", "size"] = Field("sha256", description="check of the shards before training")
+    shuffle_shards: int | None = Field(
+        None,
+        gt=0,
+        description="rows of so many shards are shuffled together, the shards in a random order each epoch; null: all "
+        "rows of a source. Needed for a source in an object store that does not fit into the cache",
+    )
+    verify: Literal["sha256", "size"] = Field(
+        "sha256",
+        description="check of the shards before training; shards from an object store are always checked by sha256 "
+        "when they arrive",
+    )
     workers: int = Field(2, ge=0, description="loader processes per rank; 0: the training process loads the data")
     prefetch: int = Field(4, gt=0, description="micro-batches that each loader process keeps ready")
+    cache_dir: PathText | None = Field(
+        None,
+        min_length=1,
+        description="folder on a local disk of each node for shards from an object store; required with such sources",
+    )
+    cache_gb: float = Field(100.0, gt=0, description="most gigabytes (10^9 bytes) in data.cache_dir, on each node")
+
+    @model_validator(mode="after")
+    def _mixes(self) -> "DataConfig":
+        steps, weights = [phase.from_step for phase in self.phases], [self.weights, *(p.weights for p in self.phases)]
+        if any(later <= earlier for earlier, later in pairwise(steps)):
+            raise ValueError(f"phases must be in the order of their steps, and from_step has {steps}")
+        for phase in self.phases:
+            if len(phase.weights) != len(self.sources):
+                raise ValueError(
+                    f"the phase from step {phase.from_step} has {len(phase.weights)} weights for {len(self.sources)} "
+                    "sources: give each one a weight (0: none)"
+                )
+        for one, step in zip(weights, [0, *steps], strict=True):
+            if not any(one):
+                raise ValueError(f"all weights are 0 from step {step} on: give a source some")
+        for source, shares in zip(self.sources, zip(*weights, strict=True), strict=True):
+            if not any(shares):
+                raise ValueError(f"{source.path} has weight 0 throughout: give it some, or leave it out")
+        for source in self.sources:
+            if "://" in source.path and self.cache_dir is None:
+                raise ValueError(
+                    f"{source.path} is read through a cache: give data.cache_dir, a folder on a local disk of each node"
+                )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the sources are called in records: their last folder, with their number where several have the same."""
+        last = [source.path.rstrip("/").rsplit("/", 1)[-1] for source in self.sources]
+        return tuple(name if last.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(last, 1))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Those of the sources, which hold until the first phase."""
+        return tuple(source.weight for source in self.sources)
 
 
 class DiffusionConfig(Section):
@@ -402,7 +469,7 @@ class CheckpointConfig(Section):
         description="auto: resume from the newest complete checkpoint; a step: go back to the checkpoint of that step, "
         "once; never: refuse a run folder that has a checkpoint",
     )
-    allow_changed: tuple[Literal["global_batch", "data", "sequence_length"], ...] = Field(
+    allow_changed: tuple[Literal["global_batch", "data", "sequence_length", "phases"], ...] = Field(
         (), description="settings that may differ when resuming; see docs/checkpoints.md"
     )
     init_from: PathText | None = Field(None, description="run or checkpoint whose weights start a new run")
@@ -600,8 +667,13 @@ def _field_names(path: tuple) -> list[str]:
     for part in path[:-1]:
         if isinstance(part, int):
             continue
-        kind = level.model_fields[part].annotation
-        level = DataSource if part == "sources" else cast(type[BaseModel], kind)
+        match part:
+            case "sources":
+                level = DataSource
+            case "phases":
+                level = DataPhase
+            case _:
+                level = cast(type[BaseModel], level.model_fields[part].annotation)
     return list(level.model_fields)
 
 

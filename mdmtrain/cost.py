@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mdmtrain.config import Config, resolve
-from mdmtrain.data.shards import read_manifest
+from mdmtrain.data.shards import location, read_manifest
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.muon import choose_owners, newton_schulz_dtype, orthogonalize_flops, rows_by_rank
@@ -101,15 +101,17 @@ class Sizes:
 
 
 def shape_of(config: Config) -> ModelShape:
-    """The model's shape; its vocabulary from the prepared data, where the configuration does not give it.
+    """The model's shape. Its vocabulary is that of the prepared data if the configuration does not give it.
 
-    Raises ValueError where neither gives it.
+    Raises ValueError if neither says how large the vocabulary is.
     """
     if config.model.vocab_size is not None:
         return model_shape(config.model, config.model.vocab_size)
-    folder = Path(config.data.sources[0].path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
+    folder = location(config.data.sources[0].path)
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder, so the vocabulary is unknown: give model.vocab_size=N or prepare it"
+        )
     return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
 
 

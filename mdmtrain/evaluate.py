@@ -28,7 +28,7 @@ from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import EvalConfig
 from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
-from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.loader import shard_cache, validation_rows
 from mdmtrain.data.records import (
     BadRecord,
     Reading,
@@ -38,7 +38,7 @@ from mdmtrain.data.records import (
     read_records,
     string_field,
 )
-from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.shards import PreparedSplit, is_prepared
 from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair
 from mdmtrain.likelihood import (
     ESTIMATORS,
@@ -129,7 +129,7 @@ def set_names(paths: list[str], split: str) -> list[str]:
     """The names of the sets at `paths`: as in `split_names` for prepared folders, the file name for files."""
     names = []
     for path in paths:
-        if Path(path).is_dir():
+        if is_prepared(path):
             names.append(split if len(paths) == 1 else f"{split}/{Path(path).name}")
         else:
             names.append("standard input" if path == STANDARD_INPUT else Path(path).name)
@@ -160,7 +160,7 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
     """
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
     reading = Reading(args.on_bad_record, args.format)
-    if Path(path).is_dir():
+    if is_prepared(path):
         stream = open_split(path, args.split, loaded)
     else:
         source = open_name(path)
@@ -423,7 +423,7 @@ def own_data(loaded: LoadedModel) -> list[str]:
     """The data folders that the model was trained on. Raises ValueError if one is missing."""
     paths = [source.path for source in loaded.config.data.sources]
     for path in paths:
-        if not Path(path).is_dir():
+        if not is_prepared(path):
             raise ValueError(
                 f"{loaded.folder}: its data folder {path} does not exist: give the data to evaluate with --data PATH"
             )
@@ -447,7 +447,7 @@ def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Est
 
 def open_split(folder: str, split: str, loaded: LoadedModel) -> PreparedSplit:
     """A prepared split. Raises ValueError if its tokenizer is not the model's."""
-    opened = PreparedSplit(folder, split)
+    opened = PreparedSplit(folder, split, cache=shard_cache(loaded.config.data))
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
             f"{folder}: was prepared with another tokenizer than the model's: "

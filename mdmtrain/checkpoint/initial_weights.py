@@ -24,13 +24,14 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     folder = world.agree(lambda: store.find(source_run), main_only=True)
     meta = world.agree(lambda: store.read_meta(folder), main_only=True)
     saved = meta["identity"]
+    resize = config.checkpoint.resize_vocab
     where = f"checkpoint.init_from={folder}"
     networks = [{**one["model"], "vocab_size": None} for one in (saved, identity)]
     if networks[0] != networks[1]:
         raise AgreedError(f"{where}: its model is {brief(*networks)}: start from weights of the same network")
     vocabularies = [(one["model"]["vocab_size"], one["tokenizer"]) for one in (saved, identity)]
     other = vocabularies[0] != vocabularies[1]
-    if other and not config.checkpoint.resize_vocab:
+    if other and not resize:
         (rows, theirs), (wanted, ours) = vocabularies
         what = "it has another tokenizer"
         if rows != wanted:

@@ -15,18 +15,20 @@ from mdmtrain.optim import learning_rate
 from mdmtrain.parallel.world import World
 
 log = logging.getLogger("mdmtrain")
-CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow_changed
+CHANGEABLE = ("global_batch", "data", "sequence_length", "phases")  # checkpoint.allow_changed
 REORDERING = ("data", "sequence_length")  # changes after which sample numbers refer to other samples
 MOST_SHOWN = 200  # characters of a setting's value that are shown
 
 
 def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
     """The settings that a resumed run must share with its checkpoint."""
-    weights = [source.weight for source in config.data.sources]
+    data = config.data
+    order = [["shuffle_shards", data.shuffle_shards]] if data.shuffle_shards is not None else []
     return {
         "model": asdict(shape),
         "tokenizer": tokenizer.sha256,
-        "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
+        "data": [*map(list, zip(fingerprints, data.weights, strict=True)), *order],
+        "phases": [[phase.from_step, list(phase.weights)] for phase in data.phases] or None,
         "sequence_length": config.data.sequence_length,
         "document_mask": config.data.document_mask,
         "random_length_fraction": config.data.random_length_fraction,
@@ -87,6 +89,15 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
                 f"cannot resume {folder}: its {name} is {brief(saved, value)}: "
                 f"use the settings it was trained with, or another run.dir{instead}"
             )
+    began, begin = (
+        [phase for phase in phases or [] if phase[0] < meta["step"]]
+        for phases in (meta["identity"].get("phases"), identity.get("phases"))
+    )
+    if began != begin:
+        raise ValueError(
+            f"cannot resume {folder}: data.phases that begin before its step {meta['step']} were {began}, not {begin}: "
+            "give these as they were, and change those from this step on"
+        )
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
             f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
@@ -177,8 +188,8 @@ def shown(value: object) -> str:
 
 def changes(meta: dict, identity: dict) -> list[str]:
     """The settings of checkpoint.allow_changed that differ from the checkpoint, as phrases."""
-    saved = meta["identity"]
-    return [f"its {n} was {brief(saved[n], identity[n])}" for n in CHANGEABLE if saved[n] != identity[n]]
+    pairs = {name: (meta["identity"].get(name), identity.get(name)) for name in CHANGEABLE}
+    return [f"its {name} was {brief(saved, wanted)}" for name, (saved, wanted) in pairs.items() if saved != wanted]
 
 
 def continued(meta: dict, identity: dict) -> Cursor:
@@ -190,12 +201,15 @@ def continued(meta: dict, identity: dict) -> Cursor:
     """
     saved = meta["identity"]
     cursor = Cursor(**meta.get("cursor", {}))
+    cursor = replace(cursor, phases=tuple(cursor.phases))
     if not changes(meta, identity):
         return cursor
     config = validate(meta["config"], "the checkpoint's configuration")
     here = cursor.at(meta["step"], config.slots_per_step, config.run.global_batch * config.data.sequence_length)
+    began = [phase.from_step for phase in config.data.phases if phase.from_step < meta["step"]][len(cursor.phases) :]
+    here = replace(here, phases=(*cursor.phases, *(cursor.at(step, config.slots_per_step, 0).sample for step in began)))
     if any(saved[name] != identity[name] for name in REORDERING):
-        return replace(here, sample=0)
+        return replace(here, sample=0, phases=(0,) * len(here.phases))
     return here
 
 

@@ -94,7 +94,7 @@ class Streaming(DefaultSavePlanner):
 
 
 def save(
-    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
+    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: bytes, config: CheckpointConfig,
     world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove checkpoints that are not kept. A collective.
@@ -126,7 +126,7 @@ class _Hopeless(AgreedError):
     """An error that a retry does not fix."""
 
 
-def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: World, copies: dict | None) -> None:
+def _write(folder: Path, tensors: dict, meta: dict, tokenizer: bytes, world: World, copies: dict | None) -> None:
     world.agree(lambda: remove(folder), main_only=True)
     planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
     try:
@@ -141,7 +141,7 @@ def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: Worl
 
     def add_tokenizer() -> list[str]:
         with writing(folder), storage_errors(folder):
-            (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
             return [file.name for file in folder.iterdir()]
 
     def commit() -> None:

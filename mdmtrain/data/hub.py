@@ -7,6 +7,7 @@ names of its bos, eos, pad and mask tokens. `Tokenizer` takes either kind.
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from mdmtrain.data.lossless import (
     ESCAPE,
@@ -87,10 +88,15 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
     library = tokenizers_library()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        usual = library.Tokenizer.from_str(json.dumps(content))
+        library.Tokenizer.from_str(json.dumps(content))
     except Exception:  # the library raises Exception itself
         raise ValueError(f"{file}: not a tokenizer.json that can be read: copy the model's original file") from None
-    settings = _settings(file.parent)
+    return bundle_content(file, content, _settings(file.parent), config, add_missing)
+
+
+def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_missing: bool) -> tuple[bytes, int]:
+    """The same of a tokenizer.json and its settings that were made from `file`."""
+    usual = tokenizers_library().Tokenizer.from_str(json.dumps(content))
     try:
         content.setdefault("added_tokens", [])
         _add_from_settings(content, settings)
@@ -213,7 +219,7 @@ def hub_files(model: bytes) -> dict[str, bytes]:
         if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
             raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
-    settings = {f"{role}_token": name for role, name in pieces.names.items()}
+    settings: dict[str, Any] = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}

@@ -2,12 +2,16 @@
 
 The name is the one that was given: a link in a Hugging Face cache is called train.jsonl, the blob that it points to has
 no ending. Endings are compared without regard to case. The content has the last word: gzip is unpacked whatever the
-file is called, JSON objects are never taken for prose, and a compressed or columnar file that cannot be read is refused
-by its own name. To read another compression, give its `Format` a `decompress`.
+file is called, JSON objects are never taken for prose, and a file in a format that cannot be read is refused by its own
+name. To read another compression, give its `Format` a `decompress`.
 """
 
+import bz2
 import glob
 import gzip
+import io
+import json
+import lzma
 import os
 import re
 import shutil
@@ -19,16 +23,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
+from urllib.parse import urlsplit
 
+from mdmtrain.data.remote import exists, is_url
+from mdmtrain.data.remote_inputs import Remote, remote_file, remote_files
+from mdmtrain.data.tokenized import LLM_C, MEGATRON
 from mdmtrain.files import sha256
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 STANDARD_INPUT = "-"
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 12  # bytes that are looked at to recognise a format
+_BLOCK = 1 << 17  # bytes that are unpacked at once
+ID_ENDINGS = {".bin", ".npy"}
 RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
 
-Kind = Literal["text", "jsonl"]
+Kind = Literal["text", "jsonl", "parquet", "arrow", "tokens"]
 FormatOption = Literal["auto", "text", "jsonl"]
 
 
@@ -37,26 +52,45 @@ FormatOption = Literal["auto", "text", "jsonl"]
 
 @dataclass(frozen=True)
 class Input:
-    """A file, under the name that the user gave it, or the content of standard input or of a pipe."""
+    """A file, under the name that the user gave it, a URL, or the content of standard input or of a pipe."""
 
     name: str
     spool: BinaryIO | None = None  # an unnamed temporary file with the content of what can be read only once
+    remote: Remote | None = None  # where the name is a URL
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk, or in the object store."""
+        if self.remote:
+            return self.remote.size
         return os.stat(self.name if self.spool is None else self.spool.fileno()).st_size
 
     def open(self) -> BinaryIO:
         """The bytes from the first one on, seekable."""
+        if self.remote:
+            return self.remote.open()
         if self.spool is None:
             return open(self.name, "rb")
         descriptor = os.dup(self.spool.fileno())
         os.lseek(descriptor, 0, os.SEEK_SET)
         return os.fdopen(descriptor, "rb")
 
+    def index(self) -> "Input | None":
+        """The .idx file of Megatron beside a .bin file, where there is one."""
+        if self.spool or not self.name.endswith(".bin"):
+            return None
+        beside = f"{self.name.removesuffix('.bin')}.idx"
+        there = exists(beside) if self.remote else os.path.isfile(beside)
+        return open_name(beside) if there else None
+
     def identity(self) -> list:
         """What tells this input from another one, or from a later version of itself."""
+        index = self.index()
+        return self._identity() + (index.identity() if index else [])
+
+    def _identity(self) -> list:
+        if self.remote:
+            return [self.remote.url, self.remote.size, self.remote.version]
         if self.spool is None:
             return [os.path.abspath(self.name), self.size, os.stat(self.name).st_mtime_ns]
         with self.open() as stream:
@@ -69,6 +103,8 @@ def open_name(name: str | Path) -> Input:
     Raises ValueError where there is no such file.
     """
     name = str(name)
+    if _is_url(name):
+        return _behind_url(name, remote_file(name))
     if name == STANDARD_INPUT:
         if sys.stdin is None:
             raise ValueError("standard input is closed: give a file, or pipe the text in")
@@ -84,6 +120,20 @@ def open_name(name: str | Path) -> Input:
         return Input(name, _spooled(stream))
 
 
+def _is_url(name: str) -> bool:
+    return is_url(name) and not os.path.lexists(name)
+
+
+def _data_of(file: str) -> str:
+    """The .bin file beside an index of Megatron; any other file itself."""
+    data = f"{file.removesuffix('.idx')}.bin"
+    return data if file.endswith(".idx") and os.path.isfile(data) else file
+
+
+def _behind_url(url: str, file: Remote | BinaryIO) -> Input:
+    return Input(url, remote=file) if isinstance(file, Remote) else Input(url, spool=file)
+
+
 def _spooled(stream: BinaryIO) -> BinaryIO:
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the input)
     shutil.copyfileobj(stream, spool)
@@ -92,7 +142,7 @@ def _spooled(stream: BinaryIO) -> BinaryIO:
 
 
 def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Sequence[str], out: Path) -> list[Input]:
-    """The files that `arguments` (files, folders, globs, "-") name, each real file once, in a fixed order.
+    """The files that `arguments` (files, folders, globs, URLs of these, "-") name, each once, in a fixed order.
 
     Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
     names and the folder `out` are left alone. Links to folders are followed, each real folder once.
@@ -101,8 +151,18 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
     """
     found: dict[str, Input] = {}
     for argument in arguments:
+        if _is_url(argument):
+            behind = {url: file for url, file in remote_files(argument, include, exclude)}
+            if not behind:
+                raise ValueError(f"no file behind {argument!r} matches it, --include and --exclude: check the URL")
+            for url, file in behind.items():
+                if not (url.endswith(".idx") and f"{url.removesuffix('.idx')}.bin" in behind):
+                    found.setdefault(url, _behind_url(url, file))
+            continue
         exists = argument == STANDARD_INPUT or os.path.lexists(argument)
         named = [argument] if exists else _expand(argument)
+        if not named and os.path.isfile(f"{argument}.idx"):  # the prefix of Megatron's two files
+            named = [f"{argument}.idx"]
         if not named:
             raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
         files = [
@@ -110,11 +170,21 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
         ]
         if not files:
             raise ValueError(f"no file in {argument!r} matches --include and --exclude: widen the patterns")
-        for file in files:
+        for file in map(_data_of, files):
             real = file if file == STANDARD_INPUT else os.path.realpath(file)
             if real not in found:
                 found[real] = open_name(file)
     return list(found.values())
+
+
+def named_in(file: Path) -> list[str]:
+    """The inputs that the lines of a text file name; blank lines are none. Raises ValueError."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--inputs-from {file}: {why}: give a text file with one input on each line") from None
+    return [name for name in names if name]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -129,7 +199,7 @@ def _expand(pattern: str) -> list[str]:
 def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path) -> Iterator[str]:
     """The files in a folder and the folders below it. Raises ValueError for a link or a pipe that cannot be read."""
     for folder, files in _folders(root, exclude, {os.path.realpath(out)} - {os.path.realpath(root)}):
-        for name in files:
+        for name in _of_dataset(folder, files):
             path = os.path.join(folder, name)
             if not _matches(name, include or ["*"]) or _matches(name, exclude) or name.startswith("."):
                 continue
@@ -137,6 +207,29 @@ def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path)
                 what = "neither a file nor a folder" if os.path.exists(path) else "a broken link"
                 raise ValueError(f"{path}: {what}: repair it, or leave it out with --exclude")
             yield path
+
+
+def _of_dataset(folder: str, files: list[str]) -> list[str]:
+    """Those of a folder's files that have data, in their order: all, but where `datasets.save_to_disk` wrote them.
+
+    Its state.json lists the files with data; others may be caches of the same data. Raises ValueError where it is
+    damaged.
+    """
+    if "dataset_dict.json" in files:  # names the folders of the splits
+        files = [name for name in files if name != "dataset_dict.json"]
+    if not {"state.json", "dataset_info.json"} <= set(files):
+        return files
+    state = os.path.join(folder, "state.json")
+    try:
+        with open(state, encoding="utf-8") as stream:
+            content = json.load(stream)
+        named = [file["filename"] for file in content["_data_files"]]
+        mapped = content.get("_indices_data_files") or content.get("_indices_files")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{state}: damaged, or not of datasets.save_to_disk: replace it, or exclude it") from None
+    if mapped:
+        raise ValueError(f"{folder}: a dataset with an index of its rows: call flatten_indices() and save it again")
+    return named
 
 
 def _folders(root: str, exclude: Sequence[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -162,6 +255,53 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 # ---- what they are
 
 
+class _Frames(io.RawIOBase):
+    """Compressed frames end to end, unpacked; zero bytes may stand between and after them.
+
+    The readers of the standard library end without a word where other bytes follow a frame, which would lose what a
+    damaged second frame holds.
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
+        """decompressor: makes a `bz2.BZ2Decompressor`, or an object with the same methods, for one frame."""
+        self._raw, self._new = raw, decompressor
+        self._frame = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # what io gives it
+        """Raises EOFError where a frame is cut off or damaged, or where other bytes follow it."""
+        content = b""
+        while not content:
+            packed = b""
+            if self._frame.eof:
+                packed = self._frame.unused_data.lstrip(b"\0")
+                while not packed and (block := self._raw.read(_BLOCK)):
+                    packed = block.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._frame = self._new()
+            elif self._frame.needs_input:
+                packed = self._raw.read(_BLOCK)
+                if not packed:
+                    raise EOFError("cut off")
+            try:
+                content = self._frame.decompress(packed, len(buffer))
+            except (OSError, lzma.LZMAError, zstd.ZstdError) as error:
+                raise EOFError(str(error)) from None
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _unpack_zstd() -> Any:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # as `zstd --long=31` needs
+
+
+def _frames(decompressor: Callable[[], Any]) -> Callable[[BinaryIO], BinaryIO]:
+    return lambda raw: io.BufferedReader(_Frames(raw, decompressor), _BLOCK)
+
+
 @dataclass(frozen=True)
 class Format:
     """A way of packing data that is not text."""
@@ -170,8 +310,13 @@ class Format:
     endings: tuple[str, ...]
     magic: tuple[bytes, ...]  # what its files begin with; none: it is known by its ending alone
     instead: str  # what to do with such a file
-    decompress: Callable[[BinaryIO], BinaryIO] | None = None  # None: recognised, but not read
+    decompress: Callable[[BinaryIO], BinaryIO] | None = None
+    kind: Kind | None = None  # how its records are read; neither this nor decompress: recognised, but not read
     offset: int = 0  # of the magic bytes
+
+    def unpack(self, raw: BinaryIO) -> BinaryIO:
+        assert self.decompress is not None, self.name
+        return self.decompress(raw)
 
 
 def _gunzip(raw: BinaryIO) -> BinaryIO:
@@ -181,14 +326,14 @@ def _gunzip(raw: BinaryIO) -> BinaryIO:
 _UNPACK = "unpack it, or compress it with gzip instead"
 _CONVERT = "convert it to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
-_TOKENS = "tokens made elsewhere are not read: give their text"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
+_BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
 FORMATS = (
     Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, _gunzip),
-    Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK),
-    Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK),
-    Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK),
-    Format("a bzip2 file", (".bz2",), tuple(b"BZh%d1AY&SY" % n for n in range(1, 10)), _UNPACK),
+    Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK, _frames(_unpack_zstd)),
+    Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
+    Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
+    Format("a bzip2 file", (".bz2",), _BZIP2, _UNPACK, _frames(bz2.BZ2Decompressor)),
     Format("an lz4 file", (".lz4",), (b"\x04\x22\x4d\x18",), _UNPACK),
     Format("an lzip file", (".lz",), (b"LZIP\1",), _UNPACK),
     Format("an lzop file", (".lzo",), (b"\x89LZO\0",), _UNPACK),
@@ -199,42 +344,56 @@ FORMATS = (
     Format("a 7-Zip archive", (".7z",), (b"7z\xbc\xaf\x27\x1c",), _EXTRACT),
     Format("a RAR archive", (".rar",), (b"Rar!\x1a\7",), _EXTRACT),
     Format("a tar archive", (".tar",), (b"ustar",), _EXTRACT, offset=257),
-    Format("a Parquet file", (".parquet", ".pq"), (b"PAR1", b"PARE"), _CONVERT),
-    Format("an Arrow file", (".arrow", ".feather"), (b"ARROW1\0\0", b"FEA1\0", b"\xff\xff\xff\xff"), _CONVERT),
+    Format("a Parquet file", (".parquet", ".pq"), (b"PAR1",), _UNPACK, kind="parquet"),
+    Format("an encrypted Parquet file", (), (b"PARE",), "decrypt it"),
+    Format("an Arrow file", (".arrow", ".feather"), (b"ARROW1\0\0", b"\xff\xff\xff\xff"), _UNPACK, kind="arrow"),
+    Format("a Feather file of version 1", (), (b"FEA1",), _CONVERT),
     Format("an Avro file", (".avro",), (b"Obj\1",), _CONVERT),
     Format("an ORC file", (".orc",), (b"ORC",), _CONVERT),
     Format("an HDF5 file", (".h5", ".hdf5"), (b"\x89HDF\r\n\x1a\n",), _CONVERT),
     Format("an SQLite database", (".sqlite",), (b"SQLite format 3\0",), _CONVERT),
-    Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _TOKENS),
-    Format("a Megatron index", (), (b"MMIDIDX\0\0",), _TOKENS),
+    Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _UNPACK, kind="tokens"),
+    Format("a file of ids for llm.c", (), tuple(LLM_C), _UNPACK, kind="tokens"),
+    Format("a Megatron index", (), (MEGATRON,), "its .bin file must be beside it"),
     Format("a PDF document", (".pdf",), (b"%PDF-",), _EXTRACT),
     Format("a Git LFS pointer", (), (b"version https://git-lfs.github.com/spec/",), "fetch the file: git lfs pull"),
 )
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading through `decompress` raises
 _BY_ENDING = {ending: format for format in FORMATS for ending in format.endings}
 _JSON_OBJECT = re.compile(rb'\s*\[?\s*\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\})')
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An input that is being read: its text, without packing and byte order mark."""
+    """An input that is being read: its text without packing and byte order mark, or a file for `columns.Table`."""
 
     kind: Kind
     by_content: bool  # whether the content, and not the name, says that these are JSON records
     stream: BinaryIO
-    raw: BinaryIO  # what lies on disk; its position is the progress
+    raw: BinaryIO  # what lies on disk; its position is the progress of a text
 
 
 @contextmanager
-def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]:
-    """Open an input as text or as JSON records, whichever it is, or as `option` says.
+def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = False) -> Iterator[Opened]:
+    """Open an input as what it is; one without a format of its own as text or as JSON records, or as `option` says.
+
+    raw_ids: .bin and .npy files without a header are ids.
 
     Raises ValueError, here or while it is read, naming the input: in a format or an encoding that is not read, or
     damaged.
     """
     with source.open() as raw:
+        packed = None
         try:
-            endings = [ending.lower() for ending in PurePath(source.name).suffixes]
-            stream, head = _unpacked(source.name, raw, endings)
+            name = urlsplit(source.name).path if _is_url(source.name) else source.name
+            endings = [ending.lower() for ending in PurePath(name).suffixes]
+            if endings and endings[-1] in ID_ENDINGS and _has_ids(source, raw, raw_ids):
+                yield Opened("tokens", False, raw, raw)
+                return
+            packed, inside, head = _formats(source.name, raw, endings)
+            if inside:
+                yield Opened(inside, False, raw, raw)
+                return
             encoding = _other_encoding(head)
             if encoding:
                 raise ValueError(
@@ -242,6 +401,7 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
                 )
             if head and not head.strip(b"\0"):
                 raise ValueError(f"{source.name}: begins with {len(head):,} zero bytes: damaged, or not text")
+            stream = packed.unpack(raw) if packed else raw
             if head.startswith(BOM):
                 head = head.removeprefix(BOM)
                 stream.read(len(BOM))
@@ -255,37 +415,64 @@ def open_input(source: Input, option: FormatOption = "auto") -> Iterator[Opened]
             if kind == "jsonl":
                 _refuse_one_json_value(source.name, head, by_content)
             yield Opened(kind, by_content, stream, raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{source.name}: damaged gzip file ({error}): replace it or leave it out") from None
+        except _DAMAGED as error:
+            if packed is None:
+                raise
+            raise _damaged(source.name, packed, error) from None
 
 
-def _unpacked(name: str, raw: BinaryIO, endings: list[str]) -> tuple[BinaryIO, bytes]:
-    """(the unpacked bytes, the first HEAD of them) of a file; the ending of a compression is taken off `endings`.
+def _has_ids(source: Input, raw: BinaryIO, raw_ids: bool) -> bool:
+    """Whether the user or an index says that a .bin or .npy file has ids. Raises ValueError where it looks so."""
+    if raw_ids or source.index():
+        return True
+    head = raw.read(HEAD)
+    raw.seek(0)
+    if not _recognise(head) and has_control_characters(head):
+        raise ValueError(
+            f"{source.name}: not text: where it has token ids without a header (OLMo-core, nanoGPT), give --dtype and "
+            "--tokenizer; otherwise leave it out with --exclude"
+        )
+    return False
 
-    Raises ValueError for a format that is not read, and where the content is not what the ending says.
+
+def _damaged(name: str, packed: Format, error: Exception) -> ValueError:
+    what = packed.name.split(" ", 1)[1]  # without its article
+    return ValueError(f"{name}: damaged {what} ({error}): replace it or leave it out")
+
+
+def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | None, Kind | None, bytes]:
+    """(the compression of a file, the kind of records where their format is one of their own, the first bytes of what
+    is inside); `raw` is at its first byte again.
+
+    Their endings are taken off `endings`. Raises ValueError for a format that is not read, and where the content is not
+    what the ending says.
     """
     stream, packed = raw, None
     while True:
-        head = stream.read(HEAD)
+        try:
+            head = stream.read(HEAD)
+        except _DAMAGED as error:
+            assert packed is not None, "nothing is unpacked yet"
+            raise _damaged(name, packed, error) from None
+        raw.seek(0)
         found, named = _recognise(head), _BY_ENDING.get(endings[-1]) if endings else None
         if named and (found or not named.magic):
             endings.pop()
         format = found or named
         if format is None:
-            break
+            return packed, None, head
         if found is None and format.magic:
             begins = f"it begins with {head[:12]!r}" if head else "it is empty"
             raise ValueError(f"{name}: named like {format.name}, but {begins}: replace it, or correct its name")
-        if format.decompress is None:
+        if format.decompress is None and format.kind is None:
             inside = f" inside {packed.name}" if packed else ""
             raise ValueError(f"{name}: {format.name}{inside}, which is not read here: {format.instead}")
         if packed is not None:
             raise ValueError(f"{name}: {format.name} inside {packed.name}: unpack it once")
+        if format.kind:
+            return None, format.kind, head
         packed = format
-        raw.seek(0)
-        stream = format.decompress(raw)
-    raw.seek(0)
-    return packed.decompress(raw) if packed and packed.decompress else raw, head
+        stream = format.unpack(raw)
 
 
 def _recognise(head: bytes) -> Format | None:

@@ -20,7 +20,17 @@ import numpy as np
 
 from mdmtrain.data.inputs import FormatOption, Input, open_name
 from mdmtrain.data.processes import follow_parent
-from mdmtrain.data.records import LONGEST_TEXT, Document, OnBadRecord, Reading, read_documents
+from mdmtrain.data.records import (
+    LONGEST_TEXT,
+    USUAL_FIELDS,
+    Document,
+    Fields,
+    Ids,
+    OnBadRecord,
+    Reading,
+    check_inputs,
+    read_documents,
+)
 from mdmtrain.data.shards import (
     FORMAT,
     MANIFEST,
@@ -31,6 +41,7 @@ from mdmtrain.data.shards import (
     write_manifest,
 )
 from mdmtrain.data.staging import staging
+from mdmtrain.data.tokenized import TokenType
 from mdmtrain.data.tokenizer import MODEL_FILE, SAMPLE_CHARACTERS, TextChanged, Tokenizer
 
 BATCH = 1 << 18  # characters that a worker gets at once
@@ -47,15 +58,21 @@ class Options:
     shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
+    fields: Fields = USUAL_FIELDS
+    tiktoken_pattern: str | None = None  # of a tokenizer that is a rank file of tiktoken
+    dtype: TokenType | None = None  # of files of token ids without a header
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation-fraction {self.validation_fraction} is not between 0 and 1")
         if self.shard_tokens < 1:
             raise ValueError(f"--shard-tokens {self.shard_tokens} is not positive")
+        if self.dtype and not self.tokenizer:
+            raise ValueError("--dtype is of token ids: give the --tokenizer that made them")
 
     def reading(self) -> Reading:
-        return Reading(self.on_bad_record, self.format)
+        ids = Ids(self.tokenizer, self.tiktoken_pattern, self.dtype) if self.tokenizer else None
+        return Reading(self.on_bad_record, self.format, self.fields, ids)
 
 
 @dataclass
@@ -74,7 +91,7 @@ def prepare(
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
     opened = [one if isinstance(one, Input) else open_name(one) for one in inputs]
-    given = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
     made_from = _identity(opened, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
@@ -87,6 +104,7 @@ def prepare(
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
 
     reading = options.reading()
+    check_inputs(opened, reading)
     report = progress or (lambda phase, done, total: None)
     try:
         with staging(out) as folder:
@@ -109,6 +127,11 @@ def prepare(
 def _identity(inputs: list[Input], options: Options, tokenizer: Tokenizer | None) -> str:
     stats = [one.identity() for one in inputs]
     settings = asdict(options)
+    if options.fields == USUAL_FIELDS:  # folders from before there were others stay what they are
+        del settings["fields"]
+    if options.dtype is None:
+        del settings["dtype"]
+    del settings["tiktoken_pattern"]  # the tokenizer has it
     if tokenizer:
         settings["tokenizer"] = tokenizer.sha256
         del settings["vocab_size"]
@@ -158,8 +181,10 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
 
     Raises ValueError naming the file and the line of a text that the tokenizer would change.
     """
+    if document.ids is not None:
+        return [tokenizer.bos_id, *document.ids.tolist(), tokenizer.eos_id], None
     try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
-        before = [tokenizer.bos_id, *tokenizer.encode(document.prompt or "")]
+        before = [tokenizer.bos_id, *tokenizer.encode_prompt(document.prompt or "", document.specials)]
         tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
     except TextChanged as error:
         line = document.line if document.record else document.line + error.line - 1

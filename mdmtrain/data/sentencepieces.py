@@ -5,11 +5,13 @@ private-use character that next to no text contains; the escape itself is escape
 """
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
-from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
+from mdmtrain.data.lossless import ESCAPE, PREFIX, ROLES, SPACE_MARK
 
 PIECE = protobuf.ModelProto.SentencePiece
+MASKS = ("<mask>", "<|mdm_mask|>")  # the mask's piece: of our models and of many, or one that `adapted` added
 MODEL_TYPES = {protobuf.TrainerSpec.BPE: "BPE", protobuf.TrainerSpec.UNIGRAM: "Unigram"}  # tokenizer.json's names
 
 
@@ -19,6 +21,51 @@ def escape(text: str) -> str:
 
 def unescape(text: str) -> str:
     return text.replace(ESCAPE + "1", SPACE_MARK).replace(ESCAPE + "0", ESCAPE)
+
+
+def _roles(proto: protobuf.ModelProto) -> dict[str, str]:
+    """The control piece of each role that has one."""
+    training, names = proto.trainer_spec, {}
+    controls = {number: piece.piece for number, piece in enumerate(proto.pieces) if piece.type == PIECE.CONTROL}
+    masks = [number for number, piece in controls.items() if piece in MASKS]
+    for role, number in zip(ROLES, (training.bos_id, training.eos_id, training.pad_id, *masks[-1:]), strict=False):
+        if number in controls:
+            names[role] = controls[number]
+    return names
+
+
+def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
+    """A sentencepiece model of others with what ours needs, its size before, and what was changed, for a person.
+
+    What changes text is switched off, and roles without a control piece get a new one at the end of the vocabulary; ids
+    stay what they are. One that needs nothing is returned as it is. Raises ValueError where it is no such model.
+    """
+    try:
+        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
+        proto = protobuf.ModelProto.FromString(model)
+    except (RuntimeError, OSError, DecodeError):
+        raise ValueError("it is not a sentencepiece model") from None
+    rules, training, size, notes = proto.normalizer_spec, proto.trainer_spec, len(proto.pieces), []
+    if rules.precompiled_charsmap:
+        notes.append(f"normalization {rules.name or 'of its own'} is off")
+        rules.name, rules.precompiled_charsmap = "identity", b""
+    if rules.add_dummy_prefix:
+        notes.append(PREFIX)
+        rules.add_dummy_prefix = False
+    if rules.remove_extra_whitespaces:
+        notes.append("runs of spaces are kept")
+        rules.remove_extra_whitespaces = False
+    if proto.denormalizer_spec.precompiled_charsmap:
+        notes.append("the denormalizer is off")
+        proto.ClearField("denormalizer_spec")
+    for role in [role for role in ROLES if role not in _roles(proto)]:
+        number, name = len(proto.pieces), f"<|mdm_{role}|>"
+        proto.pieces.add(piece=name, type=PIECE.CONTROL)
+        if role != "mask":
+            setattr(training, f"{role}_id", number)
+            setattr(training, f"{role}_piece", name)
+        notes.append(f"{role} is the new token {name}, {number}")
+    return (proto.SerializeToString() if notes else model), size, notes
 
 
 class SentencePieces:
@@ -33,11 +80,8 @@ class SentencePieces:
             raise ValueError("it is not a sentencepiece model") from None
         proto = protobuf.ModelProto.FromString(model)
         rules, training = proto.normalizer_spec, proto.trainer_spec
-        self.names, self.pieces = {}, list(proto.pieces)  # role -> piece; each with its piece, score and type
-        numbers = (training.bos_id, training.eos_id, training.pad_id, self.piece_to_id("<mask>"))
-        for role, number in zip(ROLES, numbers, strict=True):
-            if number >= 0 and self.pieces[number].type == PIECE.CONTROL:
-                self.names[role] = self.pieces[number].piece
+        self.pieces = list(proto.pieces)  # each with its piece, score and type
+        self.names = _roles(proto)
         if missing := [role for role in ROLES if role not in self.names]:
             raise ValueError(
                 f"it has no control piece for {', '.join(missing)}: train one with --vocab-size, or add <mask> to "

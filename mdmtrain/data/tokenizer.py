@@ -7,6 +7,7 @@ pad and mask are control pieces; `hub.py` reads those of other models.
 import hashlib
 import io
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,13 @@ from pathlib import Path
 
 import sentencepiece
 
-from mdmtrain.data.hub import HubPieces, bundle, bundle_unigram
+from mdmtrain.data.chat import PLAIN, Spans, Template, template_in
+from mdmtrain.data.hub import HubPieces, bundle, bundle_content, bundle_unigram
 from mdmtrain.data.lossless import ESCAPE, ROLES, SPACE_MARK
-from mdmtrain.data.sentencepieces import SentencePieces, escape
+from mdmtrain.data.sentencepieces import SentencePieces, adapted, escape
+from mdmtrain.data.tiktoken_files import as_tokenizer_json, is_rank_file
+
+log = logging.getLogger("mdmtrain")
 
 MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
@@ -64,13 +69,14 @@ class Tokenizer:
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
         self.reserved = frozenset(self._pieces.reserved())
+        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # the id of what has no piece, where there is one
         for text in self.probes():
             self.encode(text)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
         """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
-        return read_model(path)[0]
+        return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
@@ -135,6 +141,18 @@ class Tokenizer:
             at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
         raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
 
+    def encode_prompt(self, text: str, specials: Spans = ()) -> list[int]:
+        """The same, where [start, end) in the text of `specials` are special tokens, which a chat template wrote."""
+        ids, done = [], 0
+        for start, end in specials:
+            ids += [*self.encode(text[done:start]), self._pieces.piece_to_id(text[start:end])]
+            done = end
+        return ids + self.encode(text[done:])
+
+    def specials(self) -> list[str]:
+        """The pieces of special tokens."""
+        return [piece for piece in self._pieces.added() if self._pieces.piece_to_id(piece) in self.reserved]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
 
@@ -158,11 +176,25 @@ class Tokenizer:
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
 
 
-def read_model(path: str | Path) -> tuple[Tokenizer, int]:
+def chat_template(path: str | Path) -> Template:
+    """The chat template of the model folder that has the tokenizer `path`; a plain one where it has none.
+
+    Raises ValueError.
+    """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    jinja = template_in(folder)
+    if jinja is None:
+        return PLAIN
+    tokenizer = Tokenizer.load(path)
+    return Template(jinja, tuple(tokenizer.specials()), tokenizer.raw_pieces()[tokenizer.eos_id])
+
+
+def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[Tokenizer, int]:
     """The tokenizer that `path` names, and its vocabulary size before tokens were added.
 
-    path: a model file of ours, a tokenizer.json, or a folder with one: prepared data, a checkpoint, or a model. Foreign
-    ones become lossless, and get the roles that they lack. Raises ValueError.
+    path: a sentencepiece model, a tokenizer.json, or a folder with one (prepared data, a checkpoint, a model); or a
+    rank file of tiktoken, for which `tiktoken_files` has the pattern. Foreign ones become lossless, and get the roles
+    that they lack, which is logged. Raises ValueError.
     """
     path = Path(path)
     if path.is_dir():
@@ -173,10 +205,27 @@ def read_model(path: str | Path) -> tuple[Tokenizer, int]:
     if content.lstrip()[:1] == b"{" and "roles" not in _json_object(path):
         config = path.parent / "config.json"
         return _bundled(path, _json_object(config) if config.is_file() else {}, add_missing=True)
+    if is_rank_file(content):
+        model, size = bundle_content(path, *as_tokenizer_json(path, tiktoken_pattern), {}, add_missing=True)
+        return Tokenizer(model, str(path)), size
+    size = None
+    if content[:1] != b"{":
+        content, size = _adapted(content, path)
     tokenizer = Tokenizer(content, str(path))
     if isinstance(tokenizer._pieces, SentencePieces) and tokenizer._pieces.model_type == "Unigram":
         tokenizer = Tokenizer(bundle_unigram(tokenizer._pieces), str(path))
-    return tokenizer, tokenizer.vocab_size
+    return tokenizer, size or tokenizer.vocab_size
+
+
+def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
+    """A sentencepiece model that loses no text and has all roles, and its size before. What was changed is logged."""
+    try:
+        content, size, notes = adapted(content)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: {error}") from None
+    if notes:
+        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", path, "; ".join(notes))
+    return content, size
 
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
@@ -187,6 +236,8 @@ def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[T
             tokenizer = Tokenizer(ours.read_bytes(), str(ours))
             return tokenizer, tokenizer.vocab_size
         except ValueError as error:
+            if not theirs.is_file() and add_missing:
+                return read_model(ours)
             if not theirs.is_file():
                 raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
     if not theirs.is_file():

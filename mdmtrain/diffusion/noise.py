@@ -26,6 +26,7 @@ class Stream(IntEnum):
     )
     FIT = 9  # the fit of p before training; step 0: rows, step 1: strata, step 2: positions
     TASKS = 10  # generated tasks; step = kind, slot = number of the task
+    SHARDS = 11  # the order of the shards, where rows are shuffled by shards; step = epoch, slot = source
 
 
 def philox(seed: int, stream: Stream, step: int, slot: int = 0, block: int = 0) -> np.random.Philox:

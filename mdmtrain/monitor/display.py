@@ -12,7 +12,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mdmtrain.config import Config
-from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATISTIC_BY_OCTILE
+from mdmtrain.monitor.metrics import (
+    COMPONENTS,
+    DENSITY,
+    HISTOGRAM,
+    LOSS_BY_OCTILE,
+    LOSS_BY_SOURCE,
+    OCTILES,
+    STATISTIC_BY_OCTILE,
+)
 
 OVERVIEW = "Overview"  # the capital letter puts this group first
 # Field of a training record -> group of tags. All others are in the group `train`.
@@ -92,6 +100,8 @@ def _tagged(record: dict) -> Iterator[tuple[str, object]]:
             yield from ((f"{BY_OCTILE[name]}/octile_{octile}", mean) for octile, mean in enumerate(value))
         elif name == COMPONENTS:
             yield from ((f"variance/{part}", size) for part, size in value.items())
+        elif name == LOSS_BY_SOURCE:
+            yield from ((f"sources/{source}", mean) for source, mean in value.items())
         elif split is not None and name != "step":
             yield f"{split}/{name}", value
             if name in OF_AN_EVALUATION:

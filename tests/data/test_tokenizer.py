@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mdmtrain.data.tokenizer import Tokenizer, bounded_sample
+from mdmtrain.data.tokenizer import Tokenizer, bounded_sample, read_model
 from tests.conftest import SOAK
 
 CODE = "def f(x):\n    if x:\n        return  x + 12345\r\n\n\tself.name = 'caf\u00e9'  # \u4e16\u754c\n" * 40
@@ -65,17 +65,20 @@ def test_a_vocabulary_that_does_not_fit_is_one_clear_line(size, words, tmp_path)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"control_symbols": []}, "no control piece for mask"),
-        ({"control_symbols": [], "user_defined_symbols": ["<mask>"]}, "no control piece for mask"),
-        ({"pad_id": -1}, "no control piece for pad"),
-        ({"bos_id": -1, "eos_id": -1}, "no control piece for bos, eos"),
-        ({"byte_fallback": False}, "does not give text back"),
-        ({"remove_extra_whitespaces": True}, "does not give text back"),
-        ({"normalization_rule_name": "nfkc"}, "does not give text back"),
+        ({"control_symbols": []}, "mask is the new token <|mdm_mask|>, 330"),
+        ({"control_symbols": [], "user_defined_symbols": ["<mask>"]}, "mask is the new token <|mdm_mask|>"),
+        ({"pad_id": -1}, "pad is the new token <|mdm_pad|>"),
+        ({"bos_id": -1, "eos_id": -1}, "bos is the new token <|mdm_bos|>, 330; eos is the new token <|mdm_eos|>, 331"),
+        ({"remove_extra_whitespaces": True}, "runs of spaces are kept"),
+        ({"add_dummy_prefix": True}, "no space is put before the first word"),
+        ({"normalization_rule_name": "nfkc"}, "normalization nfkc is off"),
+        ({"model_type": "unigram", "control_symbols": []}, "mask is the new token <|mdm_mask|>"),
         ({}, None),
+        ({"byte_fallback": False}, ValueError("does not give text back")),
+        ({"model_type": "char"}, ValueError("of words or characters")),
     ],
 )
-def test_a_taken_tokenizer_must_lose_nothing_and_reserve_its_ids(change, words, tmp_path):
+def test_a_taken_tokenizer_must_lose_nothing_and_reserve_its_ids(change, words, tmp_path, caplog):
     model = io.BytesIO()
     options = dict(
         vocab_size=330,
@@ -92,11 +95,17 @@ def test_a_taken_tokenizer_must_lose_nothing_and_reserve_its_ids(change, words, 
     texts = iter([CODE[:2000]] * 9)
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **{**options, **change})
     (tmp_path / "taken.model").write_bytes(model.getvalue())
-    if words is None:
-        assert Tokenizer.load(tmp_path / "taken.model").mask_id > 0
-    else:
-        with pytest.raises(ValueError, match=words):
+    if isinstance(words, ValueError):
+        with pytest.raises(ValueError, match=str(words)):
             Tokenizer.load(tmp_path / "taken.model")
+        return
+    taken, size = read_model(tmp_path / "taken.model")
+    assert [words in line for line in caplog.messages] == ([] if words is None else [True])
+    given = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert taken.raw_pieces()[:size] == [given.id_to_piece(i) for i in range(size)] and size == given.get_piece_size()
+    assert taken.encode(" return x")[-2:] == given.encode(" return x")[-2:]
+    (tmp_path / "again.model").write_bytes(taken.model)
+    assert Tokenizer.load(tmp_path / "again.model").sha256 == taken.sha256 and len(caplog.messages) == bool(words)
 
 
 def test_the_sample_is_bounded_spread_and_independent_of_order():

@@ -9,10 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdmtrain import config as configuration
 from mdmtrain.monitor.display import BY_OCTILE, GROUPS, LAYOUT, TensorBoard, open_displays, scalars_of
-from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, HISTOGRAM, MetricsLog
+from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, HISTOGRAM, LOSS_BY_SOURCE, MetricsLog
 
 COUNTS = [1, 0, 2, 1, 0, 0, 3, 1]
-NOT_SCALAR = ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY)
+NOT_SCALAR = ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY, LOSS_BY_SOURCE)
 
 
 def config_of(folder, **monitor):
@@ -30,6 +30,7 @@ def training_record(step, loss):
     octiles = [loss * (k + 1) if count else None for k, count in enumerate(COUNTS)]
     more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "mfu": None, "lr": 0.125, "time": 1e9}
     if step == 4:
+        more |= {LOSS_BY_SOURCE: {"web": 3.5, "code": None}}
         more |= {COMPONENTS: {"A": 0.5, "B_t": -0.25, "C": None}, DENSITY: {"used": [0.5, 1.5], "wanted": [0.0, 2.0]}}
     return {"step": step, "loss": loss, **more, **dict.fromkeys(BY_OCTILE, octiles), HISTOGRAM: COUNTS}
 
@@ -68,6 +69,7 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
                 group = r.get("split") or GROUPS.get(name, "train")
                 expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
     expected |= {"variance/A": [(4, 0.5)], "variance/B_t": [(4, -0.25)], "Overview/validation_nelbo": [(6, 2.5)]}
+    expected |= {"sources/web": [(4, 3.5)]}
     expected |= {"variance/probe_seconds": [(6, 0.5)], "variance/probe_share_of_time": [(6, 0.125)]}
     (folder,) = (run / "events").iterdir()
     assert folder.name == "my-run"  # TensorBoard lists a run by its folder

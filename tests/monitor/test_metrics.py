@@ -12,6 +12,7 @@ from mdmtrain.diffusion.objective import MaskingRates, plain_process
 from mdmtrain.monitor.metrics import (
     COMPONENTS,
     HISTOGRAM,
+    LOSS_BY_SOURCE,
     OCTILES,
     MetricsLog,
     thinned,
@@ -150,13 +151,13 @@ def test_what_is_not_finite_is_null_in_the_file(tmp_path):
 BINS = 64
 
 
-def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0, mfu_per_speed=None):
+def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0, mfu_per_speed=None, sources=("p",), views="single"):
     tree = {
         "run": {"dir": "r", "steps": 9, "global_batch": rows, "micro_batch": 2},
         "model": {"preset": "2m"},
-        "data": {"sources": [{"path": "p"}], "sequence_length": LENGTH},
+        "data": {"sources": [{"path": path} for path in sources], "sequence_length": LENGTH},
         "optim": {"lr": 0.1, "clip_norm": clip},
-        "diffusion": {"eps": EPS},
+        "diffusion": {"eps": EPS, "views": views},
     }
     settings = config.validate(tree, "test")
     return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"), rank, mfu_per_speed)
@@ -192,6 +193,31 @@ def test_the_parts_of_a_vector_lie_in_a_row():
     assert {name: part.tolist() for name, part in layout.split(np.arange(6)).items()} == {
         "a": [0, 1], "b": [2], "c": [3, 4, 5]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("views", ["single", "mirror"])
+def test_losses_by_source_are_the_means_of_its_rows(views):
+    """Sources of the same last name get their number; one without a row in the step has no mean."""
+    per = 1 if views == "single" else 2
+    recorder = make_recorder(sources=("a/x", "b/y", "c/x"), views=views, rows=ROWS * per)
+    sums, process = recorder.new_sums(), plain_process(config.DiffusionConfig(eps=EPS))
+    losses = [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0][: ROWS * per]
+    source = [0, 2, 0, 0]
+    for k in range(0, ROWS, 2):
+        mine = torch.tensor(losses[k * per : (k + 2) * per])
+        recorder.add_sources(sums, mine, torch.tensor(source[k : k + 2]))
+    recorder.add_step(1, process, MaskingRates(RATES, np.ones(ROWS)), np.ones(BINS), sums, *torch.zeros(2), 0.25)
+    rows = np.repeat(source, per)
+    (record,) = recorder.flush()
+    means = [np.mean(np.array(losses)[rows == one]) / LENGTH for one in (0, 2)]
+    assert record[LOSS_BY_SOURCE] == pytest.approx({"x-1": means[0], "y": None, "x-3": means[1]})
+    assert LOSS_BY_SOURCE not in make_flushed(make_recorder())
+
+
+def make_flushed(recorder) -> dict:
+    sums = run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
+    recorder.add_sources(sums, torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    return recorder.flush()[0]
 
 
 def test_a_record_is_the_naive_sum():

@@ -39,7 +39,7 @@ META = {"identity": {}, "has_average": False, "config": {}}
 
 
 def measure_saves(
-    tensors: dict, step: Callable[[], None], out: Path, tokenizer: Path, saves: int, world: World
+    tensors: dict, step: Callable[[], None], out: Path, tokenizer: bytes, saves: int, world: World
 ) -> dict:
     """Seconds of `saves` saves of each kind, in turn, with training steps between them. A collective.
 
@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
 
     world.agree(prepare, main_only=True)
     try:
-        found = measure_saves(tensors, step, args.out, tokenizer, args.saves, world)
+        found = measure_saves(tensors, step, args.out, tokenizer.read_bytes(), args.saves, world)
     finally:
         world.agree(lambda: shutil.rmtree(args.out), main_only=True)
     if not world.is_main:

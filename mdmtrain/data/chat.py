@@ -1,0 +1,95 @@
+"""A conversation as a prompt and a response: the template that writes out the messages before the last one.
+
+The special tokens that a tokenizer's own template writes become their ids. Text of the messages that spells one stays
+text, like all text.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXT_MARK = "\U0010f582"  # keeps text that spells a special token apart from one; private use, and taken out again
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How messages become a prompt.
+
+    Without `jinja`, each is a line "<|role|>" and its content from the next line on, and a line "<|assistant|>" ends
+    the prompt, all of it text. `jinja` is a template of transformers, `specials` are its tokenizer's special tokens.
+    """
+
+    jinja: str | None = None
+    specials: tuple[str, ...] = ()
+    eos: str = ""  # the token that templates call eos_token
+
+    def prompt(self, messages: list[dict[str, str]]) -> tuple[str, Spans]:
+        """The prompt to which the assistant responds, and which [start, end) of it are special tokens.
+
+        Raises ValueError where the template refuses the messages.
+        """
+        if self.jinja is None:
+            turns = "".join(f"<|{message['role']}|>\n{message['content']}\n" for message in messages)
+            return f"{turns}<|assistant|>\n", ()
+        apart = [{**message, "content": self._apart(message["content"])} for message in messages]
+        rendered = self._rendered(apart)
+        if not self.specials:
+            return rendered, ()
+        text, spans = "", []
+        for part in re.split(f"({'|'.join(map(re.escape, self._longest_first()))})", rendered):
+            if part in self.specials:
+                spans.append((len(text), len(text) + len(part)))
+            text += part.replace(TEXT_MARK, "")
+        return text, tuple(spans)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # bos is ours to add
+        try:
+            rendered, _ = render_jinja_template(  # type: ignore[str-unpack] # a pair, annotated as a string
+                [messages], chat_template=self.jinja, add_generation_prompt=True, **names
+            )
+        except Exception as error:  # whatever a template does
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        return rendered[0]
+
+    def _longest_first(self) -> list[str]:
+        return sorted(self.specials, key=len, reverse=True)
+
+    def _apart(self, content: str) -> str:
+        """Content in which no special token is spelled. Raises ValueError where the mark itself is in it."""
+        if TEXT_MARK in content:
+            raise ValueError(f"a message has U+{ord(TEXT_MARK):X}, which is used to mark text")
+        for special in self._longest_first():
+            content = content.replace(special, special[:1] + TEXT_MARK + special[1:])
+        return content
+
+
+PLAIN = Template()
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template of a model folder, as transformers keeps it there: the default one where it has several.
+
+    Raises ValueError where its file is damaged.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, list):
+                found = {one["name"]: one["template"] for one in found}.get("default")
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ValueError(f"{file}: damaged: get the original file") from None
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,104 @@
+"""Files in object stores, through fsspec: s3://, gs://, hf:// and whatever else an installed library of it reaches.
+
+Every request has a timeout and is made again where it failed. What fails in the end is a ValueError of one line.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractFileSystem
+
+T = TypeVar("T")
+PIECE = 16 << 20  # bytes that one request asks for
+TIMEOUT, LIST_TIMEOUT = 60.0, 600.0  # seconds for a request of one piece, and for the list of a whole folder
+PAUSES = (1.0, 4.0, 16.0)  # seconds before the second attempt and those after it
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of a URL, and its path there. For this process and thread: ask again after a fork.
+
+    Raises ValueError where nothing installed reaches it.
+    """
+    try:
+        return url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {_one_line(error)}: install what reaches it, or choose another place") from None
+
+
+def read(url: str) -> bytes:
+    """The content of a file."""
+    size = size_of(url)
+    return b"".join(read_piece(url, start, min(start + PIECE, size)) for start in range(0, size, PIECE))
+
+
+def read_piece(url: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file. Raises ValueError where it has fewer."""
+    piece = ask(url, TIMEOUT, "cat_file", start=start, end=end)
+    if len(piece) != end - start:
+        raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: it changes, or is cut")
+    return piece
+
+
+def exists(url: str) -> bool:
+    return ask(url, TIMEOUT, "exists")
+
+
+def size_of(url: str) -> int:
+    """Bytes of a file."""
+    return ask(url, TIMEOUT, "info")["size"]
+
+
+def sizes_in(url: str) -> dict[str, int]:
+    """Bytes of each file of a folder, by name."""
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in ask(url, LIST_TIMEOUT, "ls", detail=True)}
+
+
+def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
+    """Call a method of the URL's filesystem for its path; timeout: seconds for an attempt. Raises ValueError."""
+
+    def call() -> Any:
+        filesystem_, path = filesystem(url)
+        if isinstance(filesystem_, AsyncFileSystem):
+            return sync(filesystem_.loop, getattr(filesystem_, f"_{method}"), path, timeout=timeout, **arguments)
+        return getattr(filesystem_, method)(path, **arguments)  # of a disk or in memory
+
+    return _persistently(call, url, timeout)
+
+
+def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
+    for pause in (*PAUSES, None):
+        try:
+            return call()
+        except ValueError:
+            raise
+        except Exception as error:  # each library has its own
+            error = _reason(error)
+            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
+                raise ValueError(f"{url}: there is nothing of this name") from None
+            if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+                raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
+            if pause is None:
+                no_answer = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else ""
+                problem = no_answer or _one_line(error)
+                raise ValueError(f"{url}: {problem}, {len(PAUSES) + 1} times in a row: check the store") from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt has returned or raised")
+
+
+def _reason(error: Exception) -> Exception:
+    """Why a request failed: fsspec says of all that fails on the web that no file was found."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return cause if type(cause).__module__.startswith("aiohttp") else error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

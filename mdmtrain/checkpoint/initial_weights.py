@@ -19,7 +19,9 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
 
     With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
     """
-    folder = world.agree(lambda: store.find(config.checkpoint.init_from), main_only=True)
+    source_run = config.checkpoint.init_from
+    assert source_run is not None
+    folder = world.agree(lambda: store.find(source_run), main_only=True)
     meta = world.agree(lambda: store.read_meta(folder), main_only=True)
     saved = meta["identity"]
     resize = config.checkpoint.resize_vocab

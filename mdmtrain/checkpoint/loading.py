@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -65,7 +66,7 @@ def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedMod
     tokenizer = world.agree(lambda: Tokenizer(opened.tokenizer, str(folder)))
     model = build_model(opened.shape, config.parallel, world)
     for name, parameter in model.named_parameters():
-        copy_into(parameter.detach(), world.agree(lambda name=name: opened.read(name)))
+        copy_into(parameter.detach(), world.agree(partial(opened.read, name)))
     model.eval()
     identity = opened.facts.get("identity", {}) | {"model": asdict(opened.shape), "tokenizer": tokenizer.sha256}
     return LoadedModel(folder, model, tokenizer, config, {**opened.facts, "identity": identity})

@@ -44,7 +44,8 @@ class CheckpointWriter:
         scores: see `store.save`.
         """
         assert self._saving is None, "finish() comes first"
-        self._saving = saving = Future()
+        saving: Future[Path] = Future()
+        self._saving = saving
         # What the loop goes on changing is copied, `meta` and `scores` too.
         scores = dict(scores)
         arguments = (self._home, step, tensors, deepcopy(meta), self._tokenizer, self._config)

@@ -90,9 +90,9 @@ def prepare(
 
     Raises ValueError (bad input, one line) or OSError; then `out` is as it was, and nothing half-written is left.
     """
-    inputs = [one if isinstance(one, Input) else open_name(one) for one in inputs]
+    opened = [one if isinstance(one, Input) else open_name(one) for one in inputs]
     given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
-    made_from = _identity(inputs, options, given)
+    made_from = _identity(opened, options, given)
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         if manifest["made_from"] != made_from:
@@ -104,7 +104,7 @@ def prepare(
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
 
     reading = options.reading()
-    check_inputs(inputs, reading)
+    check_inputs(opened, reading)
     report = progress or (lambda phase, done, total: None)
     try:
         with staging(out) as folder:
@@ -113,8 +113,8 @@ def prepare(
                 tokenizer = given
                 model.write_bytes(given.model)
             else:
-                tokenizer = Tokenizer.train(_training_texts(inputs, options, report), options.vocab_size, model)
-            splits = _write_splits(inputs, folder, options, workers, reading, report)
+                tokenizer = Tokenizer.train(_training_texts(opened, options, report), options.vocab_size, model)
+            splits = _write_splits(opened, folder, options, workers, reading, report)
             manifest = write_manifest(folder, tokenizer, splits, made_from)
     except OSError as error:
         where = error.filename or out

@@ -61,7 +61,7 @@ class Watchdog:
                 self._first = step
             self._step = step
         self._count += 1  # the ranks run the same program, so these counts can be compared
-        slow = phase in SLOW or self._step < self._first + 2
+        slow = phase in SLOW or self._first is None or self._step < self._first + 2
         since = float("inf") if phase == UNLIMITED else time.monotonic()
         self._place = (phase, self._step, slow, since)  # as one, because the thread reads it
 
@@ -92,9 +92,8 @@ class Watchdog:
 
     def _look_on(self) -> None:
         while not self._closed.is_set():
-            faulthandler.dump_traceback_later(
-                FROZEN, exit=True, file=sys.__stderr__
-            )  # in C: it waits for no lock of Python's
+            # In C: it waits for no lock of Python's.
+            faulthandler.dump_traceback_later(FROZEN, exit=True, file=sys.__stderr__ or 2)
             signals = self._signals.recv(64) if select.select([self._signals], [], [], POLL)[0] else b""
             phase, _, slow, since = self._place
             told = next((number for number in signals if number in AgreedStop.SIGNALS), self.stop.requested)
@@ -160,7 +159,7 @@ class Watchdog:
             print(f"error: {line}: stacks are in {self._log.parent}; the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip
         if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
-            (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())
+            (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
         time.sleep(POLL / 4 if rank in named else POLL)  # whose process ends first is taken for the culprit
 
     def _answer(self, answer: dict) -> None:
@@ -172,7 +171,7 @@ class Watchdog:
 
     def _answers(self) -> dict[int, dict]:
         """Where each rank stands, of those that answer; its last words where it has left."""
-        answers = {}
+        answers: dict[int, dict] = {}
         deadline = time.monotonic() + PATIENCE
         while len(answers) < self._world.size and time.monotonic() < deadline:
             time.sleep(0.1)

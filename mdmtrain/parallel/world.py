@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ class World:
 
         If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
         """
-        result = None
+        result: T | None = None
         failure = None
         if self.is_main or not main_only:
             try:
@@ -85,10 +85,10 @@ class World:
             box = [result]
             dist.broadcast_object_list(box, src=0, group=self.control)
             result = box[0]
-        return result
+        return cast(T, result)  # of every rank: one that failed has raised
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """A user's error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

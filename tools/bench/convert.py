@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,10 +100,9 @@ def main() -> None:
     try:
         size = synthetic_checkpoint(args.out / "checkpoint", shape)
         largest = max(torch.Size(s).numel() for s in tensor_shapes(shape).values()) * 4 / 2**20
-        rows = {
-            "imports alone": seconds(lambda: watched("imported")),
-            "plain copy": seconds(lambda: copied(args.out / "checkpoint", args.out / "copy")),
-        }
+        imports = seconds(lambda: watched("imported"))
+        copy = partial(copied, args.out / "checkpoint", args.out / "copy")
+        rows: dict[str, tuple[float, float, float | None]] = {"imports alone": imports, "plain copy": seconds(copy)}
         convert = {
             "--to llama": ("checkpoint", "--to", "llama"),
             "--to llama --dtype bfloat16": ("checkpoint", "--to", "llama", "--dtype", "bfloat16"),
@@ -111,16 +111,16 @@ def main() -> None:
         for name, (source, *options) in convert.items():
             arguments = [args.out / source, *options, "--out", args.out / name]
             arguments += ["--no-check"] if "--to" in options else []
-            rows[name] = seconds(lambda arguments=arguments: watched("__main__", *arguments))
+            rows[name] = seconds(partial(watched, "__main__", *arguments))
         shutil.rmtree(args.out / "copy")
-        rows["plain copy again"] = seconds(lambda: copied(args.out / "checkpoint", args.out / "copy"))
+        rows["plain copy again"] = seconds(copy)
         table = Table(
             title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
         )
         for column in ("", "seconds", "of CPU", "peak MiB", "less imports, in largest tensors"):
             table.add_column(column, justify="right" if column else "left")
         for name, (clock, cpu, peak) in rows.items():
-            more = "" if peak is None else f"{(peak - rows['imports alone'][2]) / largest:.2f}"
+            more = "" if peak is None else f"{(peak - imports[2]) / largest:.2f}"
             table.add_row(name, f"{clock:.1f}", f"{cpu:.1f}", "" if peak is None else f"{peak:.0f}", more)
         Console().print(table)
     finally:

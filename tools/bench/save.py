@@ -75,6 +75,7 @@ def measure_saves(
     waited, beside = (statistics.median(values[1:]) for values in stalls.values())
     cost = statistics.median(stall + more for stall, more in zip(stalls["beside"][1:], extra[1:], strict=True))
     newest = store.newest(out / "beside")
+    assert newest is not None, "nothing was saved"
     return {
         "bytes": sum(file.stat().st_size for file in newest.iterdir()),
         "stall_waited_for": waited,

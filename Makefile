@@ -1,5 +1,5 @@
-# make quickstart | test | soak | study | study-muon | study-medium | finetune-study | slurm-demo | lint | docs | configuration. Each sets itself up; run again, it
-# changes nothing that is already there.
+# make quickstart | test | soak | study | study-muon | study-medium | finetune-study | slurm-demo | lint | docs | configuration
+# Each target installs what it needs. The same command again keeps results that exist, and resumes what was stopped.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib
@@ -24,7 +24,7 @@ setup: .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# The corpus is the source of the Python that runs it: real text, no download.
+# The corpus is the standard library of the Python that runs this: real text without a download.
 corpus: setup
 	@$(PY) tools/prepare_data.py "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
 		--include '*.py' --exclude test tests idle_test site-packages dist-packages lib2to3 \
@@ -33,30 +33,31 @@ corpus: setup
 quickstart: corpus
 	@$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 -m mdmtrain.train configs/quickstart.yaml
 	@$(PY) -m mdmtrain.evaluate $(RUN) --rows 1000
-	@echo "for comparison, the standard objective with AdamW on the same tokens (Python 3.11's library): 2.3402 bits/byte, 37.0% below"
+	@echo "for comparison: the standard objective with AdamW on the same tokens (Python 3.11's library) has 2.3402 bits/byte, 37.0% below"
 	@echo "run folder   $(RUN)"
 	@echo "TensorBoard  .venv/bin/tensorboard --logdir $(RUN)/events"
-	@echo "infilled by the model, between its prefix and suffix:"
+	@echo "text that the model has filled in between a given prefix and suffix:"
 	@$(PY) -m mdmtrain.generate $(RUN) --gen-length 12 --temperature 0.5 \
 		--prefix "$$(printf 'import os\n\n\nclass Reader:\n    def __init__(self, path):\n        self')" \
 		--suffix "$$(printf ' = path\n\n    def close(self):\n        return None\n')"
 
-# Whole files are dealt to the processes: what the tests of a file share is made once.
+# Each test file runs in one process, so that the fixtures of a file are made only once.
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
 
-# The full counts of every proof that `make test` samples.
+# All tests, with the full numbers of repetitions; `make test` runs only some of these. Takes hours.
 soak: setup
 	MDMTRAIN_SOAK=1 $(PY) -m pytest
 
-# Every arm trained from the same starts at two learning rates (docs/variance.md): hours on two cores; goes on where it
-# stopped. Needs the quickstart's corpus.
+# Train every arm from the same initial weights at two learning rates (docs/variance.md). Takes hours on two cores. The
+# same command resumes it. Needs the corpus of the quickstart.
 study: setup
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
 		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
 
-# The paper's experiment (docs/finetune-study.md): tasks, two base models, and every arm fine-tuned from them, one run at
-# a time. The arms' files name AdamW, so Muon is set on the command line. Run again, it resumes where it stopped; FINETUNE_SEEDS=0,1,... asks for more runs.
+# Repeat the paper's experiment (docs/finetune-study.md): make tasks, train two base models, and fine-tune every arm from
+# them, one run at a time. The files of the arms select AdamW, so Muon is set on the command line. The same command
+# resumes it; FINETUNE_SEEDS=0,1,... chooses the seeds.
 finetune-study: setup
 	@$(PY) tools/make_tasks.py --out $(TASKS)
 	@$(PY) tools/prepare_data.py $(TASKS)/text.jsonl $(addprefix $(STDLIB)/,asyncio email http json logging) \
@@ -72,15 +73,15 @@ finetune-study: setup
 		--base $(FINETUNE)/base-mdm --ar-base $(FINETUNE)/base-ar --arms $(FINETUNE_ARMS) --seeds $(FINETUNE_SEEDS) \
 		--dir $(FINETUNE)/runs --json $(FINETUNE)/finetune.json --figure $(FINETUNE)/finetune.png
 
-# The recipe's arms under Muon with QK-norm, at the study's size: hours on two cores; resumes where it stopped.
+# Train arms with Muon and QK-norm, at the size of the study. Takes hours on two cores. The same command resumes it.
 study-muon: corpus
 	$(PY) -m launchers.sweep configs/study.yaml --arms standard,counted-ppots,bell-counted,best,clipped,window,ar \
 		--seeds 0,1,2,3,4 --vary optim.lr=6e-3,1.2e-2 --dir runs/study-muon --workers 2 \
 		--json runs/study-muon.json --figure runs/study-muon.png optim.name=muon model.qk_norm=true
 
-# The same comparison at 32 times the training FLOPs, half an hour a run on a quiet core. The corpus is the source of
-# installed packages (torch, sympy, numpy). The learning rates are to be chosen first, on runs of a quarter of the
-# length: add run.steps=500 and another --dir.
+# The same comparison at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source
+# of installed packages (torch, sympy, numpy). Choose the learning rates first, with runs of a quarter of the length:
+# add run.steps=500 and another --dir.
 PACKAGES := data/packages
 study-medium: setup
 	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
@@ -89,7 +90,8 @@ study-medium: setup
 	$(PY) -m launchers.sweep configs/study-medium.yaml --arms standard,best --seeds 0,1 --vary optim.name=adamw,muon \
 		--vary optim.lr=2e-3,4e-3 --dir runs/study-medium --workers 2 --json runs/study-medium.json
 
-# A Slurm cluster of two nodes on this machine, a run on both, a preemption (Debian's slurm-wlm and munge, as root).
+# Start a Slurm cluster of two nodes on this machine, a run on both, and preempt it (needs Debian's slurm-wlm and munge,
+# and root).
 slurm-demo: corpus
 	@$(PY) -m tests.slurm.demo
 
@@ -97,10 +99,10 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# The site in build/site. A broken link or a missing page fails.
+# Build the documentation in build/site. A broken link or a missing page is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-# The page of all configuration keys, from mdmtrain/config.py.
+# Write the page of all configuration keys from mdmtrain/config.py.
 configuration: setup
 	$(PY) -m mdmtrain.config_help --markdown > docs/configuration.md

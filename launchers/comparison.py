@@ -1,4 +1,4 @@
-"""Comparing finished runs at equal tokens: differences over paired seeds, tokens to a level, a table and a figure."""
+"""Compare finished runs at equal tokens: differences over paired seeds, tokens to a level, a table and a figure."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mdmtrain.config import Config
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to compare: an arm under one choice of the varied keys. Its runs differ in their seed alone."""
+    """A row of the comparison: one arm with one value of each varied key. Its runs differ only in their seeds."""
 
     arm: str
     variation: tuple[str, ...]  # key=value
@@ -45,28 +45,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation NELBO of one run along its tokens, and where its learning rate began to fall."""
+    """The validation NELBO of one run as a function of its tokens."""
 
     tokens: np.ndarray  # float64 [evaluations]
     nelbo: np.ndarray  # float64 [evaluations], nats per token
-    constant: int  # evaluations before the decay: prefixes of different lengths compare there
+    constant: int  # evaluations before the learning rate decays; runs of different lengths are comparable there
 
 
 def read_curve(run: Run) -> Curve:
+    """Read the evaluations of a run from its metrics.jsonl: the mean over the validation sets at each step."""
     records = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    at: dict[int, list[float]] = {}  # of every validation set; not finite is no value, and no better than any
+    at: dict[int, list[float]] = {}
     for record in records:
         if record.get("split", "").startswith("validation"):
-            at.setdefault(record["step"], []).append(np.inf if record["nelbo"] is None else record["nelbo"])
-    steps, nelbo = np.array(list(at)), np.array([np.mean(values) for values in at.values()])
+            nelbo = record["nelbo"]
+            at.setdefault(record["step"], []).append(np.inf if nelbo is None else nelbo)  # null: it was not finite
+    steps = np.array(list(at))
+    means = np.array([np.mean(values) for values in at.values()])
     optim = run.config.optim
-    before = run.config.run.steps - round(run.config.run.steps * optim.decay_fraction) if optim.schedule == "wsd" else 0
+    before = 0  # first step of the decay
+    if optim.schedule == "wsd":
+        before = run.config.run.steps - round(run.config.run.steps * optim.decay_fraction)
     tokens = steps * float(run.config.run.global_batch * run.config.data.sequence_length)
-    return Curve(tokens, nelbo, int((steps <= before).sum()))
+    return Curve(tokens, means, int((steps <= before).sum()))
 
 
 def tokens_to_reach(curve: Curve, nelbo: float) -> float:
-    """Tokens at which a run's NELBO first falls to a value, interpolated, before its decay; inf if it does not."""
+    """Number of tokens at which a run's NELBO first falls to a value before the decay, interpolated. inf if never."""
     values = curve.nelbo[: curve.constant]
     below = np.flatnonzero(values <= nelbo)
     if not len(below):
@@ -79,7 +84,7 @@ def tokens_to_reach(curve: Curve, nelbo: float) -> float:
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """95% Student interval of a mean: [low, high], or None for fewer than two values."""
+    """The 95% Student interval of a mean: [low, high]. None for fewer than two values, or if one is not finite."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
@@ -87,10 +92,10 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 
 def compare(runs: list[Run], reference: str) -> list[dict]:
-    """A row per cell: the final NELBO, and against the reference arm of the same variation and seeds, the difference.
+    """A row for each cell: its final NELBO, and its difference to the reference arm with the same variation and seeds.
 
-    `tokens_ratio`: tokens to reach the NELBO that the reference has at the end of its constant learning rate, over the
-    reference's; null where some seed does not get there before its own decay.
+    `tokens_ratio`: the tokens to reach the NELBO that the reference has at the end of its constant learning rate,
+    divided by the reference's tokens. None if a seed does not reach it before its own decay.
     """
     curves: dict[Cell, dict[int, Curve]] = {}
     for run in runs:
@@ -112,7 +117,10 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
         if shared and all(base[seed].constant for seed in shared):
             goals = {seed: base[seed].constant - 1 for seed in shared}
             ratios = np.array(
-                [tokens_to_reach(of_seed[s], base[s].nelbo[g]) / base[s].tokens[g] for s, g in goals.items()]
+                [
+                    tokens_to_reach(of_seed[seed], base[seed].nelbo[goal]) / base[seed].tokens[goal]
+                    for seed, goal in goals.items()
+                ]
             )
             reached = bool(np.isfinite(ratios).all())
             row |= {
@@ -123,14 +131,19 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
     return rows
 
 
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    """A number of a table; sign: "+" shows it always. Empty where there is none."""
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def around(value: float | None, ends: list[float] | None, digits: int, sign: str = "") -> str:
+    """A number with the ends of its interval, where these are known."""
+    shown = number(value, digits, sign)
+    return shown if ends is None else f"{shown} ({number(ends[0], digits, sign)}..{number(ends[1], digits, sign)})"
+
+
 def show(rows: list[dict], reference: str, console: Console) -> None:
-    def number(value: float | None, digits: int = 4, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.{digits}f}"
-
-    def around(value: float | None, ci: list[float] | None, digits: int, sign: str = "") -> str:
-        low_high = "" if ci is None else f" ({number(ci[0], digits, sign)}..{number(ci[1], digits, sign)})"
-        return number(value, digits, sign) + low_high
-
+    """Print a table for each variation."""
     for variation in dict.fromkeys(tuple(row["variation"]) for row in rows):
         table = Table(
             "arm", "seeds", "final NELBO, nats/token", "sd", f"minus {reference} (95%)", "tokens to its level, ratio",
@@ -138,7 +151,7 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
         )  # fmt: skip
         for row in (row for row in rows if tuple(row["variation"]) == variation):
             table.add_row(
-                row["arm"], str(len(row["seeds"])), number(row["nelbo"]), number(row["nelbo_sd"]),
+                row["arm"], str(len(row["seeds"])), number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
                 around(row.get("difference"), row.get("difference_ci"), 4, "+"),
                 around(row.get("tokens_ratio"), row.get("tokens_ratio_ci"), 2) or "not reached",
             )  # fmt: skip
@@ -146,7 +159,7 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
 
 
 def draw(rows: list[dict], reference: str, path: Path) -> None:
-    """Difference of the final NELBO to the reference, with its interval: a bar an arm, a panel a variation."""
+    """Draw each arm's difference of the final NELBO to the reference as a bar, with a panel for each variation."""
     variations = list(dict.fromkeys(tuple(row["variation"]) for row in rows))
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != reference]
     figure = Figure(figsize=(3 + 4 * len(variations), 0.35 * len(arms) + 1.3), layout="constrained")

@@ -1,11 +1,12 @@
-"""The paper's experiment (arXiv 2511.18159): fine-tune one base model under many arms, and compare accuracy and spread.
+"""Repeat the experiment of arXiv 2511.18159: fine-tune one base model with several arms, then compare their accuracy.
 
     python -m launchers.finetune CONFIG... --tasks FILE --base RUN --ar-base RUN --arms A,B --seeds 0,1,2 --dir DIR
 
-Every run starts from the same base and differs in its seed: the order of the data and the noise. After training it
-answers the tasks (mdmtrain/answers.py), and RUN/answers.json keeps the result. An arm with two views of a sequence is
-trained twice: at equal compute, with half the sequences a step, and at equal steps, with all of them and twice the
-compute. Started again, the study resumes where it stopped; --report trains and scores nothing.
+All runs of an arm start from the same base weights. Their seeds differ, and with them the data order and the noise.
+After training, each run answers the tasks (mdmtrain/answers.py); the score is stored in RUN/answers.json. An arm with
+two views of a sequence is trained twice: at equal compute, with half as many sequences in a step, and at equal steps,
+with all sequences and twice the compute. The same command resumes a study that was stopped. --report only compares the
+runs that are finished.
 """
 
 import json
@@ -20,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from launchers.comparison import Run, interval
-from launchers.sweep import planned_runs, train_all
+from launchers.comparison import Run, around, interval, number
+from launchers.sweep import planned_runs, seed_list, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.tasks import Task
+from mdmtrain.evaluate import write_json
 from mdmtrain.parallel.world import World, init_world
 
 EQUAL_COMPUTE, EQUAL_STEPS = "equal compute", "equal steps"
@@ -36,18 +38,21 @@ ANSWERS = "answers.json"  # in a run folder
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of the study, and by which rule it is compared with the others."""
+    """A run of the study, and the rule by which it is compared with the others."""
 
     rule: str  # EQUAL_COMPUTE or EQUAL_STEPS
     run: Run
 
 
 def plan(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folder: Path) -> list[Planned]:
-    """Every run, seed by seed, so that early results are whole comparisons. Raises ValueError as planned_runs does."""
+    """All runs of the study, ordered by seed, so that all arms of the first seed are finished first.
+
+    Raises ValueError as planned_runs does.
+    """
     planned = []
     for arm in arms:
         runs = planned_runs(base, [arm], seeds, [], folder)
-        if runs[0].config.model.causal:  # other weights to start from
+        if runs[0].config.model.causal:  # an autoregressive arm needs the autoregressive base
             runs = planned_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [], folder)
         planned += [Planned(EQUAL_COMPUTE, run) for run in runs]
         if runs[0].config.diffusion.rows_per_slot > 1:
@@ -62,14 +67,17 @@ def plan(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folde
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores of runs on one file of tasks, each kept in a file of its own."""
+    """Computes the scores of runs on one file of tasks, and stores each score in its own file."""
 
     tasks_file: Path
     tasks: list[Task]
-    world: World | None  # None: only what is kept is read
+    world: World | None  # None: only read stored scores
 
     def score(self, run: Path, kept: Path) -> Score | None:
-        """The score of a run's newest checkpoint; None where it has none, or may not be made."""
+        """The score of a run's newest checkpoint, read from the file `kept` or computed.
+
+        None if the run has no checkpoint, or if there is no stored score and `world` is None.
+        """
         newest = store.newest(run) if run.is_dir() else None
         if newest is None:
             return None
@@ -89,28 +97,33 @@ class Scorer:
 
 
 def spread(values: np.ndarray) -> dict:
-    """Mean, standard deviation and their 95% intervals over runs, taken as normal: Student's and the chi-square one."""
+    """Mean and standard deviation over runs, with 95% intervals for normal values (Student's t, chi-square)."""
     found = {"mean": float(values.mean()), "mean_ci": interval(values), "values": values.tolist()}
     if len(values) < 2:
         return {**found, "sd": None, "sd_ci": None}
-    free, sd = len(values) - 1, float(values.std(ddof=1))
+    free = len(values) - 1  # degrees of freedom
+    sd = float(values.std(ddof=1))
     low, high = (sd * (free / stats.chi2.ppf(q, free)) ** 0.5 for q in (0.975, 0.025))
     return {**found, "sd": sd, "sd_ci": [float(low), float(high)]}
 
 
 def sd_ratio(values: np.ndarray, others: np.ndarray) -> dict | None:
-    """Standard deviation of some runs over that of others, with its 95% interval (F, both normal and independent)."""
+    """Ratio of two standard deviations with its 95% interval (F; assumes that both are normal and independent).
+
+    None if a group has fewer than two runs, or if `others` do not differ.
+    """
     if min(len(values), len(others)) < 2 or others.std() == 0:
         return None
-    a, b = len(values) - 1, len(others) - 1
+    a, b = len(values) - 1, len(others) - 1  # degrees of freedom
     ratio = float(values.std(ddof=1) / others.std(ddof=1))
     return {"ratio": ratio, "ci": [float(ratio / stats.f.ppf(q, a, b) ** 0.5) for q in (0.975, 0.025)]}
 
 
 def flips(right: list[str]) -> float | None:
-    """The standard deviation of accuracy between runs that answered each task right by chance, independently.
+    """The standard deviation of accuracy that equally good runs would have, if each answer were right independently.
 
-    right: a string of 1 and 0 for each run. It is what a test set of this size shows of runs that are equally good.
+    right: for each run, a string with 1 for a right answer and 0 for a wrong one. The result shows how much of the
+    spread between runs comes from the size of the test set. None for fewer than two runs.
     """
     if len(right) < 2:
         return None
@@ -119,10 +132,10 @@ def flips(right: list[str]) -> float | None:
 
 
 def compare(planned: list[Planned], scores: dict[Path, Score]) -> list[dict]:
-    """A row for every rule and arm that was planned. scores: by run folder, of the runs that are finished.
+    """A row for each rule and arm of the plan. scores: the scores of the finished runs, by run folder.
 
-    Differences are to the standard arm, paired by seed; ratios of standard deviations are to standard and to the
-    autoregressive arm. A row without a finished run has seeds [] and nothing else.
+    Differences are taken to the standard arm and paired by seed. Ratios of standard deviations are taken to the
+    standard and to the autoregressive arm. A row without a finished run has an empty list of seeds and no values.
     """
     cells: dict[tuple[str, str], dict[int, Score]] = {}
     for one in planned:
@@ -160,17 +173,8 @@ def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
 # ---- showing
 
 
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return "" if value is None else f"{value:{sign}.{digits}f}"
-
-
-def _around(value: float | None, ci: list[float] | None, digits: int, sign: str = "") -> str:
-    ends = "" if ci is None else f" ({_number(ci[0], digits, sign)}..{_number(ci[1], digits, sign)})"
-    return _number(value, digits, sign) + ends
-
-
 def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
-    """Two tables in Markdown: accuracy, then the NELBO of the responses."""
+    """Print two Markdown tables: accuracy, then the NELBO of the responses."""
     for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
         unit = "%" if measure == "accuracy" else ", nats/token"
         table = Table(
@@ -179,7 +183,7 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
             box=box.MARKDOWN,
         )  # fmt: skip
         for name, base in before.items():
-            table.add_row("before", name, "", _number(scale * getattr(base, measure), digits))
+            table.add_row("before", name, "", number(scale * getattr(base, measure), digits))
         for row in rows:
             if not row["seeds"]:
                 table.add_row(row["rule"], row["arm"], "missing")
@@ -190,23 +194,23 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
             cells = [
                 row["rule"], row["arm"],
                 str(len(row["seeds"])) + (f", {len(row['missing_seeds'])} missing" if row["missing_seeds"] else ""),
-                _number(scale * found["mean"], digits),
-                _around(found["sd"] and scale * found["sd"], ci and [scale * end for end in ci], digits + 1),
+                number(scale * found["mean"], digits),
+                around(found["sd"] and scale * found["sd"], ci and [scale * end for end in ci], digits + 1),
                 f"{scale * min(found['values']):.{digits}f}..{scale * max(found['values']):.{digits}f}",
-                _around(
+                around(
                     scale * found["difference"] if "difference" in found else None,
                     difference and [scale * end for end in difference], digits, "+",
                 ),
-                _around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
+                around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
             ]  # fmt: skip
             if measure == "accuracy":
-                cells.append(_number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
+                cells.append(number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
             table.add_row(*cells)
         console.print(table)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Every run as a point, the mean of a cell as a line: accuracy on the left, the NELBO on the right."""
+    """Draw each run as a point and each mean as a line: accuracy on the left, the NELBO on the right."""
     labels = [row["arm"] + (" (equal steps)" if row["rule"] == EQUAL_STEPS else "") for row in rows]
     figure = Figure(figsize=(11, 0.36 * len(rows) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -229,22 +233,35 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m launchers.finetune", description=__doc__.split("\n")[0])
-    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as for mdmtrain.train")
-    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="test.jsonl of tools/make_tasks.py")
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG | section.key=value", help="configuration, as for mdmtrain.train"
+    )
+    parser.add_argument(
+        "--tasks", type=Path, required=True, metavar="FILE", help="test.jsonl, written by tools/make_tasks.py"
+    )
     parser.add_argument("--base", required=True, metavar="RUN", help="pretrained model that the arms start from")
-    parser.add_argument("--ar-base", required=True, metavar="RUN", help="the autoregressive one, for causal arms")
-    parser.add_argument("--arms", required=True, help="files of configs/arms, comma-separated")
-    parser.add_argument("--seeds", default="0,1,2", help="run.seed of the runs, comma-separated (default: 0,1,2)")
-    parser.add_argument("--dir", type=Path, required=True, help="folder of the run folders")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--report", action="store_true", help="train and score nothing, compare what is finished")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the tables here, after every seed")
-    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw every run here (PNG), likewise")
+    parser.add_argument(
+        "--ar-base", required=True, metavar="RUN", help="pretrained autoregressive model that causal arms start from"
+    )
+    parser.add_argument("--arms", required=True, help="names of files in configs/arms, comma-separated")
+    parser.add_argument(
+        "--seeds", type=seed_list, default=[0, 1, 2], metavar="N,...", help="values of run.seed (default: 0,1,2)"
+    )
+    parser.add_argument("--dir", type=Path, required=True, help="folder that will hold the run folders")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="number of runs that train at the same time (default: 1)"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="only compare the finished runs, without training or scoring"
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the tables to this file too, after each seed"
+    )
+    parser.add_argument(
+        "--figure", type=output_file, metavar="FILE", help="draw all runs to this file (PNG), after each seed"
+    )
     args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
-    try:
-        seeds = sorted({int(seed) for seed in args.seeds.split(",")})
-    except ValueError:
-        raise ValueError(f"--seeds {args.seeds}: expected whole numbers, such as 0,1,2") from None
+    seeds = sorted(set(args.seeds))
     if args.workers < 1:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
@@ -253,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     planned = plan(base, arms, seeds, args.ar_base, args.dir)
     bases = {"base": Path(args.base), "base-ar": Path(args.ar_base)}
     for run in bases.values():
-        store.find(run)  # that it is there is checked before anything is trained
+        store.find(run)  # a missing base model is an error before the first run starts
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     scorer = Scorer(args.tasks, tasks, None if args.report else init_world())
     before = {name: scorer.score(run, args.dir / f"{name}.{ANSWERS}") for name, run in bases.items()}
@@ -273,13 +290,11 @@ def main(arguments: list[str] | None = None) -> None:
         show(rows, before, console)
         if args.json:
             bare = {name: asdict(score) for name, score in before.items()}
-            table = json.dumps({"tasks": len(tasks), "before": bare, "cells": rows})
-            finite = json.loads(table, parse_constant=lambda _: None)  # a run that diverged has no number
-            store.write_atomically(args.json, json.dumps(finite, indent=1) + "\n")
+            write_json(args.json, {"tasks": len(tasks), "before": bare, "cells": rows})
         if args.figure:
             draw(rows, args.figure)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(planned)} runs failed: see above; started again, they are retried")
+        raise ValueError(f"{len(failed)} of {len(planned)} runs failed: see above; the same command retries them")
 
 
 if __name__ == "__main__":

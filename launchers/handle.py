@@ -1,4 +1,7 @@
-"""A launched run's Slurm job as submitit's job handle: state, cancel, output and result, from any machine, any time."""
+"""submitit's job handle for the Slurm job of a launched run: its state, output and result, and a way to cancel it.
+
+It works on any machine that sees the run folder, also after the process that submitted the job has ended.
+"""
 
 from pathlib import Path
 
@@ -9,14 +12,14 @@ from launchers.lifecycle import State, read_state
 
 
 class RunJob(submitit.SlurmJob):
-    """submitit's handle, with states from scontrol: submitit itself asks sacct, which needs accounting."""
+    """A submitit job that takes its state from scontrol. submitit uses sacct, which needs Slurm accounting."""
 
     def __init__(self, state: State):
         super().__init__(state.submitit, state.job)
         self._cluster = state.cluster
 
     def now(self) -> slurm_client.JobState:
-        """Raises ValueError where Slurm does not answer."""
+        """The present state of the job. Raises ValueError if Slurm does not answer."""
         return slurm_client.job_state(self.job_id, self._cluster)
 
     @property
@@ -31,6 +34,6 @@ class RunJob(submitit.SlurmJob):
 
 
 def run_job(run_dir: Path) -> RunJob | None:
-    """The last job of a run, or None where none was submitted. Raises ValueError."""
+    """The last job of a run, or None if none was submitted. Raises ValueError if the run's state file is damaged."""
     state = read_state(Path(run_dir))
     return RunJob(state) if state is not None and state.kind == "slurm" and state.job else None

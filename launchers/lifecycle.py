@@ -1,14 +1,14 @@
-"""The life cycle of a launched run: what follows from the end of its ranks.
+"""The life cycle of a launched run: which phase follows when its ranks end.
 
     queued -> running -> finished     the newest checkpoint is at run.steps
-                      -> requeued     an agreed stop (time limit, preemption), or a crash: it runs again
+                      -> requeued     stopped on request (time limit, preemption), or crashed: start the ranks again
                       -> failed       --max-crashes crashes in a row without a new checkpoint
-                      -> cancelled    by a person (scancel, status cancel)
-                      -> stopped      by a person (launchers.local), or the cluster does not requeue: resume it by hand
+                      -> cancelled    by the user (scancel, status cancel)
+                      -> stopped      by the user (launchers.local), or the cluster does not requeue: resume it by hand
 
-`begin` and `conclude` decide; supervise.py acts on Slurm, local.py on one machine. RUN/job/state.json keeps the
-state. Only the standard library is needed here and in the modules that run inside a job (supervise.py, rank.py): the
-node that supervises has better uses for its memory than another torch.
+`begin` and `conclude` decide the phase. supervise.py acts on it with Slurm, local.py on one machine. The state is
+stored in RUN/job/state.json. This module and those that run inside a job (supervise.py, rank.py) import only the
+standard library and modules without torch, so that the supervisor does not take the memory of a second torch.
 """
 
 import json
@@ -27,7 +27,7 @@ PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\
 
 @dataclass(frozen=True)
 class State:
-    """Where a launched run stands. Phases: queued, running, requeued, stopped, cancelled, finished, failed."""
+    """The state of a launched run. Phases: queued, running, requeued, stopped, cancelled, finished, failed."""
 
     kind: str  # slurm, or local
     job: str = ""  # Slurm's job id, or HOST:PID of the process that supervises the ranks
@@ -36,8 +36,8 @@ class State:
     crashes: int = 0  # in a row without a new checkpoint
     began_at: int = 0  # step of the newest checkpoint when the ranks last started
     last_error: str = ""
-    log: str = ""  # what the ranks print
-    cluster: str = ""  # of the job, where it is not this machine's own (--clusters)
+    log: str = ""  # file with the output of the ranks
+    cluster: str = ""  # the job's cluster (--clusters); empty for the cluster of this machine
     submitit: str = ""  # folder of the job's pickles
 
 
@@ -45,10 +45,10 @@ class State:
 class Ended:
     """How the ranks ended."""
 
-    status: int  # of the command that ran them
-    early: bool = False  # told to stop before they had begun, or before the last evaluation
-    error: str = ""  # what was wrong, one line
-    node: str = ""  # where the first rank crashed, if it is known
+    status: int  # exit status of the command that ran them
+    early: bool = False  # stopped on request before the first step or the last evaluation (status 75)
+    error: str = ""  # the error, one line
+    node: str = ""  # node of the rank that crashed first, if it is known
 
 
 def job_folder(run_dir: Path) -> Path:
@@ -56,14 +56,14 @@ def job_folder(run_dir: Path) -> Path:
 
 
 def this_job() -> str:
-    """The id of the job, or of the task of a job array, that this process belongs to."""
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may stand for the whole array there
+    """The id of the job, or of the job array's task, that this process belongs to."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may be the id of the whole array here
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
 def read_state(run_dir: Path) -> State | None:
-    """The state of a launched run, or None where none was launched. Raises ValueError."""
+    """The state of a launched run, or None if no run was launched here. Raises ValueError if the file is damaged."""
     path = job_folder(run_dir) / "state.json"
     try:
         return State(**json.loads(path.read_text(encoding="utf-8")))
@@ -88,9 +88,12 @@ def newest_step(run_dir: Path) -> int:
 
 
 def begin(state: State, step: int, max_crashes: int) -> State:
-    """The state at the start of the ranks. Phase `failed`: do not start them."""
-    if state.phase == "running":  # nobody was left to say how the last start ended
-        died = Ended(1, error=f"start {state.starts} was cut off: its node, or the process that supervises, died")
+    """The state at the start of the ranks. In phase `failed`, do not start them.
+
+    step: of the newest checkpoint.
+    """
+    if state.phase == "running":  # the last start ended without `conclude`: count it as a crash
+        died = Ended(1, error=f"start {state.starts} was interrupted: its node or its supervising process died")
         state = conclude(state, died, step, step + 1, max_crashes)
     if state.phase == "failed":
         return state
@@ -98,14 +101,14 @@ def begin(state: State, step: int, max_crashes: int) -> State:
 
 
 def conclude(state: State, ended: Ended, step: int, steps: int, max_crashes: int) -> State:
-    """The state after the ranks have ended. Phase `requeued`: start them again.
+    """The state after the ranks have ended. In phase `requeued`, start them again.
 
-    step: of the newest checkpoint; steps: of the whole run. A crash counts when it left no new checkpoint behind.
+    step: of the newest checkpoint; steps: of the whole run. A crash is counted only if its start saved no checkpoint.
     """
     if step >= steps and ended.status == 0:
         return replace(state, phase="finished", crashes=0)
     progress = step > state.began_at
-    if ended.status == 0 or ended.early:  # an agreed stop: as often as it takes
+    if ended.status == 0 or ended.early:  # a stop on request may happen any number of times
         return replace(state, phase="requeued", crashes=0 if progress else state.crashes)
     crashes = 0 if progress else state.crashes + 1
     phase = "failed" if crashes >= max_crashes else "requeued"
@@ -113,10 +116,13 @@ def conclude(state: State, ended: Ended, step: int, steps: int, max_crashes: int
 
 
 class ErrorLines:
-    """Picks what was wrong from the lines that ranks and srun write to standard error."""
+    """Finds the cause of an error in the lines that ranks and srun write to standard error."""
 
     def __init__(self) -> None:
-        self._ours = self._python = self._death = ""  # the first line of each kind
+        # The first line of each kind: ours (`error: ...`), a Python exception, the end of a rank as srun reports it.
+        self._ours = ""
+        self._python = ""
+        self._death = ""
         self._killed = False
         self.early = False
         self.node = ""
@@ -133,17 +139,21 @@ class ErrorLines:
             self._python = self._python or raised[1]
 
     def rank_ended(self, node: str, ranks: str, how: str) -> None:
-        """how: as srun says it, such as 'Killed' or 'Exited with exit code 1'."""
+        """how: in srun's words, such as 'Killed' or 'Exited with exit code 1'."""
         self.early |= how.endswith(f"exit code {STOPPED_EARLY}")
         if self._death:
-            return  # the first death says more than those of peers that were left alone
-        self._death, self._killed = f"rank {ranks} on {node}: {how}", "exit code" not in how
-        if not how.endswith(f"exit code {BAD_INPUT}"):  # no node's fault
+            return  # the first rank that ended is the cause; the others ended because they lost their peer
+        self._death = f"rank {ranks} on {node}: {how}"
+        self._killed = "exit code" not in how
+        if not how.endswith(f"exit code {BAD_INPUT}"):  # with bad input, the node is not at fault
             self.node = node
 
     def ended(self, status: int) -> Ended:
+        """How the ranks ended. status: the exit status of the command that ran them."""
         if status == 0:
             return Ended(0)
-        said = [self._ours, self._python]
-        error = next(filter(None, [self._death, *said] if self._killed else [*said, self._death]), f"status {status}")
+        written = self._ours or self._python
+        # A rank that was killed wrote no error line. If there is a line, it is from a peer and not the cause.
+        first, second = (self._death, written) if self._killed else (written, self._death)
+        error = first or second or f"status {status}"
         return Ended(status, self.early, error[:300], self.node)

@@ -1,9 +1,9 @@
-"""Run on this machine as launchers.slurm runs on a cluster: checked first, started again after a crash.
+"""Train on this machine without Slurm: validate the inputs, start the ranks, and restart them after a crash.
 
     python -m launchers.local configs/170m.yaml --gpus-per-node 8 [key=value ...]
 
-It stays in the foreground. Ctrl-C, SIGTERM or a closed terminal: the run stops, saves, and the same command goes on.
-SIGUSR1 or SIGUSR2: it stops, saves and starts again, as a requeued job does.
+The command stays in the foreground. On Ctrl-C, SIGTERM or SIGHUP (a closed terminal) the run saves and stops; the same
+command resumes it. On SIGUSR1 or SIGUSR2 it saves, stops and starts again, like a requeued job.
 """
 
 import os
@@ -25,7 +25,7 @@ from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.command import survive_terminal, user_errors
 from mdmtrain.parallel.stop import AgreedStop, heard
 
-KILL_WAIT = 10.0  # seconds that the other ranks have to notice that one has crashed
+KILL_WAIT = 10.0  # seconds after a rank has crashed in which the others may end by themselves; then SIGKILL
 
 
 class Ranks:
@@ -41,7 +41,7 @@ class Ranks:
             subprocess.Popen(
                 rank_command(launch.run_dir), env={**settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which forwards it once
             )
             for rank in range(count)
         ]  # fmt: skip
@@ -51,21 +51,28 @@ class Ranks:
             process.send_signal(number)
 
     def wait(self) -> Ended:
-        """Until all have ended; one that crashes takes the others with it."""
-        errors, running, status, deadline = ErrorLines(), dict(enumerate(self._processes)), 0, float("inf")
+        """Wait until all ranks have ended. When one crashes, the others are killed after KILL_WAIT seconds."""
+        errors = ErrorLines()
+        running = dict(enumerate(self._processes))
+        status = 0  # of the first rank that ended with an error
+        deadline = float("inf")
         readers = [threading.Thread(target=pass_on, args=(p.stderr, errors)) for p in self._processes]
         for reader in readers:
             reader.start()
         while running:
             for rank, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[rank]
-                    if process.returncode:
-                        how = f"Exited with exit code {process.returncode}"
-                        if process.returncode < 0:
-                            how = signal.strsignal(-process.returncode)
-                        errors.rank_ended(socket.gethostname(), str(rank), how)
-                        status, deadline = status or process.returncode, min(deadline, time.monotonic() + KILL_WAIT)
+                if process.poll() is None:
+                    continue
+                del running[rank]
+                if process.returncode == 0:
+                    continue
+                how = f"Exited with exit code {process.returncode}"
+                if process.returncode < 0:
+                    how = signal.strsignal(-process.returncode)
+                errors.rank_ended(socket.gethostname(), str(rank), how)
+                if status == 0:
+                    status = process.returncode
+                    deadline = time.monotonic() + KILL_WAIT
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
             time.sleep(0.1)
@@ -75,9 +82,11 @@ class Ranks:
 
 
 def supervise(launch: Launch) -> State:
-    """Start the ranks until the run is finished, has failed for good, or a person stops it."""
+    """Start the ranks again until the run is finished, has failed, or is stopped by a signal. Returns the state."""
     state = replace(write(launch, "local"), job=f"{socket.gethostname()}:{os.getpid()}")
-    most, stop, ranks = launch.options.max_crashes, False, None
+    max_crashes = launch.options.max_crashes
+    stop = False
+    ranks = None
 
     def handle(number: int, _frame) -> None:
         nonlocal stop
@@ -88,29 +97,30 @@ def supervise(launch: Launch) -> State:
     for number in heard(AgreedStop.SIGNALS):
         signal.signal(number, handle)
     while True:
-        state = begin(state, newest_step(launch.run_dir), most)
+        state = begin(state, newest_step(launch.run_dir), max_crashes)
         write_state(launch.run_dir, state)
         ranks = Ranks(launch)
         if stop:
             ranks.signal(signal.SIGTERM)
         ended = ranks.wait()
-        state = conclude(state, ended, newest_step(launch.run_dir), launch.config.run.steps, most)
+        state = conclude(state, ended, newest_step(launch.run_dir), launch.config.run.steps, max_crashes)
         if stop and state.phase == "requeued":
             state = replace(state, phase="stopped")
         write_state(launch.run_dir, state)
         if state.phase != "requeued":
             return state
-        print(f"start {state.starts} ended{f' ({ended.error})' if ended.error else ''}; starting again", flush=True)
+        reason = f" ({ended.error})" if ended.error else ""
+        print(f"start {state.starts} ended{reason}; starting again", flush=True)
 
 
 def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
-    """Run as the command line says, on top of the options of an earlier launch. Raises ValueError."""
+    """Train with the options of the command line. `defaults`: the options of an earlier launch. Raises ValueError."""
     options = parse(parser("local", __doc__.split("\n\n")[0]), arguments, defaults)
     if options.nodes > 1:
-        raise ValueError(f"--nodes {options.nodes}: this machine is one node; use launchers.slurm on a cluster")
+        raise ValueError(f"--nodes {options.nodes}: this machine is one node; to use more, submit with launchers.slurm")
     gpus = torch.cuda.device_count()
     if options.gpus_per_node > gpus:
-        raise ValueError(f"--gpus-per-node {options.gpus_per_node}: this machine has {gpus}; ask for fewer")
+        raise ValueError(f"--gpus-per-node {options.gpus_per_node}: this machine has {gpus} GPUs; request fewer")
     prepared = prepare(options)
     if options.dry_run:
         print(*prepared.explanation, "nothing started (--dry-run)", sep="\n")
@@ -118,7 +128,7 @@ def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
     survive_terminal()
     state = supervise(prepared)
     if state.phase == "failed":
-        raise ValueError(f"{prepared.run_dir}: given up after {state.crashes} crashes without a new checkpoint "
+        raise ValueError(f"{prepared.run_dir}: failed after {state.crashes} crashes without a new checkpoint "
                          f"(--max-crashes): {state.last_error}: see {prepared.log}")  # fmt: skip
 
 

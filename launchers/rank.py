@@ -1,7 +1,9 @@
-"""One rank of a run: finds its place among the ranks, then trains.   python .../launchers/rank.py CONFIG
+"""One rank of a launched run: sets the variables that torchrun would set, then trains.
 
-Started by srun, which says where the rank stands in SLURM_*, or by launchers.local, which says it as torchrun does.
-Run by its path, so that it imports the copy of the code beside it and not what lies in the working directory.
+    python RUN/job/code/launchers/rank.py CONFIG
+
+srun starts it, with the rank in SLURM_* variables, or launchers.local does, with torchrun's variables. It is started by
+its path, so that it imports the copy of the code in RUN/job and not the code in the working directory.
 """
 
 import os
@@ -17,7 +19,10 @@ from mdmtrain.exit_status import STOPPED_EARLY  # noqa: E402
 
 
 def from_slurm() -> None:
-    """Say what torchrun would: RANK, LOCAL_RANK and the sizes. MASTER_ADDR and MASTER_PORT come from the supervisor."""
+    """Set torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE) from Slurm's.
+
+    The supervisor has set MASTER_ADDR and MASTER_PORT.
+    """
     for name, theirs in {
         "RANK": "PROCID",
         "LOCAL_RANK": "LOCALID",
@@ -29,7 +34,8 @@ def from_slurm() -> None:
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup; else, until training has its own handlers:
+        # Until training installs its own handlers, a signal ends the rank with status 75. What nohup ignores stays so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(STOPPED_EARLY))
     if "RANK" not in os.environ:
         from_slurm()

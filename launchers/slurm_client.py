@@ -1,6 +1,6 @@
-"""Slurm's commands, as little of them as launching needs. Each raises ValueError with Slurm's own words.
+"""The Slurm commands that the launchers need. Each function raises ValueError with Slurm's own message.
 
-`cluster`, where a function takes it, is a name as `--clusters` has it; empty, the cluster of this machine.
+`cluster` is a name for Slurm's `--clusters` option. Empty: the cluster of this machine.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Variables that change what Slurm's commands do. Those in KEEP say where Slurm is and who we are.
+# Variables that change what Slurm's commands do. Those in KEEP locate and authenticate the cluster.
 OPTIONS = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SCANCEL_", "SCONTROL_", "SACCT_")
 KEEP = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 
@@ -25,10 +25,10 @@ def is_option(variable: str) -> bool:
 
 @contextmanager
 def outside_allocations() -> Iterator[None]:
-    """Remove the variables that an interactive allocation (salloc, srun --pty) or a shell's profile has set.
+    """Remove the variables that an interactive allocation (salloc, srun --pty) or a shell profile has set.
 
-    sbatch takes SBATCH_* for options that override the script, and passes SLURM_* on to the job, where srun takes them
-    for options.
+    sbatch reads SBATCH_* as options that override the script. It passes SLURM_* on to the job, where srun reads them as
+    options.
     """
     removed = {name: os.environ.pop(name) for name in list(os.environ) if is_option(name)}
     try:
@@ -38,7 +38,7 @@ def outside_allocations() -> Iterator[None]:
 
 
 def slurm(*command: str, stdin: str | None = None, cluster: str = "") -> str:
-    """Standard output of one of Slurm's commands."""
+    """The standard output of a Slurm command. Raises ValueError if it fails or takes longer than two minutes."""
     if cluster:
         command = (command[0], f"--clusters={cluster}", *command[1:])
     environment = {name: value for name, value in os.environ.items() if not is_option(name)}
@@ -49,7 +49,7 @@ def slurm(*command: str, stdin: str | None = None, cluster: str = "") -> str:
             f"no Slurm on this machine ({command[0]} is not in PATH): log in to the cluster, or use launchers.local"
         ) from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} has not answered for two minutes: ask whether slurmctld runs") from None
+        raise ValueError(f"{command[0]} did not answer for two minutes: check that slurmctld is running") from None
     if done.returncode:
         words = re.sub(r"\b\w+: (error|fatal): ", "", done.stderr or done.stdout)
         raise ValueError(f"{command[0]}: {'; '.join(words.strip().splitlines()) or done.returncode}")
@@ -58,12 +58,12 @@ def slurm(*command: str, stdin: str | None = None, cluster: str = "") -> str:
 
 @dataclass(frozen=True)
 class JobState:
-    name: str  # as Slurm has it, or GONE where it has forgotten the job
+    name: str  # Slurm's name of the state, or GONE for a job that Slurm has no record of
     reason: str = ""
     restarts: int = 0
     partition: str = ""
-    requeue: bool = True  # whether Slurm will requeue it
-    preempted: bool = False  # another job has taken its nodes, or will
+    requeue: bool = True  # whether Slurm may requeue the job
+    preempted: bool = False  # whether another job takes or has taken its nodes
 
     @property
     def lives(self) -> bool:
@@ -75,7 +75,7 @@ class JobState:
 
 
 def job_state(job: str, cluster: str = "") -> JobState:
-    """From the controller; from the accounting, where there is one, for a job that the controller has forgotten."""
+    """The state of a job from the controller, or from the accounting if the controller has no record of it any more."""
     try:
         text = slurm("scontrol", "show", "job", "-o", job, cluster=cluster)
     except ValueError as error:
@@ -83,7 +83,7 @@ def job_state(job: str, cluster: str = "") -> JobState:
             raise
         try:
             recorded = slurm("sacct", "-n", "-X", "-P", "-o", "State", "-j", job, cluster=cluster).split()
-        except ValueError:  # no accounting
+        except ValueError:  # the cluster has no accounting
             recorded = []
         known = JobState(recorded[0]) if recorded else JobState("GONE")
         return JobState("GONE") if known.lives else known
@@ -99,16 +99,16 @@ def job_state(job: str, cluster: str = "") -> JobState:
 
 
 def requeue(job: str) -> None:
-    """Ask for the job to start again."""
+    """Requeue a job. A job that is already pending again is not an error."""
     try:
         slurm("scontrol", "requeue", job)
     except ValueError as error:
-        if "pending" not in str(error):  # Slurm, or someone else, has done so already
+        if "pending" not in str(error):
             raise
 
 
 def patiently(act: Callable[[], T]) -> T:
-    """What `act` returns, tried for five minutes: a controller may be restarting while a job needs it."""
+    """Call `act`, and retry it for five minutes on ValueError: the controller may be restarting. Returns its result."""
     for _ in range(30):
         try:
             return act()
@@ -131,16 +131,16 @@ class Partition:
     name: str
     nodes: list[Node]
     limit: float  # seconds that a job may run
-    default: float  # seconds that it may run when it does not say
+    default: float  # seconds that a job may run if it gives no time limit
 
 
 def partitions(cluster: str = "") -> list[str]:
-    """All partitions; the default one, where there is one, has a `*` behind its name."""
+    """The names of all partitions. The default partition, if there is one, ends in `*`."""
     return list(dict.fromkeys(slurm("sinfo", "-h", "-o", "%P", cluster=cluster).split()))
 
 
 def partition(name: str, cluster: str = "") -> Partition:
-    """A partition; several, as in `a,b`, count as one. Raises ValueError."""
+    """The nodes and limits of a partition, or of several (`a,b`) together. Raises ValueError for an unknown name."""
     found, limits = {}, []
     for line in slurm("sinfo", "-h", "-N", "-p", name, "-o", "%N|%c|%G|%T|%l|%L", cluster=cluster).splitlines():
         node, cpus, gres, state, limit, default = line.split("|")
@@ -155,13 +155,13 @@ def partition(name: str, cluster: str = "") -> Partition:
 
 
 def most_array_tasks(cluster: str = "") -> int:
-    """Tasks that a job array may have."""
+    """The largest number of tasks in a job array (MaxArraySize)."""
     text = slurm("scontrol", "show", "config", cluster=cluster)
     return int(re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)[1])
 
 
 def seconds(limit: str) -> float:
-    """A time limit as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ValueError."""
+    """The seconds of a Slurm time limit: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError."""
     if limit.lower() in ("infinite", "unlimited"):
         return float("inf")
     if re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit) is None:
@@ -173,11 +173,11 @@ def seconds(limit: str) -> float:
 
 
 def expand(host_list: str) -> list[str]:
-    """n[08-10] -> n08, n09, n10"""
+    """The names in a host list: n[08-10] -> n08, n09, n10."""
     return slurm("scontrol", "show", "hostnames", host_list).split() if host_list else []
 
 
 def address(node: str) -> str:
-    """Where Slurm itself reaches a node: that works where its name does not resolve."""
+    """The address at which Slurm reaches a node. It works also where the node's name does not resolve."""
     text = slurm("scontrol", "show", "node", "-o", node)
     return re.search(r"\bNodeAddr=(\S+)", text).group(1)

@@ -1,12 +1,13 @@
-"""The runs under a folder: where each stands, how fast it is, what was last wrong with it.
+"""Show the state, speed and last error of runs; cancel and resume runs.
 
-    python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table; FOLDER is a run or holds runs (runs)
-    python -m launchers.status cancel RUN...                        save and stop; the run does not restart by itself
-    python -m launchers.status resume RUN [--nodes N ...]           launch again as before, with these changes
+    python -m launchers.status [FOLDER] [--watch] [--json FILE]     a table of the runs in FOLDER (default: runs)
+    python -m launchers.status cancel RUN...                        save and stop; the run is not started again
+    python -m launchers.status resume RUN [--nodes N ...]           launch again with the same options and these changes
 
-Runs are found up to three levels below FOLDER.
+FOLDER is a run folder, or a folder that has run folders up to three levels below it.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from mdmtrain import yaml12
 from mdmtrain.checkpoint.run_lock import lock_holder
 from mdmtrain.command import CommandParser, output_file, user_errors
 
-UNDECIDED = ("queued", "running", "requeued")  # phases that only a living job can be in
+UNDECIDED = ("queued", "running", "requeued")  # phases that are true only while the job or process exists
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class RunStatus:
     state: str
     job: str
     step: int  # of the newest record
-    steps: int
+    steps: int  # of the whole run
     saved: int  # step of the newest checkpoint
     loss: float | None  # mean of the newest records
     tokens_per_second: float | None
-    eta: float | None  # seconds of training that are left
+    eta: float | None  # remaining training time in seconds
     restarts: int
     last_error: str
 
@@ -50,9 +51,9 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_under(folder: Path, depth: int = 3) -> list[Path]:
-    """Run folders: `folder` itself, or those up to three levels below. Raises ValueError."""
+    """The run folders: `folder` itself, or those up to three levels below it. Raises ValueError if it is missing."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder: name a run, or the folder that holds runs")
+        raise ValueError(f"{folder}: no such folder: name a run folder, or a folder that contains run folders")
     if is_run(folder):
         return [folder]
     inside = sorted(f for f in folder.iterdir() if f.is_dir()) if depth else []
@@ -71,16 +72,16 @@ def last_records(path: Path, count: int = 20) -> list[dict]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the first, cut in two; the last, half-written
+            continue  # the first line may be cut, the last may be incomplete
         if "tokens_per_second" in record:
             records.append(record)
     return records[-count:]
 
 
 def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
-    """The word for where a run stands: Slurm's, where a job lives, else that of its last end.
+    """The state of a run in one word: Slurm's state while a job exists, otherwise the phase of the run.
 
-    gone: its job or its process has ended without a word, and Slurm does not know why either. It can be resumed.
+    gone: the job or process ended without recording a phase, and Slurm does not report why. The run can be resumed.
     """
     if state is None:
         if lock_holder(run_dir) is not None:
@@ -99,25 +100,27 @@ def phase(run_dir: Path, state: State | None, step: int, steps: int) -> str:
 
 
 def lives(state: State) -> bool:
-    """Whether the job, or the process that supervises the ranks, still exists."""
+    """Whether the job, or the supervising process, still exists."""
     if state.kind == "slurm":
         return bool(state.job) and RunJob(state).now().lives
     return alive(state.job)
 
 
 def alive(job: str) -> bool:
-    """Whether HOST:PID lives. A process of another machine is believed to."""
+    """Whether process HOST:PID exists. A process on another machine cannot be checked: the answer is then True."""
     host, _, pid = job.rpartition(":")
     return host != socket.gethostname() or Path(f"/proc/{pid}").exists()
 
 
 def run_status(run_dir: Path) -> RunStatus:
-    state, saved = read_state(run_dir), newest_step(run_dir)
+    state = read_state(run_dir)
+    saved = newest_step(run_dir)
     config_file = job_folder(run_dir) / "config.yaml"
     if not config_file.is_file():
         config_file = run_dir / "config.yaml"
     tree = yaml12.parse(config_file.read_text(encoding="utf-8"), str(config_file))
-    run, tokens_per_step = tree["run"], tree["run"]["global_batch"] * tree["data"]["sequence_length"]
+    run = tree["run"]
+    tokens_per_step = run["global_batch"] * tree["data"]["sequence_length"]
     records = last_records(run_dir / "metrics.jsonl")
     step = records[-1]["step"] if records else 0
     word = phase(run_dir, state, saved, run["steps"])
@@ -125,13 +128,24 @@ def run_status(run_dir: Path) -> RunStatus:
     speed = records[-1]["tokens_per_second"] if records else None
     error = state.last_error if state else ""
     if not error and state and state.phase == "queued" and state.job and not lives(state):
-        error = f"the job ended before its ranks began: see {state.log}; without that file, its node does not see it"
+        error = (
+            f"the job ended before its ranks started: see {state.log}; if that file is missing, the node does not see "
+            "its folder"
+        )
     eta = (run["steps"] - step) * tokens_per_step / speed if speed else None
     return RunStatus(
-        str(run_dir), word, state.job if state else "", step, run["steps"], saved,
-        sum(losses) / len(losses) if losses else None, speed, eta, max(0, state.starts - 1) if state else 0,
-        error,
-    )  # fmt: skip
+        run=str(run_dir),
+        state=word,
+        job=state.job if state else "",
+        step=step,
+        steps=run["steps"],
+        saved=saved,
+        loss=sum(losses) / len(losses) if losses else None,
+        tokens_per_second=speed,
+        eta=eta,
+        restarts=max(0, state.starts - 1) if state else 0,
+        last_error=error,
+    )
 
 
 def table(statuses: list[RunStatus]) -> Table:
@@ -145,13 +159,15 @@ def table(statuses: list[RunStatus]) -> Table:
     return made
 
 
-# ---- verbs
+# ---- actions
 
 
 def cancel(run_dir: Path) -> None:
     state = read_state(run_dir)
     if state is None:
-        raise ValueError(f"{run_dir}: not launched by launchers.slurm or launchers.local: stop it where it runs")
+        raise ValueError(
+            f"{run_dir}: was not launched with launchers.slurm or launchers.local: stop its processes with SIGTERM"
+        )
     word = phase(run_dir, state, newest_step(run_dir), sys.maxsize)
     if state.phase not in UNDECIDED or not lives(state):
         raise ValueError(f"{run_dir}: nothing to cancel, the run is {word}")
@@ -160,17 +176,17 @@ def cancel(run_dir: Path) -> None:
     else:
         host, _, pid = state.job.rpartition(":")
         if host != socket.gethostname():
-            raise ValueError(f"{run_dir}: runs on {host} as process {pid}: stop it there")
+            raise ValueError(f"{run_dir}: runs on {host} as process {pid}: run this command on {host}")
         os.kill(int(pid), signal.SIGTERM)
-    print(f"{run_dir}: told job {state.job} to stop; its ranks save first. Go on with "
+    print(f"{run_dir}: asked job {state.job} to save and stop. Resume it with "
           f"python -m launchers.status resume {run_dir}")  # fmt: skip
 
 
 def resume(run_dir: Path, changes: list[str]) -> None:
-    """Launch again with the options of the last launch, and with `changes`, as a user types them, on top."""
+    """Launch again with the options of the last launch. `changes`: command-line arguments that override them."""
     path = job_folder(run_dir) / "launch.json"
     if not path.is_file():
-        raise ValueError(f"{run_dir}: was never launched: start it with launchers.slurm or launchers.local")
+        raise ValueError(f"{run_dir}: has not been launched: start it with launchers.slurm or launchers.local")
     from launchers import local, slurm
 
     told = json.loads(path.read_text(encoding="utf-8"))
@@ -182,19 +198,37 @@ def resume(run_dir: Path, changes: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["cancel"]:
         if not arguments[1:]:
-            raise ValueError("cancel what? name run folders")
+            raise ValueError("cancel: give one or more run folders")
         for run in arguments[1:]:
             cancel(Path(run))
         return
     if arguments[:1] == ["resume"]:
         if not arguments[1:]:
-            raise ValueError("resume what? name a run folder")
+            raise ValueError("resume: give a run folder")
         resume(Path(arguments[1]).absolute(), arguments[2:])
         return
-    parser = CommandParser(prog="python -m launchers.status", description=__doc__.split("\n\n")[0], epilog=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER")
-    parser.add_argument("--watch", nargs="?", type=float, const=10.0, metavar="SECONDS", help="again and again (10)")
-    parser.add_argument("--json", type=output_file, metavar="FILE")
+    parser = CommandParser(
+        prog="python -m launchers.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the examples
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="a run folder, or a folder that contains run folders (default: runs)",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=10.0,
+        metavar="SECONDS",
+        help="refresh the table at this interval (default: 10)",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the table to this file too")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
 
@@ -203,14 +237,16 @@ def main(arguments: list[str]) -> None:
         if options.json:
             options.json.write_text(json.dumps([asdict(s) for s in statuses], indent=1) + "\n", encoding="utf-8")
         if not statuses:
-            raise ValueError(f"{options.folder}: no runs in it: name a run, or the folder that holds runs")
+            raise ValueError(
+                f"{options.folder}: contains no runs: name a run folder, or a folder that contains run folders"
+            )
         return table(statuses)
 
     with suppress(KeyboardInterrupt):
         while True:
             shown = look()
             if options.watch is not None:
-                console.clear()  # on a terminal: the table stays in its place
+                console.clear()  # only a terminal is cleared
             console.print(shown)
             if options.watch is None:
                 return

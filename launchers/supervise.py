@@ -1,9 +1,9 @@
-"""The batch step of a job: starts the ranks with srun and, when they have ended, decides with Slurm what comes next.
+"""The supervisor in the batch step of a job: starts the ranks with srun, waits for their end, and requeues the job.
 
-`supervise` is the callable that submitit runs in the batch step. launchers.slurm submits it; so may a person's own
-submitit script (docs/cluster.md). Slurm signals the ranks directly, before the time limit (--signal) and on preemption
-(SIGTERM): they stop at the same step and save. The supervisor outlives them and asks for the requeue. `guard`, a child
-of rank 0, asks in its place when the supervisor itself was killed. What a run's end means is decided in lifecycle.py.
+`supervise` is the callable that submitit runs in the batch step. launchers.slurm submits it, and your own submitit
+script may do so too (docs/cluster.md). Slurm signals the ranks directly, before the time limit (--signal) and on
+preemption (SIGTERM): they save and stop at the same step. The supervisor then requests the requeue. If the supervisor
+was killed, `guard`, a child process of rank 0, requests it. lifecycle.py decides what the end of the ranks means.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ from launchers.slurm_client import patiently
 
 
 def free_port() -> int:
-    """A port that nobody listens on, from below those that outgoing connections take: it is needed only later."""
+    """A free port below the range of outgoing connections, so that it stays free until the ranks need it."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as probe, suppress(OSError):
@@ -47,23 +47,24 @@ def free_port() -> int:
 
 
 def rank_command(run_dir: Path) -> list[str]:
-    """RANK_PREFIX, which --setup may export, puts the ranks into a container: 'apptainer exec --nv image.sif'."""
+    """The command of a rank. It starts with $RANK_PREFIX, if set, such as 'apptainer exec --nv image.sif'."""
     prefix = shlex.split(os.environ.get("RANK_PREFIX", ""))
     folder = job_folder(run_dir)
     return [*prefix, sys.executable, str(folder / "code/launchers/rank.py"), str(folder / "config.yaml")]
 
 
 def pass_on(lines: Iterable[str], errors: ErrorLines) -> None:
-    """Copy standard error to ours, and remember the errors in it."""
+    """Copy lines to our standard error, and record the errors in them."""
     for line in lines:
         print(line, end="", file=sys.stderr, flush=True)
         errors.feed(line)
 
 
 def run_ranks(run_dir: Path, options: dict) -> Ended:
+    """Start the ranks with srun, and wait for their end."""
     nodes = patiently(lambda: slurm_client.expand(os.environ["SLURM_JOB_NODELIST"]))
     per_node = options["ranks_per_node"]
-    # This process runs on the first node, as rank 0 will, so a port that is free here is free there.
+    # Rank 0 will run on the first node, as this process does, so the port is free there.
     environment = {
         **os.environ,
         "MASTER_ADDR": patiently(lambda: slurm_client.address(nodes[0])),
@@ -87,7 +88,10 @@ def run_ranks(run_dir: Path, options: dict) -> Ended:
 
 
 def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
-    """The nodes that the next start must not use, as Slurm writes a list, and a sentence about the failed one."""
+    """The nodes that the next start must not use, comma-separated, and a log line about the failed node (or "").
+
+    failed: the node whose rank crashed first, or "".
+    """
     wanted = slurm_client.expand(options["exclude"] or "")
     if not failed or failed in wanted:
         return ",".join(wanted), ""
@@ -98,22 +102,22 @@ def excluded(options: dict, failed: str, partition: str) -> tuple[str, str]:
 
 
 def requeue(state: State, run_dir: Path, options: dict, failed: str, restarts: int) -> State:
-    """Have the job requeued, unless Slurm has done so, a person has cancelled it, or the cluster does not requeue.
+    """Requeue the job, unless Slurm has requeued it, it was cancelled, or the cluster does not requeue jobs.
 
-    state: after `conclude`, in phase `requeued`; failed: the node whose rank crashed first, or empty; restarts: how
-    often Slurm had restarted the job when this start began. Returns the state with the phase that the run is in.
+    state: after `conclude`, in phase `requeued`; failed: the node whose rank crashed first, or ""; restarts: how often
+    Slurm had restarted the job when this start began. Returns the state with its new phase.
     """
     now = patiently(lambda: slurm_client.job_state(state.job))
     if now.restarts > restarts:
-        return state  # by Slurm or a person, before the ranks had stopped
+        return state  # Slurm or the user has requeued it before the ranks ended
     taken_by_slurm = now.reason == "TimeLimit" or (now.preempted and not now.requeue)
     if now.name != "RUNNING" and not taken_by_slurm:
-        return replace(state, phase="cancelled")  # scancel
+        return replace(state, phase="cancelled")  # by scancel
     by_hand = f"resume it with python -m launchers.status resume {run_dir}"
     if not now.requeue:
-        # The partition may give no grace time; then Slurm has cancelled a preempted job that it may not requeue.
+        # This includes a preempted job that Slurm has cancelled because it may not be requeued.
         return replace(state, phase="stopped", last_error=f"this cluster does not requeue the job: {by_hand}")
-    # Slurm ends the job as soon as it is requeued; what is left to do must outlive its SIGTERM.
+    # Slurm sends SIGTERM to this process once the job is requeued. The excluded nodes must still be set after that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nodes, sentence = excluded(options, failed, now.partition)
     try:
@@ -130,10 +134,10 @@ def requeue(state: State, run_dir: Path, options: dict, failed: str, restarts: i
 
 
 def guard(job: str) -> None:
-    """Leave a process behind that requeues the job when its batch step is killed: nobody else would be left to do it.
+    """Fork a process that requeues the job if its batch step is killed and the supervisor cannot do so any more.
 
-    Slurm then ends the job as failed and sends SIGTERM to its steps: the ranks stop in good order and this process asks
-    for the requeue. It goes when its rank does.
+    Slurm then sends SIGTERM to the job's steps and ends the job as failed: the ranks save and stop, and this process
+    requests the requeue. It ends together with the rank that forked it.
     """
     if os.fork():
         return
@@ -152,7 +156,7 @@ def guard(job: str) -> None:
             if job_state.batch_step_died:
                 slurm_client.patiently(lambda: slurm_client.requeue(job))
                 os._exit(0)
-            if job_state.name == "RUNNING":  # a signal from a person, or none yet
+            if job_state.name == "RUNNING":  # the batch step is alive: the signal came from elsewhere
                 break
             time.sleep(0.5)
     os._exit(0)
@@ -162,23 +166,23 @@ def guard(job: str) -> None:
 
 
 def supervise(run_dir: Path) -> dict:
-    """Train the run that launch.write has prepared in RUN/job until it ends, in the batch step of a Slurm job.
+    """Train the run that launch.write has prepared in RUN/job, in the batch step of a Slurm job.
 
     Returns the last state of RUN/job/state.json as a dictionary (its `phase` is finished, cancelled or stopped).
-    Raises RuntimeError where the run has failed for good. Does not return when the job is requeued: submitit would
-    write a result, and `job.done()` would be true while the next start runs.
+    Raises RuntimeError if the run has failed. Ends the process if the job is requeued: submitit would otherwise write
+    a result, and `job.done()` would be true during the next start.
     """
     state = one_start(Path(run_dir))
     if state.phase == "requeued":
         os._exit(0)
     if state.phase == "failed":
-        raise RuntimeError(f"{run_dir}: given up at step {newest_step(run_dir)}: {state.last_error}")
+        raise RuntimeError(f"{run_dir}: failed at step {newest_step(run_dir)}: {state.last_error}")
     return asdict(state)
 
 
 def show_log_to_submitit(log: str) -> None:
-    """Link submitit's name of the log to the log in RUN/logs, so that `job.stdout()` reads it."""
-    import submitit  # here, because rank.py imports this module without need of it
+    """Link submitit's path of the log to the log in RUN/logs, so that `job.stdout()` can read it."""
+    import submitit  # imported here, because rank.py imports this module and does not need submitit
 
     link = submitit.JobEnvironment().paths.stdout
     if not os.path.lexists(link):
@@ -186,27 +190,29 @@ def show_log_to_submitit(log: str) -> None:
 
 
 def one_start(run_dir: Path) -> State:
-    """Start the ranks once, wait for their end, and do what follows from it."""
-    # What Slurm sends to the batch step too is meant for the ranks. (A handler, because they would inherit SIG_IGN.)
+    """Start the ranks once, wait for their end, and requeue the job if needed. Returns the new state."""
+    # Slurm's signals are for the ranks, but reach the batch step too. SIG_IGN would be inherited by the ranks, so an
+    # empty handler takes its place.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGCONT):
         signal.signal(number, lambda *_: None)
     launch = json.loads((job_folder(run_dir) / "launch.json").read_text(encoding="utf-8"))
-    os.chdir(launch["directory"])  # the job script has entered the copy of the code, to import it
-    options, most = launch["options"], launch["options"]["max_crashes"]
+    os.chdir(launch["directory"])  # the job script changed to RUN/job/code for the imports
+    options = launch["options"]
+    max_crashes = options["max_crashes"]
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     log = os.readlink("/proc/self/fd/1")
     show_log_to_submitit(log)
     state = replace(read_state(run_dir), job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"], log=log)
-    state = begin(state, newest_step(run_dir), most)
+    state = begin(state, newest_step(run_dir), max_crashes)
     write_state(run_dir, state)
     if state.phase == "failed":
-        print(f"given up: {state.last_error}", flush=True)
+        print(f"failed: {state.last_error}", flush=True)
         return state
     print(f"start {state.starts} of {run_dir}, from step {state.began_at}", flush=True)
     ended = run_ranks(run_dir, options)
-    state = conclude(state, ended, newest_step(run_dir), launch["steps"], most)
+    state = conclude(state, ended, newest_step(run_dir), launch["steps"], max_crashes)
     if state.phase == "requeued":
-        # Written before it is asked for: Slurm ends this process with the job.
+        # Written before the request, because Slurm then ends this process.
         write_state(run_dir, state)
         state = requeue(state, run_dir, options, "" if ended.early else ended.node, restarts)
     write_state(run_dir, state)

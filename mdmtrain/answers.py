@@ -1,11 +1,11 @@
-"""How many prompts does a model answer exactly right, and how likely are the right answers?
+"""Measure how many prompts a model answers exactly right, and the NELBO of the right answers.
 
     python -m mdmtrain.answers RUN_OR_CHECKPOINT --tasks FILE.jsonl [--json FILE]
 
-FILE has 'prompt', 'response' and a 'kind' on every line, as tools/make_tasks.py writes them. Each answer is generated
-greedily. A masked diffusion model gets as many masks as the right response and its eos have tokens, and unmasks its
-most confident token at each forward pass; an autoregressive model writes as many tokens from the left. The answer is
-right if it has the same text, ended by eos.
+FILE has 'prompt', 'response' and 'kind' on every line; tools/make_tasks.py writes such files. Answers are generated
+greedily, with as many tokens as the right response and its eos have. A masked diffusion model starts from masks and
+unmasks its most confident token at each forward pass. An autoregressive model generates from left to right. An answer
+is right if its text equals the response and ends with eos.
 """
 
 import hashlib
@@ -31,37 +31,37 @@ from mdmtrain.model.transformer import Transformer
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.unmask import MaskedRow, Sampling, unmask_rows
 
-BATCH = 300  # prompts that are answered at once
-DRAWS = 8  # of a response's NELBO
+BATCH = 300  # prompts in one batch
+DRAWS = 8  # noise draws for the NELBO of a response
 NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of a file of tasks."""
+    """The result of a model on a file of tasks."""
 
     checkpoint: str
     tasks: str  # sha256 of the file
     accuracy: float  # share of the prompts that are answered exactly right
     by_kind: dict[str, float]
-    nelbo: float  # nats per token of the right responses, eos included; an autoregressive model's is exact
+    nelbo: float  # nats per token of the right responses with eos; exact for an autoregressive model
     nelbo_se: float  # standard error over the tasks
     right: str  # "1" or "0" for each task
 
 
 @torch.no_grad()
 def continue_greedily(model: Transformer, rows: list[Tensor], lengths: list[int], forbidden: list[int]) -> list[Tensor]:
-    """The most probable next tokens of a causal model after each row, one at a forward pass of all rows.
+    """Extend each row greedily with a causal model, by one token per forward pass of all rows.
 
-    rows: int64 [L] on the model's device, unequal; lengths: how many tokens to add to each; forbidden: ids that are
-    never chosen. Returns int64 [L + length] of each. A collective under FSDP.
+    rows: int64 [L] on the model's device, L may differ; lengths: number of tokens to add to each row; forbidden: ids
+    that are never chosen. Returns int64 [L + length] for each row. A collective under FSDP.
     """
     starts = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    # Padding stands behind a row, where a causal model does not see it.
+    # Padding follows a row, where a causal model does not see it.
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     ids = torch.nn.functional.pad(ids, (0, max(lengths)))
     first = torch.arange(len(rows), device=ids.device) * ids.shape[1]
-    for step in range(max(lengths)):  # a row that is complete goes on, and what it adds is cut off below
+    for step in range(max(lengths)):  # a complete row gets more tokens, which are cut off below
         logits = model(ids, first + starts + step - 1)
         logits[:, forbidden] = -torch.inf
         ids.view(-1)[first + starts + step] = logits.argmax(dim=1)
@@ -69,11 +69,13 @@ def continue_greedily(model: Transformer, rows: list[Tensor], lengths: list[int]
 
 
 def answer(loaded: LoadedModel, rows: list[tuple[list[int], np.ndarray]], world: World) -> list[Tensor]:
-    """Every row with the model's own tokens at the end.
+    """Replace the response at the end of each row by the model's answer.
 
-    rows: (ids, which of them are to be the model's: the last ones). Returns int64 [L] of each. A collective under FSDP.
+    rows: pairs of ids [L] and a bool array [L] that marks the response. Returns int64 [L] for each row. A collective
+    under FSDP.
     """
-    lengths, forbidden = [int(wanted.sum()) for _, wanted in rows], never_chosen(loaded)
+    lengths = [int(wanted.sum()) for _, wanted in rows]
+    forbidden = never_chosen(loaded)
     prompts = [
         torch.tensor(ids[: len(ids) - length], device=world.device)
         for (ids, _), length in zip(rows, lengths, strict=True)
@@ -89,12 +91,12 @@ def answer(loaded: LoadedModel, rows: list[tuple[list[int], np.ndarray]], world:
 
 
 def is_right(ids: list[int], response: str, tokenizer: Tokenizer) -> bool:
-    """Has the answer, up to its first eos, the text of the response? Without an eos it has no end, and is wrong."""
+    """Whether the answer has an eos, and its text before the first eos equals the response."""
     return tokenizer.eos_id in ids and tokenizer.decode(ids[: ids.index(tokenizer.eos_id)]) == response
 
 
 def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -> Score:
-    """Answer every task with the newest weights of a run (the average, where it keeps one). A collective.
+    """Answer every task with the newest checkpoint of a run (its weight average, if it has one). A collective.
 
     Raises ValueError for a task that is longer than the rows that the model was trained on.
     """
@@ -102,13 +104,13 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
     tokenizer, longest = loaded.tokenizer, loaded.config.data.sequence_length
     rows = []
     for number, task in enumerate(tasks, 1):
-        prompt = [tokenizer.bos_id, *tokenizer.encode(task.prompt)]  # encoded apart, as data/prepare.py does
+        prompt = [tokenizer.bos_id, *tokenizer.encode(task.prompt)]  # encoded separately, as in data/prepare.py
         response = [*tokenizer.encode(task.response), tokenizer.eos_id]
         rows.append((prompt + response, np.arange(len(prompt) + len(response)) >= len(prompt)))
         if len(rows[-1][0]) > longest:
             raise ValueError(
-                f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, and the model was "
-                f"trained on {longest}: leave it out"
+                f"{tasks_file}: task {number} has {len(rows[-1][0])} tokens with bos and eos, but the model was "
+                f"trained on rows of {longest}: remove this task"
             )
     right = []
     for first in range(0, len(tasks), BATCH):
@@ -121,33 +123,34 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
     found = estimate(loaded.model, padded, Estimator(name, draws, NOISE_SEED, 0.0), BATCH, tokenizer.mask_id, world)
     kinds = np.array([task.kind for task in tasks])
     return Score(
-        str(loaded.folder),
-        digest(tasks_file),
-        float(np.mean(right)),
-        {str(kind): float(np.mean(np.array(right)[kinds == kind])) for kind in dict.fromkeys(kinds)},
-        found.nelbo,
-        found.standard_error,
-        "".join(str(int(one)) for one in right),
+        checkpoint=str(loaded.folder),
+        tasks=digest(tasks_file),
+        accuracy=float(np.mean(right)),
+        by_kind={str(kind): float(np.mean(np.array(right)[kinds == kind])) for kind in dict.fromkeys(kinds)},
+        nelbo=found.nelbo,
+        nelbo_se=found.standard_error,
+        right="".join(str(int(one)) for one in right),
     )
 
 
 def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def read_tasks(file: Path) -> list[Task]:
-    """The tasks of a jsonl file. Raises ValueError naming the line that is none."""
+    """The tasks of a jsonl file. Raises ValueError that names the bad line."""
     if not file.is_file():
         raise ValueError(f"--tasks {file}: no such file: make it with tools/make_tasks.py")
     tasks = [task for task, _, _ in read_records(open_name(file), Reading(), task_of)]
     if not tasks:
-        raise ValueError(f"--tasks {file}: no tasks in it: make it with tools/make_tasks.py")
+        raise ValueError(f"--tasks {file}: contains no tasks: make it with tools/make_tasks.py")
     return tasks
 
 
 def task_of(fields: dict) -> Task:
     """The task in a record. Raises BadRecord."""
-    wanted = "every line needs 'kind', 'prompt' and 'response', strings with text in them"
+    wanted = "every line needs 'kind', 'prompt' and 'response', strings that are not empty"
     values = [string_field(fields, name, wanted) for name in ("kind", "prompt", "response")]
     if not all(values):
         raise BadRecord("an empty string", f": {wanted}")
@@ -156,9 +159,15 @@ def task_of(fields: dict) -> Task:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.answers", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="run folder (its newest checkpoint counts) or checkpoint folder")
-    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="jsonl: 'kind', 'prompt', 'response'")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("checkpoint", help="run folder (its newest checkpoint is used) or checkpoint folder")
+    parser.add_argument(
+        "--tasks",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file of JSON lines with 'kind', 'prompt' and 'response'",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
     tasks = read_tasks(args.tasks)
     world = init_world()

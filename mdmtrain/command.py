@@ -3,13 +3,16 @@
 import argparse
 import atexit
 import io
+import json
 import logging
 import os
 import select
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -119,6 +122,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
         log.debug("the command failed", exc_info=True)
+        _tell_torchrun(f"error: {describe_error(error)}")
         everywhere = isinstance(error, AgreedError) or not dist.is_initialized() or dist.get_world_size() == 1
         if not everywhere:
             print(f"error: rank {dist.get_rank()}: {describe_error(error)}", file=sys.stderr, flush=True)
@@ -130,6 +134,7 @@ def user_errors() -> Iterator[None]:
             exit_at_once(BAD_INPUT)
         sys.exit(BAD_INPUT)
     except Exception:
+        _tell_torchrun(traceback.format_exc())
         _let_checkpoint_finish()
         raise
     if dist.is_initialized():
@@ -138,6 +143,13 @@ def user_errors() -> Iterator[None]:
         # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
         exit_at_once(0)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the error file of torch.distributed.elastic, which torchrun prints at the end of its summary."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):  # a full disk must not hide the error itself
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _let_checkpoint_finish() -> None:

@@ -1,4 +1,4 @@
-"""What every configuration key means, taken from the models in config.py: for `--help`, and for docs/configuration.md.
+"""Print the meaning of every configuration key, from the models in config.py. Used by `--help` and the documentation.
 
 python -m mdmtrain.config_help [SECTION]        the text of `python -m mdmtrain.train --help`
 python -m mdmtrain.config_help --markdown       the page docs/configuration.md (`make configuration` writes it)
@@ -24,16 +24,16 @@ NAMES = {str: "text", int: "integer", float: "number", bool: "true or false"}
 
 @dataclass(frozen=True)
 class Key:
-    """One configuration key, in words."""
+    """The description of one configuration key."""
 
-    name: str  # section.key, as an override has it
+    name: str  # section.key
     kind: str  # type and limits
-    default: str | None  # as YAML writes it; None where the key must be given
+    default: str | None  # as JSON; None for a required key
     meaning: str
 
 
 def sections() -> dict[str, type[Section]]:
-    """The sections of a configuration, in their order in the file."""
+    """The sections of a configuration, in the order of the file."""
     return {name: field.annotation for name, field in Config.model_fields.items()}
 
 
@@ -41,7 +41,7 @@ def keys(section: str) -> list[Key]:
     """The keys of a section. Raises ValueError for a section that does not exist."""
     known = sections()
     if section not in known:
-        raise ValueError(f"no section {section!r} in a configuration: there are {', '.join(known)}")
+        raise ValueError(f"unknown section {section!r} of the configuration: choose from {', '.join(known)}")
     return list(_keys(section, known[section]))
 
 
@@ -50,7 +50,7 @@ def _keys(prefix: str, model: type[Section]) -> Iterator[Key]:
         default = None if field.is_required() else json.dumps(field.default)
         yield Key(f"{prefix}.{name}", _kind(field), default, field.description)
         for inner in get_args(field.annotation):
-            if isinstance(inner, type) and issubclass(inner, Section):  # a list of these
+            if isinstance(inner, type) and issubclass(inner, Section):  # the key is a list of sections
                 yield from _keys(f"{prefix}.{name}[]", inner)
 
 
@@ -81,7 +81,7 @@ def _type(annotation: object) -> str:
 
 
 def text(chosen: str | None = None) -> str:
-    """All sections, or one of them, for a terminal. Raises ValueError."""
+    """The help of all sections, or of one, for a terminal. Raises ValueError for an unknown section."""
     lines = []
     for name in [chosen] if chosen else sections():
         listed = keys(name)
@@ -126,10 +126,10 @@ def _summary(section: str) -> str:
 
 
 class HelpAction(argparse.Action):
-    """`--help`: usage and all keys; `--help SECTION`: the keys of one section."""
+    """The option --help. It prints the usage and all keys; `--help SECTION` prints the keys of one section."""
 
     def __init__(self, option_strings: list[str], dest: str):
-        shown = "show this message and every configuration key; with SECTION, the keys of one section"
+        shown = "show this message and all configuration keys; with SECTION, only the keys of that section"
         super().__init__(option_strings, argparse.SUPPRESS, nargs="?", metavar="SECTION", help=shown)
 
     def __call__(self, parser, namespace, value, option_string=None):
@@ -142,7 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("section", nargs="?", choices=list(sections()), help="one section (default: all)")
     parser.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md")
     args = parser.parse_args(arguments)
-    print(markdown() if args.markdown else text(args.section), end="" if args.markdown else "\n")
+    if args.markdown:
+        print(markdown(), end="")
+    else:
+        print(text(args.section))
 
 
 if __name__ == "__main__":

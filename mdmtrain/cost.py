@@ -2,7 +2,7 @@
 
 Everything follows from the configuration and a few facts of the GPU; what is assumed rather than derived (how much of
 the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result. What the engine
-really sends and holds is measured by tools/observed.py; tests and tools/plan_run.py compare the two.
+really sends and holds is measured by tools/observed.py and tools/bench/allocator.py; tests and tools compare the two.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import log2
+from pathlib import Path
 
 import torch
 
 from mdmtrain.config import Config, resolve
-from mdmtrain.model.presets import ModelShape
+from mdmtrain.data.shards import location, read_manifest
+from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.muon import choose_owners, newton_schulz_dtype, orthogonalize_flops, rows_by_rank
 from mdmtrain.optim import muon_matrices
@@ -96,6 +98,21 @@ class Sizes:
     @property
     def total(self) -> int:
         return self.blocks * self.block + self.embed + self.head + self.root
+
+
+def shape_of(config: Config) -> ModelShape:
+    """The model's shape. Its vocabulary is that of the prepared data if the configuration does not give it.
+
+    Raises ValueError if neither says how large the vocabulary is.
+    """
+    if config.model.vocab_size is not None:
+        return model_shape(config.model, config.model.vocab_size)
+    folder = location(config.data.sources[0].path)
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder, so the vocabulary is unknown: give model.vocab_size=N or prepare it"
+        )
+    return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
 
 
 def sizes(shape: ModelShape) -> Sizes:
@@ -298,6 +315,16 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
     again["budget"] = max(0.0, (ops - budget) / (ops - d))
     return 3 * (blocks + head), (3 + again[config.parallel.activation_checkpointing]) * blocks + 4 * head
+
+
+def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
+    """The MFU (arXiv 2204.02311) of a run at one token per second of all ranks; None where the GPU is not in GPUS."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
+    if not peaks:
+        return None
+    counted, _ = step_flops(shape, config, Assumptions().masked)
+    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * peaks[0])
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:

@@ -1,11 +1,12 @@
-"""How good is a model: its NELBO on held-out text, with its standard error.
+"""Evaluate a model: its NELBO on held-out text, with a standard error.
 
     python -m mdmtrain.evaluate RUN_OR_CHECKPOINT [--data PATH...] [--estimator NAME...] [--json FILE]
 
-The default estimator draws the number of masked positions itself (k uniform on 1..L), so it is unbiased for the exact
-NELBO, an upper bound on -log p(x)/L; no rate is cut off. The noise is fixed by eval.seed and stratified over all rows
-and samples. The others check it: `likelihood.py` has them all, docs/evaluation.md says which to use. On prompts and
-responses it bounds the responses given their prompts (and lengths): tokens, bytes and baselines are the responses'.
+The default estimator draws the number of masked positions (k uniform on 1..L). It is unbiased for the exact NELBO, an
+upper bound on -log p(x)/L, because no rate is cut off. eval.seed fixes the noise, which is stratified over all rows and
+samples. `likelihood.py` also has other estimators to check it with; docs/evaluation.md says which to use. With prompts
+and responses, the NELBO bounds the likelihood of the responses given the prompts (and the lengths of the responses).
+Tokens, bytes and baselines then count only the responses.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from mdmtrain.checkpoint.loading import LoadedModel, load_model
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import EvalConfig
 from mdmtrain.data.inputs import STANDARD_INPUT, Input, open_name
-from mdmtrain.data.loader import validation_rows
+from mdmtrain.data.loader import shard_cache, validation_rows
 from mdmtrain.data.records import (
     BadRecord,
     Reading,
@@ -37,7 +38,7 @@ from mdmtrain.data.records import (
     read_records,
     string_field,
 )
-from mdmtrain.data.shards import PreparedSplit
+from mdmtrain.data.shards import PreparedSplit, is_prepared
 from mdmtrain.data.text import Rows, TextSplit, continuation_rows, document_rows, encode_pair
 from mdmtrain.likelihood import (
     ESTIMATORS,
@@ -54,15 +55,15 @@ from mdmtrain.monitor.logs import log
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world
 
-BASELINE_PART = 1 << 20  # tokens read at once
-UNITS = {"nelbo": 4, "bits_per_byte": 4, "perplexity": 2}  # fields of an evaluation, and decimals shown
+BASELINE_PART = 1 << 20  # tokens that are read at once
+UNITS = {"nelbo": 4, "bits_per_byte": 4, "perplexity": 2}  # fields of an evaluation, and the decimals shown
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of one split: of its tokens, or where it has prompts, of the responses (and eos) given these.
+    """The NELBO of one split. In a split with prompts: of the responses (with eos) given the prompts.
 
-    bits_per_byte takes the eligible tokens per byte of the whole split.
+    bits_per_byte uses the number of eligible tokens per byte of the whole split.
     """
 
     split: str
@@ -76,14 +77,14 @@ class Evaluation:
     samples: int  # noise draws per row
 
     def __str__(self) -> str:
-        nelbo, bits = with_error(self.nelbo, self.nelbo_se, 4), with_error(self.bits_per_byte, self.bits_per_byte_se, 4)
-        return f"{self.split}: NELBO {nelbo} nats/token, {bits} bits/byte, perplexity {self.perplexity:.2f}" + (
-            " (errors unknown: a single row)" if self.rows == 1 else ""
-        )
+        nelbo = with_error(self.nelbo, self.nelbo_se, 4)
+        bits = with_error(self.bits_per_byte, self.bits_per_byte_se, 4)
+        note = " (standard errors need more than one row)" if self.rows == 1 else ""
+        return f"{self.split}: NELBO {nelbo} nats/token, {bits} bits/byte, perplexity {self.perplexity:.2f}{note}"
 
 
 def with_error(value: float, error: float, digits: int) -> str:
-    """A value with its standard error, where that is known: a single row has none."""
+    """A value with its standard error, or with ? if the error is not finite (a single row)."""
     return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if math.isfinite(error) else " +- ?")
 
 
@@ -98,9 +99,9 @@ def evaluate_split(
     world: World,
     watch: Watchdog | None = None,
 ) -> Evaluation:
-    """The NELBO on evenly spaced rows of a validation split, per eligible token. A collective; any number of ranks.
+    """The NELBO per eligible token on evenly spaced rows of a split. A collective; equal on any number of ranks.
 
-    watch: of a run that trains, which may stop here (Interrupted).
+    watch: of a run in training. A stop request then raises Interrupted.
     """
     rows = validation_rows(split, config.rows, sequence_length, document_mask)
     counted = Estimator("counted", config.samples, config.seed, 0.0)
@@ -110,21 +111,29 @@ def evaluate_split(
 
 def in_units(name: str, found: Estimate, samples: int, tokens_per_byte: float) -> Evaluation:
     """An estimate in nats per token, bits per byte and perplexity."""
-    nelbo, se, bits = found.nelbo, found.standard_error, tokens_per_byte / math.log(2)
-    perplexity = math.exp(min(nelbo, 700.0))  # a diverged model is reported, not a reason to stop
+    nelbo = found.nelbo
+    se = found.standard_error
+    bits = tokens_per_byte / math.log(2)
+    perplexity = math.exp(min(nelbo, 700.0))  # no overflow for a model that has diverged
     return Evaluation(name, nelbo, se, nelbo * bits, se * bits, perplexity, perplexity * se, len(found.nats), samples)
 
 
 def split_names(splits: list[PreparedSplit], folders: list[str]) -> list[str]:
-    """`validation` (or what split it is) for a single source, `validation/FOLDER` for several."""
-    return [s.split if len(splits) == 1 else f"{s.split}/{Path(f).name}" for s, f in zip(splits, folders, strict=True)]
+    """The names of validation splits: the split's name for a single source, `validation/FOLDER` for several."""
+    if len(splits) == 1:
+        return [splits[0].split]
+    return [f"{split.split}/{Path(folder).name}" for split, folder in zip(splits, folders, strict=True)]
 
 
 def set_names(paths: list[str], split: str) -> list[str]:
-    """The same for paths, some of which may be files, which are called what they are called."""
-    folders = [split if len(paths) == 1 else f"{split}/{Path(path).name}" for path in paths]
-    files = ["standard input" if path == STANDARD_INPUT else Path(path).name for path in paths]
-    return [folder if Path(path).is_dir() else file for path, folder, file in zip(paths, folders, files, strict=True)]
+    """The names of the sets at `paths`: as in `split_names` for prepared folders, the file name for files."""
+    names = []
+    for path in paths:
+        if is_prepared(path):
+            names.append(split if len(paths) == 1 else f"{split}/{Path(path).name}")
+        else:
+            names.append("standard input" if path == STANDARD_INPUT else Path(path).name)
+    return names
 
 
 # ---- what is evaluated
@@ -132,23 +141,26 @@ def set_names(paths: list[str], split: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Material:
-    """The rows of one validation set, and what was made of its text."""
+    """The rows of one validation set, and how they were made from its text."""
 
     name: str
     rows: Rows
-    policy: str  # how the text became rows, and what of it is scored
-    tokens: int  # of the whole set, with bos and eos where these are scored
-    bytes: int  # of its text, in UTF-8
+    policy: str  # how text is split into rows, and which tokens are scored
+    tokens: int  # of the whole set, with bos and eos if these are scored
+    bytes: int  # of its text in UTF-8
     documents: int
-    stream: PreparedSplit | TextSplit | None  # for the baselines
-    details: dict = field(default_factory=dict)  # more counts, for the report
+    stream: PreparedSplit | TextSplit | None  # for the baselines; None: no baselines
+    details: dict = field(default_factory=dict)  # more counts for the report
 
 
 def open_material(path: str, name: str, args: argparse.Namespace, count: int, loaded: LoadedModel) -> Material:
-    """A prepared folder, a text file, or a jsonl file of texts or of prefixes and continuations. Raises ValueError."""
+    """Open a prepared folder, a text file, or a jsonl file (texts, or prefixes and continuations).
+
+    count: largest number of rows. Raises ValueError.
+    """
     length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
     reading = Reading(args.on_bad_record, args.format)
-    if Path(path).is_dir():
+    if is_prepared(path):
         stream = open_split(path, args.split, loaded)
     else:
         source = open_name(path)
@@ -159,37 +171,37 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
     common = (stream.eligible_tokens, stream.bytes, stream.documents, stream)
     if stream.prompts:
         rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
-        policy = f"a prompt and its response a row, cut at {length} tokens; the response and its eos are scored"
+        policy = f"one prompt with its response per row, cut at {length} tokens; the response and its eos are scored"
         return Material(name, rows, policy, *common, left_out)
     scored = "bos and eos of each document are scored"
     if args.wrap == "no":
         rows, longer = document_rows(stream, count, length, args.long == "cut", pad_id)
-        what = "cut there" if args.long == "cut" else "go on in rows of their own"
-        policy = f"one document a row, padding not scored; those over {length} tokens {what}; {scored}"
+        what = "cut" if args.long == "cut" else "split over several rows"
+        policy = f"one document per row, padding is not scored; documents over {length} tokens are {what}; {scored}"
         return Material(name, rows, policy, *common, {"longer_documents": longer, **left_out})
     if stream.tokens < length:
         raise ValueError(
-            f"{path}: the {stream.split} split has {stream.tokens:,} tokens, not one row of data.sequence_length="
-            f"{length}: evaluate it with --wrap no, or prepare more text"
+            f"{path}: the {stream.split} split has only {stream.tokens:,} tokens, less than one row of "
+            f"data.sequence_length={length}: evaluate it with --wrap no, or prepare more text"
         )
     rows = validation_rows(stream, count, length, loaded.config.data.document_mask)
     sees = "its document" if loaded.config.data.document_mask else "its row"
-    policy = f"wrapped: documents end to end, in rows of {length} tokens, each token sees {sees}; {scored}"
+    policy = f"wrapped: documents concatenated, in rows of {length} tokens; each token sees {sees}; {scored}"
     return Material(name, rows, policy, *common, left_out)
 
 
 def _has_continuations(source: Input, reading: Reading) -> bool:
-    """Whether its first readable record asks for the likelihood of a continuation."""
+    """Whether the first readable record has a continuation."""
     first = next(read_records(source, Reading("skip", reading.format), dict), None)
     return first is not None and bool(present(first[0], "continuation"))
 
 
 def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedModel) -> Material:
-    """Every record's continuation, given its prefix."""
+    """The continuations of all records, each given its prefix. Raises ValueError."""
     length = loaded.config.data.sequence_length
 
     def as_pair(fields: dict) -> tuple[tuple[list[int], list[int]], int]:
-        wanted = "every line needs 'continuation', a string with text in it, and 'prefix', a string"
+        wanted = "every line needs 'continuation', a string that is not empty, and 'prefix', a string"
         prefix = string_field(fields, "prefix", wanted) if present(fields, "prefix") else ""
         continuation = string_field(fields, "continuation", wanted)
         if not continuation:
@@ -206,10 +218,11 @@ def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedMod
 
     read = [made for made, _, _ in read_records(source, reading, as_pair)]
     if not read:
-        raise ValueError(f"{source.name}: no record in it that can be used: {', '.join(reading.left_out)}")
-    policy = "continuation given bos and prefix; neither these nor an eos are scored"
+        raise ValueError(f"{source.name}: has no usable record: {', '.join(reading.left_out)}")
+    policy = "continuation given bos and prefix; only its own tokens are scored, without eos"
     rows = continuation_rows([pair for pair, _ in read], loaded.tokenizer.pad_id)
-    size, details = sum(size for _, size in read), {"left_out": dict(reading.left_out)}
+    size = sum(size for _, size in read)
+    details = {"left_out": dict(reading.left_out)}
     return Material(name, rows, policy, int(rows.eligible.sum()), size, len(read), None, details)
 
 
@@ -218,7 +231,7 @@ def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedMod
 
 @dataclass(frozen=True)
 class Baselines:
-    """What the model has to beat, on the same tokens of the same split."""
+    """Simple baselines on the same tokens of the same split."""
 
     unigram_nats_per_token: float  # entropy of the split's token frequencies
     unigram_bits_per_byte: float
@@ -226,8 +239,10 @@ class Baselines:
 
 
 def baselines(split: PreparedSplit | TextSplit, decode: Callable[[list[int]], str]) -> Baselines:
-    """One pass over the eligible tokens of a split, a part at a time. decode: token ids -> text."""
-    counts, packer, packed = np.zeros(split.vocab_size), zlib.compressobj(9, wbits=31), 0  # 31: the gzip format
+    """Compute the baselines in one pass over the eligible tokens of a split. decode: token ids -> text."""
+    counts = np.zeros(split.vocab_size)
+    packer = zlib.compressobj(9, wbits=31)  # 31: the gzip format
+    packed = 0  # bytes
     for start in range(0, split.tokens, BASELINE_PART):
         length = min(BASELINE_PART, split.tokens - start)
         ids = split.read(start, length)[split.eligible(start, length)]
@@ -240,8 +255,9 @@ def baselines(split: PreparedSplit | TextSplit, decode: Callable[[list[int]], st
 
 
 def report(material: Material, estimates: dict[Estimator, Estimate], comparisons: list[Comparison]) -> dict:
-    """The numbers of one validation set, for JSON: those of the first estimator, then every one's."""
-    per_byte, results = material.tokens / material.bytes, []
+    """The numbers of one validation set, for JSON. The first estimator's are at the top level, all in `estimators`."""
+    per_byte = material.tokens / material.bytes
+    results = []
     for estimator, found in estimates.items():
         evaluation = asdict(in_units(material.name, found, estimator.draws, per_byte))
         own = {"estimator": estimator.name, "target": estimator.target, "seed": estimator.seed}
@@ -291,11 +307,11 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
         a, b = pair["between"]
         verdict = "agree" if pair["agree"] else "DISAGREE"
         if not math.isfinite(pair["standard_error"]):
-            verdict = "cannot be compared: more rows, or more draws"
+            verdict = "cannot be compared: use more rows or more draws"
         console.print(f"{a} - {b}: {with_error(pair['difference'], pair['standard_error'], 4)}: {verdict}")
     if base is not None:
         better = 1 - numbers["nelbo"] / base.unigram_nats_per_token
-        found = f"{better:.1%} below the unigram baseline" if better > 0 else "no better than the unigram baseline"
+        found = f"{better:.1%} below the unigram baseline" if better > 0 else "not better than the unigram baseline"
         console.print(found, highlight=False)
     console.print(
         f"{numbers['policy']}; scored {numbers['tokens_scored']:,} of {numbers['tokens']:,} tokens "
@@ -307,45 +323,60 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
 
 
 def row_count(argument: str) -> int:
-    """The type of --rows: a number, or all."""
+    """The value of --rows: a number, or all."""
     return sys.maxsize if argument == "all" else int(argument)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.evaluate", description="NELBO of a checkpoint on held-out text.")
     add = parser.add_argument
-    add("checkpoint", help="run folder (its newest checkpoint counts), checkpoint folder, or exported folder")
+    add("checkpoint", help="run folder (its newest checkpoint is used), checkpoint folder, or exported folder")
     inputs = (
         "prepared folders, text files, or files of JSON lines with 'text', with 'prompt' and 'response', or with "
-        "'prefix' and 'continuation'; - is standard input (default: the run's)"
+        "'prefix' and 'continuation'; - is standard input (default: the data of the run)"
     )
     add("--data", nargs="+", metavar="PATH", help=inputs)
     add_format_option(parser)
     add_bad_record_option(parser)
     add("--split", default="validation", help="split of the prepared folders (default: validation)")
-    add("--rows", type=row_count, help="rows (or documents) per set, evenly spaced, or 'all' (default: eval.rows)")
-    add("--wrap", choices=["yes", "no"], default="yes", help="no: one document a row (default: yes, end to end)")
-    add("--long", choices=["split", "cut"], default="split", help="with --wrap no, documents longer than a row")
+    add("--rows", type=row_count, help="evenly spaced rows (or documents) per set, or 'all' (default: eval.rows)")
+    add(
+        "--wrap",
+        choices=["yes", "no"],
+        default="yes",
+        help="yes: documents are concatenated and cut into rows; no: one document per row (default: yes)",
+    )
+    add(
+        "--long",
+        choices=["split", "cut"],
+        default="split",
+        help="with --wrap no, what happens to documents longer than a row: split over several rows, or cut "
+        "(default: split)",
+    )
     add("--lines", action="store_true", help="every line of a text file is a document")
     add(
         "--estimator",
         nargs="+",
         choices=ESTIMATORS,
         default=["counted"],
-        help="several are compared (default: counted)",
+        help="estimators of the NELBO; several are compared with each other (default: counted)",
     )
     add("--mc-num", "--samples", dest="samples", type=int, help="noise draws per row (default: the run's eval.samples)")
     add("--orders", type=int, default=4, help="orders per row, for --estimator orders (default: 4)")
     add("--eps", type=float, help="smallest rate, for --estimator continuous (default: the run's diffusion.eps)")
-    add("--seed", type=int, help="of the noise (default: the run's eval.seed)")
-    add("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
-    add("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    add("--seed", type=int, help="seed of the noise (default: the run's eval.seed)")
+    add(
+        "--weights",
+        choices=["average", "raw"],
+        help="weight average or raw weights (default: the average, if the run has one)",
+    )
+    add("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
     for option, value in (("rows", args.rows), ("mc-num", args.samples), ("orders", args.orders)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1")
     if args.eps is not None and not 0 < args.eps < 1:
-        raise ValueError("--eps must lie between 0 and 1")
+        raise ValueError("--eps must be between 0 and 1")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         raise ValueError("--seed must be 0 or more and below 2^63")
     world = init_world()
@@ -355,12 +386,12 @@ def main(arguments: list[str] | None = None) -> None:
     count = args.rows or loaded.config.eval.rows
     console, results = Console(), []
     if args.json:
-        survive_terminal()  # the results are there
+        survive_terminal()  # the results go to the file
     if world.is_main:
         console.print(str(loaded.folder), highlight=False)
     for path, name in zip(paths, set_names(paths, args.split), strict=True):
         opened = partial(open_material, path, name, args, count, loaded)
-        material = world.agree(opened, main_only=True)  # standard input is that of one rank
+        material = world.agree(opened, main_only=True)  # only one rank has the standard input
         estimates = {
             one: estimate(loaded.model, material.rows, one, loaded.config.eval.batch, loaded.tokenizer.mask_id, world)
             for one in estimators
@@ -376,36 +407,37 @@ def main(arguments: list[str] | None = None) -> None:
             for pair in comparisons:
                 if not pair.agree:
                     log.warning(
-                        "%s: %s and %s differ by more than %g standard errors and what eps can make: one of them is "
-                        "wrong, or has too few rows for its error to be known",
+                        "%s: %s and %s differ by more than %g standard errors plus the effect of eps: one of them is "
+                        "wrong, or there are too few rows to estimate the error",
                         material.name, *pair.between, MOST_ERRORS,
                     )  # fmt: skip
 
 
 def write_json(file: Path, numbers: dict) -> None:
-    """Write what is known so far: what is not finite is null, as `finite` has it."""
+    """Write numbers as JSON. A value that is not finite becomes null."""
     whole = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
     store.write_atomically(file, json.dumps(whole, indent=1) + "\n")
 
 
 def own_data(loaded: LoadedModel) -> list[str]:
-    """The folders that the model was trained on. Raises ValueError where they are not here."""
+    """The data folders that the model was trained on. Raises ValueError if one is missing."""
     paths = [source.path for source in loaded.config.data.sources]
     for path in paths:
-        if not Path(path).is_dir():
+        if not is_prepared(path):
             raise ValueError(
-                f"{loaded.folder}: its data folder {path} is not found: name what to evaluate with --data PATH"
+                f"{loaded.folder}: its data folder {path} does not exist: give the data to evaluate with --data PATH"
             )
     return paths
 
 
 def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Estimator]:
-    """What the options ask for. Raises ValueError."""
+    """The estimators that the options select. Raises ValueError."""
     config = loaded.config
-    draws, seed = args.samples or config.eval.samples, config.eval.seed if args.seed is None else args.seed
+    draws = args.samples or config.eval.samples
+    seed = config.eval.seed if args.seed is None else args.seed
     if loaded.model.shape.causal:
         if args.estimator != ["counted"]:
-            raise ValueError(f"{loaded.folder} is a causal model, whose value is exact: leave out --estimator")
+            raise ValueError(f"{loaded.folder} is a causal model with an exact likelihood: leave out --estimator")
         return [Estimator(NEXT_TOKEN, 1, seed, 0.0)]
     return [
         Estimator(name, args.orders if name == "orders" else draws, seed, args.eps or config.diffusion.eps)
@@ -414,12 +446,12 @@ def choose_estimators(args: argparse.Namespace, loaded: LoadedModel) -> list[Est
 
 
 def open_split(folder: str, split: str, loaded: LoadedModel) -> PreparedSplit:
-    """A prepared split that was made with the model's own tokenizer. Raises ValueError."""
-    opened = PreparedSplit(folder, split)
+    """A prepared split. Raises ValueError if its tokenizer is not the model's."""
+    opened = PreparedSplit(folder, split, cache=shard_cache(loaded.config.data))
     if opened.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise ValueError(
-            f"{folder}: prepared with another tokenizer than the model's: "
-            "prepare it again with --tokenizer and the folder that the model was trained on"
+            f"{folder}: was prepared with another tokenizer than the model's: "
+            "prepare it again, with the folder that the model was trained on as --tokenizer"
         )
     return opened
 

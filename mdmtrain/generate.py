@@ -1,9 +1,9 @@
-"""Text from a trained model: start from mask tokens and unmask a few at a time.
+"""Generate or infill text: start from mask tokens, and unmask a few at each step.
 
     python -m mdmtrain.generate RUN_OR_CHECKPOINT [--prefix TEXT] [--suffix TEXT] [--gen-length N] [--steps N] [--watch]
     python -m mdmtrain.generate RUN_OR_CHECKPOINT --input FILE.jsonl --output FILE.jsonl
 
-The sampler is in `unmask.py`. Attention is bidirectional, so text before and after a gap both count, and a text may
+The sampler is in `unmask.py`. Attention is bidirectional, so the model uses the text before and after a gap. A text may
 have any number of gaps.
 """
 
@@ -36,8 +36,8 @@ from mdmtrain.likelihood import Estimate, Estimator, estimate
 from mdmtrain.parallel.world import AgreedError, World, init_world
 from mdmtrain.unmask import MaskedRow, OnStep, Sampling, unmask_rows
 
-GAP = "<mask>"  # stands for a gap in an input file's texts
-QUALITY_DRAWS = 32  # noise draws of a sample's NELBO
+GAP = "<mask>"  # marks a gap in the texts of an input file
+QUALITY_DRAWS = 32  # noise draws for the NELBO of a sample
 
 
 # ---- texts
@@ -47,21 +47,24 @@ QUALITY_DRAWS = 32  # noise draws of a sample's NELBO
 class Filled:
     """A text whose gaps the model has filled."""
 
-    spans: list[str]  # what was given and what the model put between, in turn
-    ids: list[int]  # up to the eos, where it ended
-    generated: np.ndarray  # bool, same length: which tokens are the model's
-    ended: bool  # by an eos, in its last gap
+    spans: list[str]  # given and generated text in turn
+    ids: list[int]  # tokens, up to and with the eos if there is one
+    generated: np.ndarray  # bool, same length: which tokens were generated
+    ended: bool  # whether the last gap has an eos
 
 
 def never_chosen(loaded: LoadedModel) -> list[int]:
-    """Ids that no text has inside: reserved ones but for eos, and the rows that only round the vocabulary up."""
+    """Ids that cannot be part of a text: reserved tokens except eos, and the unused rows of the embedding."""
     tokenizer = loaded.tokenizer
     unused = range(tokenizer.vocab_size, loaded.model.shape.vocab_size)
     return [*sorted(tokenizer.reserved - {tokenizer.eos_id}), *unused]
 
 
 def layout(parts: Sequence[str | list[int]], tokenizer: Tokenizer, gaps: Sequence[int]) -> list[int]:
-    """bos, then the given parts, texts or tokens, with a gap of masks between each two. gaps: the tokens in each."""
+    """The tokens of a row: bos, then the given parts (texts or tokens) with a gap of masks between each two.
+
+    gaps: the number of tokens in each gap.
+    """
     encoded = [tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
     ids = [tokenizer.bos_id, *encoded[0]]
     for length, part in zip(gaps, encoded[1:], strict=True):
@@ -71,12 +74,12 @@ def layout(parts: Sequence[str | list[int]], tokenizer: Tokenizer, gaps: Sequenc
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with gaps, and how they are to be filled."""
+    """A text with gaps, and the settings to fill them with."""
 
     place: str  # where it comes from, for messages
-    record: dict  # the input's own fields
-    parts: Sequence[str | list[int]]  # what is given, texts or tokens; between each two there is a gap
-    gaps: tuple[int, ...]  # tokens in each
+    record: dict  # the fields of the input record
+    parts: Sequence[str | list[int]]  # given texts or tokens; between each two there is a gap
+    gaps: tuple[int, ...]  # number of tokens in each gap
     sampling: Sampling
 
 
@@ -88,10 +91,10 @@ def fill(
     world: World,
     on_step: OnStep | None = None,
 ) -> Filled:
-    """The text of `parts` (texts or tokens) with the model's tokens in the gaps between them. A collective.
+    """Fill the gaps between `parts` (texts or tokens). A collective.
 
-    Given texts come back as they are. The tokenizer spells a part the same wherever it stands, so the spans together
-    are what the whole row of tokens spells, but for characters that the model cuts at the edge of a gap.
+    Given texts are returned unchanged. The tokenizer decodes a part in the same way at any place, so the concatenated
+    spans are the text of the whole row, except for characters that the model has cut at the edge of a gap.
     """
     prompt = Prompt("the prompt", {}, parts, (sampling.gen_length,) * (len(parts) - 1), sampling)
     return fill_batch(loaded, [(prompt, sample)], world, on_step)[0]
@@ -100,11 +103,12 @@ def fill(
 def fill_batch(
     loaded: LoadedModel, batch: Sequence[tuple[Prompt, int]], world: World, on_step: OnStep | None = None
 ) -> list[Filled]:
-    """The texts of some prompts, each with the number of its draw, filled in common forward passes. A collective."""
-    tokenizer, rows = loaded.tokenizer, []
+    """Fill several prompts in shared forward passes. batch: (prompt, number of its draw) pairs. A collective."""
+    tokenizer = loaded.tokenizer
+    rows = []
     for prompt, sample in batch:
         ids = torch.tensor(layout(prompt.parts, tokenizer, prompt.gaps), device=world.device)
-        # A document does not end between two given parts; with nothing after the last gap it may.
+        # The text may end in the last gap if nothing follows that gap, but never between two given parts.
         first = len(ids) - prompt.gaps[-1] if not prompt.parts[-1] else len(ids)
         rows.append(MaskedRow(ids, prompt.sampling, sample, prompt.gaps, (tokenizer.eos_id, first)))
     filled = unmask_rows(loaded.model, rows, tokenizer.mask_id, never_chosen(loaded), on_step)
@@ -114,8 +118,9 @@ def fill_batch(
 
 
 def as_text(prompt: Prompt, row: MaskedRow, ids: list[int], tokenizer: Tokenizer) -> Filled:
-    """What became of a row, as text: up to the eos, where it ended."""
-    generated, first = (row.ids == tokenizer.mask_id).cpu().numpy(), row.eos[1]
+    """The text of a filled row, up to the eos if there is one."""
+    generated = (row.ids == tokenizer.mask_id).cpu().numpy()
+    first = row.eos[1]
     ended = tokenizer.eos_id in ids[first:]
     length = ids.index(tokenizer.eos_id, first) + 1 if ended else len(ids)
     gaps = [
@@ -128,10 +133,10 @@ def as_text(prompt: Prompt, row: MaskedRow, ids: list[int], tokenizer: Tokenizer
 
 
 def quality(loaded: LoadedModel, text: Filled, seed: int, world: World) -> tuple[Estimate, float]:
-    """The model's own NELBO of a text's generated tokens, the rest given, and the entropy of their frequencies.
+    """The NELBO of the generated tokens given the rest, under the same model, and the entropy of their frequencies.
 
-    The latter is in nats: 0 where one token is repeated, at most ln of their number. Low NELBO means little by itself:
-    repetition has it too. A collective.
+    The entropy is in nats: 0 if one token is repeated, at most ln of the number of tokens. Repetition also has a low
+    NELBO, so read both numbers together. A collective.
     """
     rows = pad_rows([(text.ids, text.generated)], loaded.tokenizer.pad_id)
     found = estimate(
@@ -143,8 +148,9 @@ def quality(loaded: LoadedModel, text: Filled, seed: int, world: World) -> tuple
 
 
 def result(prompt: Prompt, sample: int, text: Filled, found: Estimate, entropy: float) -> dict:
-    """A line of the output: the input's own fields, then what was found. Fields of the input that have the name of a
-    result are under "input".
+    """A line of the output: the fields of the input record, then the results.
+
+    A field of the input that has the name of a result is moved into the field "input".
     """
     tokens = int(text.generated.sum())
     results = {
@@ -156,11 +162,15 @@ def result(prompt: Prompt, sample: int, text: Filled, found: Estimate, entropy: 
 
 
 def show_step(live: Live, given: list[int], loaded: LoadedModel, ids: Tensor) -> None:
-    """A text on its way: what was given dim, what came out bold, a _ for each mask. given: the tokens at the start."""
-    mask_id, text = loaded.tokenizer.mask_id, Text()
-    styles = [
-        "" if now == mask_id else "bold" if start == mask_id else "dim" for now, start in zip(ids, given, strict=True)
-    ]
+    """Show a text while it is generated: given text dim, generated text bold, _ for a mask. given: the first tokens."""
+    mask_id = loaded.tokenizer.mask_id
+    text = Text()
+    styles = []
+    for now, start in zip(ids, given, strict=True):
+        if now == mask_id:
+            styles.append("")
+        else:
+            styles.append("bold" if start == mask_id else "dim")
     for style, run in groupby(zip(styles, ids.tolist(), strict=True), key=lambda pair: pair[0]):
         run = [token for _, token in run]
         text.append(loaded.tokenizer.decode(run) if style else "_" * len(run), style)
@@ -171,13 +181,13 @@ def show_step(live: Live, given: list[int], loaded: LoadedModel, ids: Tensor) ->
 
 
 def utf8_text(argument: str) -> str:
-    """The type of an argument that is text: bytes that are not UTF-8 reach Python as surrogates, which are none."""
+    """The value of a text argument. Raises UnicodeEncodeError for bytes that are not UTF-8 (surrogates in Python)."""
     argument.encode()
     return argument
 
 
 def parts_around_gaps(fields: dict) -> tuple[dict, list[str]]:
-    """A record, and its parts with gaps between them. Raises BadRecord."""
+    """A record, and its given parts, which have gaps between them. Raises BadRecord."""
     wanted = f"every line needs 'text' with {GAP} for every gap, or 'prefix' and 'suffix', or 'prompt', all strings"
     around = present(fields, "prefix", "suffix")
     if present(fields, "text"):
@@ -194,43 +204,46 @@ def parts_around_gaps(fields: dict) -> tuple[dict, list[str]]:
 
 
 def read_prompts(path: Path, reading: Reading) -> list[tuple[str, dict, list[str]]]:
-    """(place, record, parts with gaps between them) of every line. Raises ValueError naming the line."""
+    """(place, record, given parts) of every line. Raises ValueError that names the line."""
     found = read_records(open_name(path), reading, parts_around_gaps)
     prompts = [(str(place), record, parts) for (record, parts), place, _ in found]
     if not prompts:
-        raise ValueError(f"{path}: no record in it that can be used: {', '.join(reading.left_out)}")
+        raise ValueError(f"{path}: has no usable record: {', '.join(reading.left_out)}")
     return prompts
 
 
 def temperature(text: str) -> float:
-    """The type of --temperature: refuses what only looks like more than 0."""
+    """The value of --temperature. A number that is rounded to 0 is an error."""
     try:
-        value, exact = float(text), Decimal(text)
+        value = float(text)
+        exact = Decimal(text)
     except (ValueError, InvalidOperation):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if value == 0 and exact != 0:
-        raise argparse.ArgumentTypeError(f"{text} is too small to be told from 0: give 0 for the most probable token")
+        raise argparse.ArgumentTypeError(f"{text} is too small to differ from 0: give 0 for the most probable token")
     return value
 
 
 def gap_lengths(place: str, record: dict, parts: Sequence, wanted: list[int]) -> tuple[int, ...]:
-    """The tokens in each gap of a text: its own "gen_length" or --gen-length, one number or one for each gap.
+    """The number of tokens in each gap of a text, from the record's "gen_length" or else from --gen-length.
 
-    Raises ValueError.
+    Either is one number, or one for each gap. Raises ValueError.
     """
-    own, count = record.get("gen_length"), len(parts) - 1
-    lengths = wanted if own is None else own if isinstance(own, list) else [own]
-    name = "--gen-length" if own is None else "'gen_length'"
+    own = record.get("gen_length")
+    count = len(parts) - 1
+    if own is None:
+        lengths, name, where = wanted, "--gen-length", ""
+    else:
+        lengths, name, where = own if isinstance(own, list) else [own], "'gen_length'", f"{place}: "
     if not lengths or not all(type(length) is int and length >= 1 for length in lengths):
-        where = "" if own is None else f"{place}: "
-        raise ValueError(f"{where}{name} must be at least 1: a whole number, or one for each gap")
+        raise ValueError(f"{where}{name} must be a whole number of at least 1, or one such number for each gap")
     if len(lengths) not in (1, count):
         raise ValueError(f"{place}: {name} has {len(lengths)} numbers for {count} gaps: give one, or one for each gap")
     return tuple(lengths * count if len(lengths) == 1 else lengths)
 
 
 def check_lengths(prompts: list[Prompt], loaded: LoadedModel) -> None:
-    """Raise ValueError for the first prompt that does not fit the model with its gaps."""
+    """Raise ValueError for the first prompt that is, with its gaps, longer than the model's rows."""
     longest = loaded.config.data.sequence_length
     for prompt in prompts:
         whole = len(layout(prompt.parts, loaded.tokenizer, prompt.gaps))
@@ -244,7 +257,7 @@ def check_lengths(prompts: list[Prompt], loaded: LoadedModel) -> None:
 
 
 def as_prompt(args: argparse.Namespace, place: str, record: dict, parts: list[str]) -> Prompt:
-    """A record with the settings of the command line. Raises ValueError."""
+    """The prompt of a record, with the settings of the command line. Raises ValueError."""
     gaps = gap_lengths(place, record, parts, args.gen_length)
     longest = max(gaps)
     sampling = Sampling(
@@ -258,48 +271,90 @@ def as_prompt(args: argparse.Namespace, place: str, record: dict, parts: list[st
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
     add = parser.add_argument
-    add("checkpoint", help="run folder (its newest checkpoint counts), checkpoint folder, or exported folder")
+    add("checkpoint", help="run folder (its newest checkpoint is used), checkpoint folder, or exported folder")
     add("--prefix", type=utf8_text, default="", help="text before the gap")
     add("--suffix", type=utf8_text, default="", help="text after the gap")
     fields = f"'prefix' and 'suffix', or 'prompt', or 'text' with {GAP} for each gap"
-    add("--input", type=Path, metavar="FILE", help=f"a JSON object a line: {fields}; - is standard input")
+    add("--input", type=Path, metavar="FILE", help=f"file with one JSON object per line: {fields}; - is standard input")
     add_bad_record_option(parser)
-    add("--output", type=output_file, metavar="FILE", help="jsonl: each record with its results, as they are made")
-    add("--gen-length", type=int, nargs="+", default=[32], metavar="N", help="tokens in each gap: one number, or one "
-        "for each gap; a record's own 'gen_length' comes first (default: 32)")  # fmt: skip
-    add("--steps", type=int, help="forward passes (default: --gen-length, of the longest gap)")
-    add("--block-length", type=int, help="fill gaps block by block from the left (default: --gen-length, any order)")
-    add("--temperature", type=temperature, default=0.0, help="0: most probable token (default)")
+    add(
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="write a JSON line to this file for each generated text, when it is finished",
+    )
+    add(
+        "--gen-length",
+        type=int,
+        nargs="+",
+        default=[32],
+        metavar="N",
+        help="tokens in each gap: one number, or one for each gap; 'gen_length' in a record overrides it (default: 32)",
+    )
+    add("--steps", type=int, help="number of forward passes (default: the length of the longest gap)")
+    add(
+        "--block-length",
+        type=int,
+        help="fill gaps from left to right in blocks of this length (default: the whole gap in any order)",
+    )
+    add(
+        "--temperature", type=temperature, default=0.0, help="sampling temperature; 0: most probable token (default: 0)"
+    )
     add("--top-k", type=int, metavar="K", help="draw among the K most probable tokens (default: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the fewest tokens of probability P together")
-    add("--eos", choices=["any", "last", "never"], default="any", help="the end of a text: chosen as any token "
-        "(default), kept only when no other proposal is left, or never")  # fmt: skip
-    add("--cfg-scale", type=float, default=0.0, help="guidance by the given text; doubles the work (default: 0, none)")
-    add("--remasking", choices=["low_confidence", "random"], default="low_confidence")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the fewest most probable tokens with total probability P (default: 1)",
+    )
+    add(
+        "--eos",
+        choices=["any", "last", "never"],
+        default="any",
+        help="how the end-of-text token is chosen: any: like other tokens; last: only when no other proposal is left; "
+        "never (default: any)",
+    )
+    add(
+        "--cfg-scale",
+        type=float,
+        default=0.0,
+        help="strength of classifier-free guidance by the given text; doubles the work (default: 0, none)",
+    )
+    add(
+        "--remasking",
+        choices=["low_confidence", "random"],
+        default="low_confidence",
+        help="which proposals are masked again at each step (default: low_confidence)",
+    )
     add("--samples", type=int, default=1, help="texts to generate for each prompt (default: 1)")
     add("--batch", type=int, default=8, metavar="N", help="texts in one forward pass (default: 8)")
-    add("--seed", type=int, default=0)
-    add("--watch", action="store_true", help="show each text while it is unmasked, one at a time")
-    add("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
-    add("--json", type=output_file, metavar="FILE", help="also write settings, samples and their quality here")
+    add("--seed", type=int, default=0, help="seed of the random numbers (default: 0)")
+    add("--watch", action="store_true", help="show each text while it is generated, one at a time")
+    add(
+        "--weights",
+        choices=["average", "raw"],
+        help="weight average or raw weights (default: the average, if the run has one)",
+    )
+    add("--json", type=output_file, metavar="FILE", help="write settings, samples and their quality to this file too")
     args = parser.parse_args(arguments)
     for name in ("samples", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
     if args.input and (args.prefix or args.suffix):
-        raise ValueError("--input already has the texts: leave out --prefix and --suffix")
+        raise ValueError("--input cannot be combined with --prefix or --suffix: the texts are in the input file")
     given = {"prefix": args.prefix, "suffix": args.suffix}
     reading = Reading(args.on_bad_record, "jsonl")
     if args.output or args.json:
-        survive_terminal()  # the results are there
+        survive_terminal()  # the results go to the file
     world = init_world()
     read = [("the prompt", given, list(given.values()))]
-    if args.input:  # read by one rank: standard input is that of one
+    if args.input:  # only one rank reads, because only one rank has the standard input
         read = world.agree(lambda: read_prompts(args.input, reading), main_only=True)
     prompts = world.agree(lambda: [as_prompt(args, *one) for one in read])
     loaded = load_model(args.checkpoint, args.weights, world)
     if loaded.model.shape.causal:
-        raise AgreedError(f"{loaded.folder} is a causal model, the autoregressive reference: it has no masks to fill")
+        raise AgreedError(f"{loaded.folder} is a causal model, which cannot fill masks: use a masked diffusion model")
     world.agree(lambda: check_lengths(prompts, loaded))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     draws = [(prompt, number) for number, prompt in enumerate(p for p in prompts for _ in range(args.samples))]
@@ -316,7 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
             prompt = batch[0][0]
             follow = live and partial(show_step, live, layout(prompt.parts, loaded.tokenizer, prompt.gaps), loaded)
             texts = fill_batch(loaded, batch, world, follow)
-            if args.output and world.is_main and output is None:  # now that there is something to replace it with
+            if args.output and world.is_main and output is None:  # an earlier error keeps an old file
                 output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
             for (prompt, number), text in zip(batch, texts, strict=True):
                 found, entropy = quality(loaded, text, (args.seed + number) % 2**63, world)
@@ -345,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
         store.write_atomically(args.json, json.dumps(numbers, indent=1) + "\n")
     console.print(
         f"{len(results)} texts, {whole.tokens.sum():,} tokens: NELBO {whole.nelbo:.3f} +- {whole.noise_error:.3f} "
-        f"nats/token by the model itself, token entropy {overall['token_entropy']:.3f} nats",
+        f"nats/token under the same model, token entropy {overall['token_entropy']:.3f} nats",
         style="dim",
     )
     for line in reading.summary():

@@ -1,14 +1,15 @@
-"""How likely is text under a model: four estimators of its NELBO, with errors (mathematics.md sections 1 and 9).
+"""Four estimators of the NELBO of text under a model, with standard errors (mathematics.md sections 1 and 9).
 
-For a row with P eligible positions, all of them unbiased for the row's nats:
+For a row with P eligible positions, each is an unbiased estimate, in nats, of the target on the right:
 
     counted     k = 1..P drawn, stratified over all rows and draws; k positions masked; (P/k) sum CE     any-order NELBO
     systematic  as LLaDA draws k: in sweeps of equal steps through 1..P from a random start            any-order NELBO
     orders      a random order of the positions; the chain rule along it, one forward pass a position    any-order NELBO
     continuous  t ~ U[eps, 1], stratified; each position masked with probability t; (1/t) sum CE         cut at eps
 
-The any-order NELBO is E_order[-log p(x | order)], an upper bound on -log p(x). The cut one differs from it by at most
-eps times its size where text gets no easier with more of it masked. A causal model has one value, the exact one.
+The any-order NELBO is E_order[-log p(x | order)], an upper bound on -log p(x). The NELBO cut at eps differs from it by
+at most a fraction eps, if masking more of a text does not make its tokens easier to predict. A causal model needs no
+estimator: its likelihood is exact.
 """
 
 import math
@@ -31,15 +32,15 @@ from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 
 ESTIMATORS = ("counted", "systematic", "orders", "continuous")
-NEXT_TOKEN = "next_token"  # a causal model's
-SWEEP = 16  # draws in a sweep of `systematic`, or half of them all if that is less: sweeps differ by its error
-FEW_ROWS = 30
-MOST_ERRORS = 4.0  # estimators further apart than this many standard errors disagree
+NEXT_TOKEN = "next_token"  # the exact value of a causal model
+SWEEP = 16  # draws in a sweep of `systematic`; at least two sweeps are needed, because its error is estimated from them
+FEW_ROWS = 30  # with fewer rows, the spread over rows is a poor estimate of the error
+MOST_ERRORS = 4.0  # estimators that differ by more than this many standard errors disagree
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What is drawn for each row. Raises ValueError for draws that make no whole sweeps."""
+    """An estimator and its settings. Raises ValueError if `draws` is not a whole number of sweeps (systematic)."""
 
     name: str  # one of ESTIMATORS, or NEXT_TOKEN
     draws: int  # forward passes of a row; for `orders`, orders of its positions
@@ -47,26 +48,28 @@ class Estimator:
     eps: float  # smallest rate of `continuous`
 
     def __post_init__(self) -> None:
-        if self.name == "systematic" and self.draws % (2 if self.draws <= 2 * SWEEP else SWEEP):
+        multiple = 2 if self.draws <= 2 * SWEEP else SWEEP
+        if self.name == "systematic" and self.draws % multiple:
             raise ValueError(
-                f"--mc-num {self.draws}: systematic draws come in two sweeps, beyond {2 * SWEEP} in sweeps of {SWEEP}: "
-                f"give an even number, or a multiple of {SWEEP}"
+                f"--mc-num {self.draws}: the systematic estimator needs an even number of draws up to {2 * SWEEP}, and "
+                f"above that a multiple of {SWEEP}"
             )
 
     @property
     def target(self) -> str:
+        """The quantity that is estimated, in words."""
         cut = f"NELBO cut at eps={self.eps:g}"
         return {"continuous": cut, NEXT_TOKEN: "likelihood of the next token"}.get(self.name, "any-order NELBO")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Nats of each of R rows, in their order."""
+    """The estimated nats of R rows, in the order of the rows."""
 
     nats: np.ndarray  # float64 [R]
-    noise: np.ndarray  # float64 [R], variance of nats from the draws alone, the text given; nan for a single draw
+    noise: np.ndarray  # float64 [R], variance of nats over the draws for the given text; nan for a single draw
     tokens: np.ndarray  # int64 [R], eligible positions
-    passes: int  # rows that went through the model
+    passes: int  # number of rows in all forward passes
 
     @property
     def nelbo(self) -> float:
@@ -75,17 +78,20 @@ class Estimate:
 
     @property
     def standard_error(self) -> float:
-        """Of nelbo as a property of the source that the rows were drawn from: over rows, draws included."""
+        """Standard error of `nelbo` as an estimate for the source of the rows: over rows and draws."""
         return _ratio_error(self.nats, self.tokens)
 
     @property
     def noise_error(self) -> float:
-        """Of nelbo as a property of these rows: the draws alone. Too large where strata spread them over the rows."""
+        """Standard error of `nelbo` as an estimate for these rows: over draws only.
+
+        It is too large if the draws are stratified over rows.
+        """
         return float(math.sqrt(self.noise.sum()) / self.tokens.sum())
 
 
 def _ratio_error(values: np.ndarray, tokens: np.ndarray) -> float:
-    """Standard error of sum(values) / sum(tokens) over independent rows: infinite for a single one."""
+    """Standard error of sum(values) / sum(tokens) over independent rows. Infinite for a single row."""
     rows = len(values)
     if rows < 2:
         return math.inf
@@ -95,12 +101,12 @@ def _ratio_error(values: np.ndarray, tokens: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two estimators of the same rows. Their differences have mean 0, but for the cut at eps."""
+    """Two estimators on the same rows. Their difference has mean 0, except for the cut at eps."""
 
     between: tuple[str, str]
     difference: float  # first minus second, nats per token
-    standard_error: float  # over the rows' paired differences; of few rows, by the draws where that is larger
-    allowed: float  # what the cut can make: eps x NELBO
+    standard_error: float  # over the rows' paired differences; with few rows, that over the draws if it is larger
+    allowed: float  # largest effect of the cut: eps x NELBO
 
     @property
     def agree(self) -> bool:
@@ -108,12 +114,12 @@ class Comparison:
 
 
 def compare(estimates: dict[Estimator, Estimate]) -> list[Comparison]:
-    """Every pair of estimates of the same rows."""
+    """Compare each pair of estimates of the same rows."""
     found = []
     for (a, x), (b, y) in combinations(estimates.items(), 2):
         cut = max((e.eps for e in (a, b) if e.name == "continuous"), default=0.0)
         error = _ratio_error(x.nats - y.nats, x.tokens)
-        if len(x.nats) < FEW_ROWS:  # which say little of how their differences scatter
+        if len(x.nats) < FEW_ROWS:
             by_draws = math.hypot(x.noise_error, y.noise_error)
             error = max(error, by_draws) if len(x.nats) > 1 else by_draws
         found.append(Comparison((a.name, b.name), x.nelbo - y.nelbo, error, cut * max(x.nelbo, y.nelbo)))
@@ -125,17 +131,19 @@ def compare(estimates: dict[Estimator, Estimate]) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class Passes:
-    """One forward pass of one row each: T of them."""
+    """T forward passes of one row each."""
 
     row: np.ndarray  # int64 [T], ascending
-    group: np.ndarray  # int64 [T], passes of one group share their noise; groups are independent, equal in size by row
-    u: np.ndarray  # float64 [T], on [0, 1): which count or rate
-    slot: np.ndarray  # int64 [T], names the positions' noise
+    group: np.ndarray  # int64 [T]; passes of a group share noise, groups are independent, a row's groups equal in size
+    u: np.ndarray  # float64 [T] on [0, 1), determines the count or the rate
+    slot: np.ndarray  # int64 [T], slot number of the positions' noise
 
 
 def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
-    """The passes for rows of `tokens` eligible positions each, int64 [R]."""
-    rows, draws, streams = np.arange(len(tokens)), estimator.draws, 2 * ESTIMATORS.index(estimator.name)
+    """The forward passes for R rows. tokens: int64 [R], eligible positions of each row."""
+    rows = np.arange(len(tokens))
+    draws = estimator.draws
+    stream_step = 2 * ESTIMATORS.index(estimator.name)
     if estimator.name == "orders":  # k = P .. 1 masked, along one order
         P = tokens.repeat(draws)
         order = np.arange(len(P)).repeat(P)
@@ -145,19 +153,23 @@ def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
     if estimator.name == "systematic":
         length = min(SWEEP, draws // 2)
         sweep = each // length
-        starts = strata.uniforms(estimator.seed, streams, len(each) // length, "none", Stream.EVALUATION)
+        starts = strata.uniforms(estimator.seed, stream_step, len(each) // length, "none", Stream.EVALUATION)
         return Passes(row, sweep, (starts[sweep] + each % length / length) % 1.0, each)
-    u = strata.uniforms(estimator.seed, streams, len(each), "global", Stream.EVALUATION)
+    u = strata.uniforms(estimator.seed, stream_step, len(each), "global", Stream.EVALUATION)
     return Passes(row, each, u, each)
 
 
 def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray, mask_id: int) -> MaskedBatch:
-    """The chosen passes as the model sees them: sum(weights * CE) of a row is its value, in nats."""
-    row, u = torch.from_numpy(passes.row[chosen]), passes.u[chosen]
+    """The model's input for some passes. The value of a row, in nats, is its sum(weights * CE).
+
+    chosen: int64 [B], numbers of the passes.
+    """
+    row = torch.from_numpy(passes.row[chosen])
+    u = passes.u[chosen]
     ids, eligible = rows.ids[row], rows.eligible[row]
-    streams, slots = 2 * ESTIMATORS.index(estimator.name) + 1, passes.slot[chosen]
+    stream_step = 2 * ESTIMATORS.index(estimator.name) + 1
     uniforms = torch.from_numpy(
-        noise.position_uniforms(estimator.seed, streams, slots, ids.shape[1], Stream.EVALUATION)
+        noise.position_uniforms(estimator.seed, stream_step, passes.slot[chosen], ids.shape[1], Stream.EVALUATION)
     ).masked_fill(~eligible, 1.0)
     if estimator.name == "continuous":
         t = estimator.eps + (1 - estimator.eps) * u
@@ -166,8 +178,8 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     counted = corrupt_counted(ids, eligible, uniforms, u, mask_id)
     if estimator.name != "orders":
         return counted
-    # Of the k masked positions the one that is revealed next: last in the order of the uniforms. All steps add up, and
-    # a row's value is a mean over its passes, so each weighs P.
+    # Only the masked position that is revealed next counts: the last one in the order of the uniforms. A row's nats are
+    # the sum over its P steps, but its value is the mean over its passes, so each has weight P.
     P = eligible.sum(dim=1)
     last = torch.from_numpy(np.floor(u * P.numpy())).long()
     position = uniforms.argsort(dim=1, stable=True).gather(1, last[:, None]).squeeze(1)
@@ -184,14 +196,14 @@ def estimate(
     world: World,
     watch: Watchdog | None = None,
 ) -> Estimate:
-    """The nats of each row. A collective; the same on any number of ranks. watch: see `deal`.
+    """Estimate the nats of each row. A collective; equal on any number of ranks. watch: see `deal`.
 
-    Every row must have an eligible position. A causal model cannot predict the first position of a row: where that is
-    eligible, the others stand for it.
+    Every row must have an eligible position. A causal model cannot predict the first position of a row: if that is
+    eligible, it counts with the mean of the others.
     """
     tokens = rows.eligible.sum(dim=1).numpy()
     assert tokens.min() > 0
-    if model.shape.causal:  # a row with nothing but its first position has nothing to predict: it does not count
+    if model.shape.causal:  # a row in which only the first position is eligible does not count
         tokens = tokens * rows.eligible[:, 1:].any(dim=1).numpy()
     each = np.arange(len(tokens))
     passes = Passes(each, each, each * 0.0, each) if model.shape.causal else planned_passes(estimator, tokens)
@@ -210,7 +222,7 @@ def estimate(
 
 
 def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
-    """Means over each row's passes, and the variance of a mean of independent groups. values: float64 [T]."""
+    """The mean of each row's passes, and its variance from the independent groups. values: float64 [T]."""
     nats = np.bincount(passes.row, values) / np.bincount(passes.row)
     group = np.bincount(passes.group, values) / np.bincount(passes.group)
     row = passes.row[np.unique(passes.group, return_index=True)[1]]
@@ -229,10 +241,11 @@ def deal(
     world: World,
     watch: Watchdog | None = None,
 ) -> np.ndarray:
-    """values(numbers) of 0 .. count - 1, `batch` numbers at a time: float64 [count], in order. A collective.
+    """Compute values(numbers) for the numbers 0 .. count - 1, `batch` at a time, split over ranks. A collective.
 
-    Batches are formed by number, whatever the ranks, so every number of ranks computes the same. watch: of a run that
-    trains: each batch is progress, and a stop before one raises Interrupted, on all ranks before the same one.
+    Returns float64 [count] in order. The batches do not depend on the number of ranks, and neither does the result.
+    watch: of a run in training. Each batch counts as progress, and a stop request raises Interrupted before a batch,
+    the same batch on all ranks.
     """
 
     def dealt_batch(number: int) -> np.ndarray:
@@ -244,6 +257,6 @@ def deal(
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
     try:
         dealt = world.deal(len(batches), dealt_batch)
-    finally:  # it may be interrupted
+    finally:  # also after an interruption
         reshard(model)
     return np.concatenate(dealt)

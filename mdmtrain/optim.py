@@ -14,7 +14,7 @@ from mdmtrain.muon import Muon, local
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of iteration `step` (from 0) of `steps`: warm-up, then cosine or stable-then-linear decay."""
+    """The learning rate of step `step` (from 0) of `steps`: warm-up, then cosine, or constant and linear decay."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     floor = config.min_lr_ratio
@@ -53,10 +53,11 @@ Optimizer = torch.optim.AdamW | MuonAndAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The configured optimizer with its state in place from the start, so that a checkpoint can be loaded into it.
+    """Build the optimizer of the configuration. Its state exists at once, so that a checkpoint can be loaded into it.
 
-    Muon takes the matrices of the blocks; fused AdamW takes everything else, or everything. Weight decay acts on
-    matrices only, not on the gains of the norms. A group's `lr_ratio` is its learning rate over `optim.lr`.
+    With `name=muon`, Muon updates the matrices of the blocks and fused AdamW all other parameters. Otherwise AdamW
+    updates all. Weight decay applies to matrices, not to the gains of the norms. `lr_ratio` of a group is its learning
+    rate divided by `optim.lr`.
     """
     matrices = muon_matrices(model) if config.name == "muon" else {}
     others = [p for name, p in model.named_parameters() if name not in matrices]
@@ -76,33 +77,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def muon_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that Muon takes, by name: the matrices of the blocks. Embedding and head are AdamW's."""
+    """The parameters that Muon updates, by name: the matrices of the blocks, without embedding and head."""
     return {name: p for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
 
 
 def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: float | None) -> tuple[Tensor, Tensor]:
-    """Clip and step, or skip on the device where the loss or the gradient norm is not finite.
+    """Clip the gradient and step. The step is skipped, on the device, if the loss or the gradient norm is not finite.
 
-    healthy: bool scalar on the device, the same on every rank: is the step's loss finite? Returns (gradient norm before
-    clipping, skipped: 1.0 or 0.0), both scalars on the device; nothing waits for them, but for offloaded parameters.
+    healthy: bool scalar on the device, the same on every rank: whether the loss is finite. Returns (gradient norm
+    before clipping, skipped: 1.0 or 0.0), scalars on the device. The host waits for them only with offloading.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    # Offloaded gradients are on the CPU, and so must be the flag, complete: AdamW itself would copy it without waiting.
+    # With offloading, the flag must be on the CPU too. It is copied here, because AdamW would not wait for its copy.
     skipped = (~(norm.isfinite() & healthy.to(norm.device))).float()
     if clip_norm is not None:
         clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
-    optimizer.found_inf = skipped  # where this is 1, parameters, moments and counters stay as they are
+    optimizer.found_inf = skipped  # if this is 1, parameters, moments and counters do not change
     optimizer.step()
     optimizer.zero_grad()
     return norm.to(healthy.device), skipped.to(healthy.device)
 
 
 class EMA:
-    """Exponential moving average of the weights, float32, sharded like them."""
+    """Exponential moving average of the weights, float32, sharded like the weights."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
@@ -110,14 +111,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: Tensor) -> None:
-        """One step towards the model's weights; none where the step was skipped."""
+        """Update the average with the model's weights, unless the step was skipped (skipped = 1.0)."""
         share = ((1.0 - self.decay) * (1.0 - skipped)).to(local(next(iter(self.tensors.values()))).device)
         for name, p in model.named_parameters():
             local(self.tensors[name]).lerp_(local(p), share)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averaged weights, inside the block."""
+        """A context in which the model has the averaged weights."""
         self._swap(model)
         try:
             yield

@@ -20,13 +20,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.export import SideExports
+from mdmtrain.checkpoint.initial_weights import load_initial_weights
 from mdmtrain.checkpoint.resume import (
     changes,
     choose_checkpoint,
     continued,
     describe_resume,
     leave_behind,
-    load_initial_weights,
     run_identity,
 )
 from mdmtrain.checkpoint.run_folder import describe_run, removed_if_refused
@@ -36,8 +36,9 @@ from mdmtrain.checkpoint.writer import CheckpointWriter
 from mdmtrain.command import CommandParser, survive_terminal, user_errors
 from mdmtrain.config import Config, RunPlan, resolve
 from mdmtrain.config_help import HelpAction
-from mdmtrain.data.checks import describe_epochs, shared_documents
-from mdmtrain.data.loader import describe_rows, loader_deaths, open_sources, train_loader, validation_rows
+from mdmtrain.cost import mfu_per_speed
+from mdmtrain.data.checks import describe_data, shared_documents
+from mdmtrain.data.loader import check_splits, loader_errors, open_splits, train_loader, validation_rows
 from mdmtrain.data.order import START, Cursor
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ from mdmtrain.due import due_after
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
+from mdmtrain.monitor.display import check_displays
 from mdmtrain.monitor.logs import log, log_to_file, say
 from mdmtrain.monitor.metrics import COMPONENTS, DENSITY, disk_use, evaluated, validation_scores
 from mdmtrain.monitor.profile import Profiler, out_of_memory
@@ -76,7 +78,6 @@ class Inputs:
     sources: list[PreparedSplit]
     validation: list[PreparedSplit]
     tokenizer: Tokenizer
-    tokenizer_file: Path
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,17 @@ def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
     """Lock the run folder, and open and check what the run reads. A collective. Raises AgreedError."""
     run_dir = Path(config.run.dir)
     plan = world.agree(lambda: resolve(config, world.size))
+    world.agree(lambda: check_displays(config), main_only=True)
     lock = world.agree(lambda: RunLock(run_dir) if world.is_main else None)
     world.agree(lambda: log_to_file(run_dir / "logs", world.rank))
-    sources = world.agree(lambda: open_sources(config.data, "train", share=(world.rank, world.size)))
+    splits = world.agree(lambda: open_splits(config.data, ("train", "validation")), main_only=True)
+    world.agree(lambda: check_splits(splits, (config.data.verify, "size"), (world.rank, world.size)))
     watch.at("preparation")  # that may have taken long, and so may what follows
-    validation = world.agree(lambda: open_sources(config.data, "validation", "size"))
+    sources, validation = splits
     wanted = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
     world.agree(lambda: [validation_rows(split, *wanted) for split in validation])  # refused now, not after hours
-    tokenizer_file = Path(config.data.sources[0].path) / store.TOKENIZER_FILE
-    tokenizer = world.agree(lambda: Tokenizer.load(tokenizer_file))
-    return Inputs(plan, lock, sources, validation, tokenizer, tokenizer_file)
+    tokenizer = world.agree(lambda: sources[0].tokenizer())
+    return Inputs(plan, lock, sources, validation, tokenizer)
 
 
 def build_state(inputs: Inputs, config: Config, world: World) -> State:
@@ -134,7 +136,8 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
     listed = config.diffusion.isad_tokens
     delimiters = world.agree(lambda: token_table(listed, tokenizer.pieces(), "diffusion.isad_tokens"))
     sampler = RateSampler(config.diffusion, world.device, delimiters)
-    recorder = StepRecorder(config, inputs.plan, world.device, world.rank)
+    mfu = mfu_per_speed(shape, config, world.size, world.device)
+    recorder = StepRecorder(config, inputs.plan, world.device, world.rank, mfu)
     step = 0
     cursor = START
 
@@ -169,20 +172,20 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
     Raises AgreedError.
     """
     run_dir = Path(config.run.dir)
+    data = (inputs.sources, inputs.validation)
+    facts = world.agree(lambda: describe_data(config, *data, state.cursor), main_only=True)
     moved = world.agree(lambda: leave_behind(config, state.home, state.step), main_only=True)
     world.agree(lambda: describe_run(run_dir, config, state.step, state.origin, world.size), main_only=True)
     run_log = RunLog(config, state.step, world, bits_per_nat(inputs.validation))
     scores = validation_scores(run_dir) if world.is_main else {}
     patience = LATE + config.run.slow_timeout
-    writer = CheckpointWriter(state.home, inputs.tokenizer_file, config.checkpoint, world, patience)
+    writer = CheckpointWriter(state.home, inputs.tokenizer.model, config.checkpoint, world, patience)
     saver = Saver(config, inputs.plan, writer, world, state.resumed, state.identity, state.cursor, scores)
 
-    for line in world.agree(lambda: shared_documents(inputs.sources, inputs.validation), main_only=True):
+    for line in world.agree(lambda: shared_documents(*data), main_only=True):
         log.warning(line)  # on the terminal of rank 0
-    prompts = [source for source in inputs.sources if source.prompts]
     notes = [f"run folder {run_dir}", state.origin, *moved, *run_log.notes, describe_shape(state.shape)]
-    notes += [describe_rows(source, config.data.sequence_length) for source in prompts]
-    notes += describe_epochs(config, inputs.sources, state.cursor)
+    notes += facts
     notes += inputs.plan.reasons
     notes.append(disk_use(config))
     if config.parallel.offload and world.device.type == "cpu":
@@ -213,9 +216,8 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
         SideExports(config, state.resumed, world.is_main).finish()  # one that went with the process that made it
         say(world, nothing_to_do(run.dir, state.step, run.steps))
         return
-    pin = world.device.type == "cuda"
-    sources = inputs.sources
-    loader = world.agree(lambda: train_loader(config, inputs.plan, world.rank, sources, state.step, pin, state.cursor))
+    where = (state.step, world.device.type == "cuda", state.cursor, inputs.validation)
+    loader = world.agree(lambda: train_loader(config, inputs.plan, world.rank, inputs.sources, *where))
     outputs = open_outputs(state, inputs, config, world)
     stopped = take_steps(loader, state, inputs, outputs, config, world, watch)
     outputs.log.checkpoint(outputs.saver.finish())
@@ -288,12 +290,13 @@ def take_steps(
             statistics = row_statistics(ce.detach(), masked_batch, config.diffusion.target)
             eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, process.row_cells(drawn), len(ce), eligible)
+            recorder.add_sources(sums, losses.detach(), batch.samples[:, 0])
         if pair.half:
             recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
         elif due_after(config, state.step + 2).probe and not due_after(config, state.step + 1).interrupts:
             pair.keep()  # no pair across an evaluation or a checkpoint
         watch.at("sums")
-        recorder.add_own_seconds(sums)
+        recorder.add_own(sums)
         world.sum(sums)
         watch.at("optimizer")
         lr = learning_rate(config.optim, state.step, run.steps)
@@ -407,7 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
     gc.freeze()  # what imports have left
     gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
     folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
-    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_deaths(config.data):
+    with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_errors():
         train(config, world, watch)
 
 

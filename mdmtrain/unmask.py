@@ -1,7 +1,8 @@
-"""The sampler: mask tokens become text, a few at each step.
+"""The sampler of generation: it replaces mask tokens by text, a few at each step.
 
-Its words are LLaDA's (arXiv 2502.09992, section 2.4 and appendix B): at each step every masked position of the present
-block proposes a token, and the most confident proposals (or random ones) stay.
+It follows LLaDA (arXiv 2502.09992, section 2.4 and appendix B). At each step the model proposes a token for every
+masked position of the current block. The most confident proposals (or random ones) are kept, the others are masked
+again.
 """
 
 import math
@@ -15,44 +16,46 @@ from torch import Tensor, nn
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
 
-SMALLEST_TEMPERATURE = 1e-6  # below it the noise is lost in rounding, and the result is that of 0
-OnStep = Callable[[Tensor], None]  # the row of tokens after a step
+SMALLEST_TEMPERATURE = 1e-6  # below it the noise is lost in rounding, and the result is the same as with 0
+OnStep = Callable[[Tensor], None]  # is called with the row of tokens after each step
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How masks become tokens. Raises ValueError, in the command's words, for what cannot be."""
+    """The settings of generation. Raises ValueError that names the command-line option, for an invalid value."""
 
-    gen_length: int  # tokens in each gap, in the longest one where they differ
-    steps: int  # forward passes, spread evenly over the blocks; each unmasks an equal share of its block
-    block_length: int  # a gap is filled block by block from the left, all gaps at once; gen_length: in any order
+    gen_length: int  # tokens in each gap; in the longest gap, if they differ
+    steps: int  # forward passes, divided evenly over the blocks; each unmasks an equal share of its block
+    block_length: int  # gaps are filled block by block from the left, all gaps at once; gen_length: one block
     temperature: float = 0.0  # 0: the most probable token
-    cfg_scale: float = 0.0  # logits u + (cfg_scale + 1) (c - u), u those with every given token masked
-    remasking: str = "low_confidence"  # low_confidence | random: which proposals are put back
+    cfg_scale: float = 0.0  # guidance: logits u + (cfg_scale + 1) (c - u), where u has every given token masked
+    remasking: str = "low_confidence"  # low_confidence | random: which proposals are masked again
     seed: int = 0
-    top_k: int | None = None  # draw among so many most probable tokens
-    top_p: float = 1.0  # draw among the fewest tokens that have this probability together
-    eos: str = "any"  # any: as every token | last: its proposals stay after all others | never: it is not chosen
+    top_k: int | None = None  # draw among this many most probable tokens
+    top_p: float = 1.0  # draw among the fewest most probable tokens with this total probability
+    eos: str = "any"  # any: like other tokens | last: kept only after all other proposals | never: not chosen
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "steps", "block_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        length, block = self.gen_length, self.block_length
-        if length % block:
-            fitting = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)
-            raise ValueError(f"--block-length {block} does not divide --gen-length {length}: choose one of {fitting}")
+        if self.gen_length % self.block_length:
+            divisors = ", ".join(str(n) for n in range(1, self.gen_length + 1) if self.gen_length % n == 0)
+            raise ValueError(
+                f"--block-length {self.block_length} does not divide --gen-length {self.gen_length}: "
+                f"choose one of {divisors}"
+            )
         if self.steps % self.blocks:
             raise ValueError(
-                f"--steps {self.steps} does not spread evenly over {self.blocks} blocks (--gen-length {length} / "
-                f"--block-length {block}): make it a multiple of {self.blocks}"
+                f"--steps {self.steps} cannot be divided evenly over {self.blocks} blocks (--gen-length "
+                f"{self.gen_length} / --block-length {self.block_length}): make it a multiple of {self.blocks}"
             )
         for name in ("temperature", "cfg_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
         if 0 < self.temperature < SMALLEST_TEMPERATURE:
             raise ValueError(
-                f"--temperature {self.temperature:g} is too small to be told from 0 (below {SMALLEST_TEMPERATURE:g}): "
+                f"--temperature {self.temperature:g} is too small (below {SMALLEST_TEMPERATURE:g}) to differ from 0: "
                 "give 0 for the most probable token"
             )
         if self.top_k is not None and self.top_k < 1:
@@ -60,7 +63,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError("--top-p must be above 0 and at most 1")
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ValueError("--top-k and --top-p change nothing at --temperature 0: set it, or leave them out")
+            raise ValueError(
+                "--top-k and --top-p have no effect with --temperature 0: set --temperature, or leave them out"
+            )
         if self.eos not in ("any", "last", "never"):
             raise ValueError("--eos must be any, last or never")
         if not 0 <= self.seed < 2**63:
@@ -77,7 +82,7 @@ class MaskedRow:
 
     ids: Tensor  # int64 [L] on the model's device
     sampling: Sampling
-    sample: int  # numbers the draw: the same (seed, sample) gives the same noise in any batch, on any number of ranks
+    sample: int  # number of the draw: (seed, sample) determines the noise in any batch and on any number of ranks
     gaps: Sequence[int] | None = None  # tokens of each gap, in order; None: all have sampling.gen_length
     eos: tuple[int, int] | None = None  # (id, first position where the text may end)
 
@@ -92,7 +97,7 @@ def unmask(
     eos: tuple[int, int] | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Replace every mask_id in a row of tokens by the model's choice: `unmask_rows` of a single row, int64 [L]."""
+    """`unmask_rows` for a single row: replace every mask_id by the model's choice. Returns int64 [L]."""
     return unmask_rows(model, [MaskedRow(ids, sampling, sample, eos=eos)], mask_id, forbidden, on_step)[0]
 
 
@@ -100,11 +105,11 @@ def unmask(
 def unmask_rows(
     model: nn.Module, rows: Sequence[MaskedRow], mask_id: int, forbidden: list[int], on_step: OnStep | None = None
 ) -> list[Tensor]:
-    """Replace every mask_id in the rows by the model's choice; they share forward passes and nothing else.
+    """Replace every mask_id in the rows by the model's choice. Rows share forward passes, but do not affect each other.
 
-    forbidden: ids never chosen. All after an end (`eos`) that nothing can change any more is set to eos without further
-    steps, and the row leaves the batch. Rows of unequal length are padded, which changes logits by rounding only.
-    Returns int64 [L] of each. A collective under FSDP.
+    forbidden: ids that are never chosen. When no mask is left before an eos, the masks after it become eos without
+    further steps, and the row leaves the batch. Rows of different lengths are padded, which changes logits only by
+    rounding. Returns int64 [L] for each row. A collective under FSDP.
     """
     filled = [row.ids.clone() for row in rows]
     cfg_scale = rows[0].sampling.cfg_scale
@@ -127,7 +132,7 @@ def unmask_rows(
 def _steps(
     ids: Tensor, row: MaskedRow, mask_id: int, forbidden: list[int], on_step: OnStep | None
 ) -> Generator[Tensor, Tensor, None]:
-    """Fill the masks of `ids` in place. Yields the positions of each step, int64 [K]; is sent their logits [K, V]."""
+    """Fill the masks of `ids` in place. Yields each step's positions, int64 [K], and receives their logits [K, V]."""
     sampling, eos = row.sampling, row.eos
     masks = (ids == mask_id).nonzero().squeeze(1)
     lengths = row.gaps or [sampling.gen_length] * -(-len(masks) // sampling.gen_length)
@@ -150,7 +155,7 @@ def _steps(
                 confidence = torch.from_numpy(noise.uniforms(bits, len(positions))).to(ids.device)
             if eos is not None and sampling.eos == "last":
                 confidence = confidence.masked_fill(tokens == eos[0], -math.inf)
-            share = len(inside) // steps + (step < len(inside) % steps)  # LLaDA's: what is over goes to the first steps
+            share = len(inside) // steps + (step < len(inside) % steps)  # as in LLaDA: the remainder goes to the first
             keep = confidence.argsort(descending=True, stable=True)[:share]
             ids[positions[keep]] = tokens[keep]
             number += 1
@@ -164,9 +169,9 @@ def _steps(
 def _logits(
     model: nn.Module, rows: list[Tensor], given: list[Tensor], positions: list[Tensor], mask_id: int, cfg_scale: float
 ) -> list[Tensor]:
-    """The logits of some positions of each row, guided away from what the model says without the given tokens.
+    """The logits of some positions of each row, with classifier-free guidance by the given tokens.
 
-    rows: int64 [L] each; given: bool [L] each; positions: int64 [K] each. Returns float64 [K, V] of each.
+    rows: int64 [L] each; given: bool [L] each; positions: int64 [K] each. Returns float64 [K, V] for each row.
     """
     if cfg_scale != 0:
         unknown = [row.masked_fill(known, mask_id) for row, known in zip(rows, given, strict=True)]
@@ -188,10 +193,10 @@ def _logits(
 
 
 def _propose(logits: Tensor, sampling: Sampling, bits: np.random.Philox) -> tuple[Tensor, Tensor]:
-    """A token for each row of logits [K, V] and the model's probability of it: int64 [K], float64 [K]."""
+    """A token for each row of logits [K, V], and its probability under the model: int64 [K], float64 [K]."""
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=-1)
-    else:  # the Gumbel-max trick, in float64: in float32 it lowers the effective temperature (arXiv 2409.02908)
+    else:  # the Gumbel-max trick in float64, because float32 lowers the effective temperature (arXiv 2409.02908)
         uniform = torch.from_numpy(noise.uniforms(bits, logits.numel())).double().view_as(logits).to(logits.device)
         gumbel = -(-(uniform + 2.0**-25).log()).log()
         tokens = (_truncated(logits / sampling.temperature, sampling) + gumbel).argmax(dim=-1)
@@ -199,19 +204,19 @@ def _propose(logits: Tensor, sampling: Sampling, bits: np.random.Philox) -> tupl
 
 
 def _truncated(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [K, V] at the temperature of the draw, -inf but for the tokens that top_k and then top_p leave."""
+    """Logits [K, V], divided by the temperature, with -inf for the tokens that top_k and then top_p exclude."""
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         share = ordered.softmax(dim=-1)
-        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before have as much already
+        beyond = share.cumsum(dim=-1) - share >= sampling.top_p  # the tokens before it already have top_p
         logits = logits.masked_fill(beyond.gather(1, order.argsort(dim=-1)), -math.inf)
     return logits
 
 
 def _ended(ids: Tensor, mask_id: int, eos_id: int, first: int) -> bool:
-    """Whether there is an eos from `first` on with no mask before it."""
+    """Whether there is an eos at position `first` or later without a mask before it."""
     stops = ((ids == mask_id) | ((ids == eos_id) & (torch.arange(len(ids), device=ids.device) >= first))).nonzero()
     return len(stops) > 0 and int(ids[stops[0]]) == eos_id

@@ -1,6 +1,6 @@
-"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only what JSON can say.
+"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only the types of JSON.
 
-Trees of it lie over each other: files from left to right, then section.key=value overrides.
+`read` merges several files and section.key=value overrides. A later one overrides an earlier one.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-# The types of YAML 1.2's core schema (decimal numbers only): tag, look of a plain scalar, its first characters.
+# The types of YAML 1.2's core schema (decimal numbers only): tag, pattern of a plain scalar, its first characters.
 _CORE = [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
@@ -20,7 +20,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the core schema's types and nothing else, and no silent duplicate keys."""
+    """SafeLoader with only the types of the core schema. A duplicate key is an error."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute)
     yaml_constructors = {  # noqa: RUF012
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would not read as a string."""
+    """SafeDumper that quotes every string that the loader would read as another type."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012
 
@@ -47,17 +47,17 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern, _first in _CORE:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
-# YAML 1.1 reads 010 as octal and 1:30 in base 60; the core schema knows neither.
+# YAML 1.1 reads 010 as an octal number and 1:30 as a number in base 60. The core schema has neither.
 _Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def dump(tree: dict) -> str:
-    """Text that `parse` reads back as the same tree."""
+    """The YAML text of a tree. `parse` returns the same tree."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def parse(text: str, where: str) -> Any:
-    """The tree that a text describes. Raises ValueError, one line that starts with `where`."""
+    """The tree of a YAML text. Raises ValueError with one line that starts with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -68,7 +68,7 @@ def parse(text: str, where: str) -> Any:
 
 
 def read_file(path: str) -> dict:
-    """The tree of a file. Raises ValueError."""
+    """The tree of a file. Raises ValueError if it cannot be read or has no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -82,7 +82,10 @@ def read_file(path: str) -> dict:
 
 
 def read(arguments: list[str]) -> tuple[dict, list[str]]:
-    """The tree of a command line's files and overrides, and which of its arguments are files. Raises ValueError."""
+    """The merged tree of command-line arguments (files and overrides), and which of them are files.
+
+    Raises ValueError if there is no file, or if one cannot be read.
+    """
     overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
     files = [a for a in arguments if a not in overrides]
     if not files:
@@ -96,6 +99,7 @@ def read(arguments: list[str]) -> tuple[dict, list[str]]:
 
 
 def _overlay(below: dict, above: dict) -> dict:
+    """A copy of `below` in which the values of `above` replace those of the same key, section by section."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

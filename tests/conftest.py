@@ -57,7 +57,7 @@ def write_config(tree: dict, path: Path) -> Path:
     return path
 
 
-WALL_CLOCK = ("time", "tokens_per_second", "data_wait", "slowest_rank", "slowest_over_median")
+WALL_CLOCK = ("time", "tokens_per_second", "data_wait", "slowest_rank", "slowest_over_median", "mfu", "memory_gib")
 
 
 def read_metrics(run_dir: Path | str) -> list[dict]:

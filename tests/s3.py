@@ -27,7 +27,7 @@ class Bucket:
 
     def upload(self, folder: Path) -> str:
         """The URL of a copy of a folder."""
-        url = f"{self.url}/{folder.name}-{time.monotonic_ns()}"
+        url = f"{self.url}/{time.monotonic_ns()}/{folder.name}"
         for file in folder.iterdir():
             self.write(f"{url}/{file.name}", file.read_bytes())
         return url
@@ -78,7 +78,8 @@ def s3() -> Iterator[Bucket]:
             time.sleep(0.1)
         bucket = Bucket(process, endpoint)
         filesystem, path = fsspec.core.url_to_fs(bucket.url)
-        filesystem.mkdir(path)
+        filesystem.clear_instance_cache()  # of another module's server
+        fsspec.core.url_to_fs(bucket.url)[0].mkdir(path)
         yield bucket
     process.kill()
     process.wait()

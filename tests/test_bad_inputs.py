@@ -405,7 +405,7 @@ def run_with_its_average_switched_off(lab):
     return lab.resume("optim.ema_decay=null")
 
 
-@case("train", "{lab}/run holds a run already", "checkpoint.resume=never", "choose another run.dir")
+@case("train", "{lab}/run already contains a run", "checkpoint.resume=never", "choose another run.dir")
 def run_that_must_be_new(lab):
     return lab.resume("checkpoint.resume=never")
 
@@ -481,7 +481,7 @@ def checkpoint_with_another_tokenizer(lab):
     return [str(lab.folder / "checkpoint")]
 
 
-@case("train", "cannot read checkpoint {lab}/run/checkpoints/step-00000006", "without this one", "the one before")
+@case("train", "cannot read checkpoint {lab}/run/checkpoints/step-00000006", "use another one", "the one before it")
 def checkpoint_with_rubbish_inside(lab):
     """As old as checksums are not: a newer checkpoint is passed over."""
     arguments = lab.resume()
@@ -517,7 +517,7 @@ def rows_longer_than_the_split_to_evaluate(lab):
     return [str(lab.folder / "checkpoint")]
 
 
-@case("evaluate", "other", "another tokenizer than the model's", "prepare it again with --tokenizer")
+@case("evaluate", "other", "another tokenizer than the model's", "prepare it again, with the folder")
 def data_of_another_tokenizer(lab):
     return [str(lab.finished), "--data", str(lab.other_corpus)]
 
@@ -573,7 +573,7 @@ def pairs_longer_than_the_model(lab):
     return [str(lab.finished), "--data", str(lab.file("pairs.jsonl", record))]
 
 
-@case("evaluate", "--mc-num 7", "two sweeps", "an even number")
+@case("evaluate", "--mc-num 7", "systematic", "an even number")
 def draws_that_make_no_sweeps(lab):
     return [str(lab.finished), "--estimator", "systematic", "--mc-num", "7"]
 
@@ -588,7 +588,7 @@ def unknown_estimator(lab):
     return [str(lab.finished), "--estimator", "exact"]
 
 
-@case("evaluate", "--eps must lie between 0 and 1")
+@case("evaluate", "--eps must be between 0 and 1")
 def eps_that_is_no_rate(lab):
     return [str(lab.finished), "--estimator", "continuous", "--eps", "1.5"]
 
@@ -611,7 +611,7 @@ def blocks_that_do_not_fit(lab):
     return [str(lab.finished), "--gen-length", "12", "--block-length", "5"]
 
 
-@case("generate", "--steps 7 does not spread evenly over 4 blocks", "a multiple of 4")
+@case("generate", "--steps 7 cannot be divided evenly over 4 blocks", "a multiple of 4")
 def steps_that_do_not_fit(lab):
     return [str(lab.finished), "--gen-length", "8", "--block-length", "2", "--steps", "7"]
 
@@ -648,7 +648,7 @@ def gaps_that_do_not_fit(lab):
     return [str(lab.finished), "--input", str(file), "--gen-length", "16", "--output", str(lab.folder / "out.jsonl")]
 
 
-@case("generate", "--input already has the texts", "leave out --prefix")
+@case("generate", "--input cannot be combined with --prefix or --suffix")
 def prompts_twice(lab):
     return [str(lab.finished), "--input", str(lab.file("in.jsonl", '{"prefix": "a"}\n')), "--prefix", "b"]
 
@@ -735,7 +735,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(lab, tmp_path):
     damaged = cut(shard(lab.run / lab.newest))
     done = warm("train", lab.train(), tmp_path / "x.out")
     assert done.status == 0, done.err
-    assert done.err.startswith(f"WARNING: passing over a broken checkpoint: {damaged}: ") and done.err.count("\n") == 1
+    assert done.err.startswith(f"WARNING: skipping a broken checkpoint: {damaged}: ") and done.err.count("\n") == 1
     assert f"resumed from {lab.run / 'checkpoints/step-00000004'}" in done.out
     assert read_metrics(lab.run) == read_metrics(lab.finished)
     assert damaged.read_bytes() == (lab.finished / lab.newest / damaged.name).read_bytes()
@@ -783,7 +783,7 @@ def test_a_full_disk_loses_nothing(lab, small_disk, tmp_path):
     # Beside the training: the disk is full for the metrics too, and either may notice first.
     for asynchronous, lines in (("true", [checkpoint, metrics]), ("false", [checkpoint])):
         line = warm("train", [*arguments, f"checkpoint.asynchronous={asynchronous}"], tmp_path / "full.out").refusal()
-        assert any(one in line for one in lines) and ("free the disk" in line or "make room" in line)
+        assert any(one in line for one in lines) and ("free disk space" in line or "make room" in line)
         assert [folder.name for folder in (disk / "run/checkpoints").iterdir()] == ["step-00000002"]
         store.read_meta(disk / "run/checkpoints/step-00000002")
     enlarge()

@@ -20,7 +20,7 @@ def test_bench_step(small_run, tmp_path):
     tree = small_run({"monitor": {"log_every": 5, "tensorboard": False}, "run": {"global_batch": 8, "micro_batch": 4}})
     out, config = tmp_path / "bench.json", write_config(tree, tmp_path / "config.yaml")
     parts = "loop,recompute,memory,optimizer"
-    done = tool("bench_step.py", str(config), "--only", parts, "--repeat", "1", "--json", str(out))
+    done = tool("bench/step.py", str(config), "--only", parts, "--repeat", "1", "--json", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     loop = result["loop"]
@@ -79,5 +79,5 @@ def test_a_part_that_fails_hides_no_other(gpu_check, monkeypatch, tmp_path):
 
 def test_gpu_check_needs_a_gpu(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: False)
-    with pytest.raises(ValueError, match=r"needs a CUDA GPU and sees none: .* --cpu-rehearsal"):
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU, but there is none: .* --cpu-rehearsal"):
         gpu_check.main([])

@@ -74,12 +74,12 @@ def test_run_folder(trained):
 def test_tensorboard_shows_what_metrics_say(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(trained / "events"), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(trained / "events" / trained.name), size_guidance={"scalars": 0})
     events.Reload()
-    drawn = {event.step: event.value for event in events.Scalars("train/loss")}
+    drawn = {event.step: event.value for event in events.Scalars("Overview/loss")}
     written = {r["step"]: r["loss"] for r in read_metrics(trained) if "split" not in r}
     assert drawn.keys() == written.keys()
-    assert [image.step for image in events.Images("train/rate_density")] == [15, 30]
+    assert [image.step for image in events.Images("variance/rate_density")] == [15, 30]
     assert all(drawn[step] == pytest.approx(value, rel=1e-6) for step, value in written.items())
 
 
@@ -108,10 +108,10 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(trained, tmp_path):
 
 
 def test_the_variance_of_the_estimators(trained, tmp_path):
-    """tools/estimator_variance.py: every estimator targets the NELBO, so their means agree within their errors."""
+    """tools/bench/estimators.py: every estimator targets the NELBO, so their means agree within their errors."""
     file = tmp_path / "variance.json"
     options = ["--rows", "2", "--mc-num", "4", "--seeds", "3", "--estimator", "counted", "systematic"]
-    command = [sys.executable, "tools/estimator_variance.py", str(trained), *options, "--json", str(file)]
+    command = [sys.executable, "tools/bench/estimators.py", str(trained), *options, "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     counted, systematic = json.loads(file.read_text())["results"].values()
@@ -135,7 +135,7 @@ def test_evaluation_of_other_text(trained, tmp_path):
     for ranks in (None, 2, 4) if SOAK else (None, 2):
         file = tmp_path / f"{ranks}.json"
         output = run("mdmtrain.evaluate", str(trained), *options, "--json", str(file), ranks=ranks)
-        assert "one document a row" in output and "agree" in output
+        assert "one document per row" in output and "agree" in output
         reports.append(json.loads(file.read_text())["results"])
     assert all(report == reports[0] for report in reports)
     lines, conditional = reports[0]

@@ -322,7 +322,7 @@ def test_the_plan_gives_its_reasons():
     assert plan.reasons[1] == "tokens per step 4,096 = 256 rows x 16"
     assert plan.reasons[2] == "tokens in the run 40,960 = 10 steps x 4,096"
     cut = resolve(built(global_batch=8, micro_batch=32), 2)
-    assert cut.micro_batch == 4 and "micro-batch 4, not 32: a rank has only 4 rows" in cut.reasons[0]
+    assert cut.micro_batch == 4 and "micro-batch 4 instead of 32: a rank has only 4 rows" in cut.reasons[0]
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 40))
@@ -422,6 +422,24 @@ def test_a_stored_configuration_of_an_older_version_is_read_under_the_new_keys()
     assert "grid" in old["diffusion"], "the caller's tree is left as it was"
 
 
+def test_phases_and_weights_that_cannot_be_are_refused(base):
+    two = "data.sources=[{path: x, weight: 2}, {path: y, weight: 0}]"
+    phase = "data.phases=[{from_step: 9, weights: [1, 3]}]"
+    loaded = config.load([base, two, phase]).data
+    assert loaded.weights == (2.0, 0.0) and loaded.phases[0].weights == (1.0, 3.0)
+    for arguments, words in [
+        ([two], "y has weight 0 throughout"),
+        ([two, "data.phases=[{from_step: 9, weights: [1]}]"], "the phase from step 9 has 1 weights for 2 sources"),
+        ([two, "data.phases=[{from_step: 9, weights: [0, 0]}]"], "all weights are 0 from step 9 on"),
+        ([two, "data.phases=[{from_step: 9, weights: [1, 1]}, {from_step: 9, weights: [1, 2]}]"], "in the order of"),
+        ([two, "data.phases=[{from_step: 0, weights: [1, 1]}]"], "greater than 0"),
+        ([two, "data.phases=[{form_step: 9, weights: [1, 1]}]"], "did you mean 'data.phases.0.from_step'?"),
+        (["data.sources=[{path: x, weight: 0}]"], "all weights are 0 from step 0 on"),
+        (["data.sources=[{path: 's3://bucket/x'}]"], "s3://bucket/x is read through a cache: give data.cache_dir"),
+    ]:
+        assert words in refused(base, *arguments), arguments
+
+
 # ---- what --help says
 
 
@@ -439,11 +457,15 @@ def model_keys(prefix: str, model: type) -> set[str]:
 
 def test_help_has_every_key_with_its_default_and_meaning():
     listed = {key.name: key for section in config_help.sections() for key in config_help.keys(section)}
-    assert set(listed) - {"data.sources[].path", "data.sources[].weight"} == model_keys("", Config)
+    inner = {name for name in listed if "[]." in name}
+    assert inner == {f"data.sources[].{name}" for name in config.DataSource.model_fields} | {
+        f"data.phases[].{name}" for name in config.DataPhase.model_fields
+    }
+    assert set(listed) - inner == model_keys("", Config)
     assert all(key.meaning and key.kind for key in listed.values())
     assert listed["run.dir"].default is None and listed["optim.adam_eps"].default == "1e-08"
     assert listed["optim.ema_decay"].kind == "number > 0, < 1 or null"
-    assert listed["checkpoint.allow_changed"].kind == "list of global_batch | data | sequence_length"
+    assert listed["checkpoint.allow_changed"].kind == "list of global_batch | data | sequence_length | phases"
     whole = config_help.text()
     for key in listed.values():
         value = "(required)" if key.default is None else f"= {key.default}"
@@ -459,7 +481,7 @@ def test_help_of_one_section(capsys):
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "optim.lr (required)" in shown and "run.dir" not in shown
-    with pytest.raises(ValueError, match="no section 'optimm' in a configuration: there are run, model, data"):
+    with pytest.raises(ValueError, match="unknown section 'optimm' of the configuration: choose from run, model, data"):
         config_help.text("optimm")
 
 

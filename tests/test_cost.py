@@ -17,6 +17,7 @@ from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
 from tools import observed
+from tools.bench import allocator
 
 SHAPE = dict(vocab_size=64, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=176)
 
@@ -173,7 +174,7 @@ MEMORY_CASES = [
 
 def measure_memory(world) -> list[dict[str, float]]:
     """In the order of MEMORY_CASES."""
-    return [observed.measured_memory(*memory_case(world.size, *case), world, 0.5) for case in MEMORY_CASES]
+    return [allocator.measured_memory(*memory_case(world.size, *case), world, 0.5) for case in MEMORY_CASES]
 
 
 def memory_case(ranks: int, change: dict, parallel: dict, optimizer: str = "adamw") -> tuple:
@@ -200,6 +201,18 @@ def test_memory_is_what_the_allocator_hands_out(ranks):
         most = max(measured[kind] for kind in cost.WORK)
         worst = max(worst, (there + sum(planned[kind] for kind in cost.WORK)) / most - 1)
     assert worst > 0.2
+
+
+def test_mfu_is_the_counted_flops_over_the_peak(monkeypatch):
+    """At the planned speed it is the planned MFU; a GPU that is not listed, and the CPU, have none."""
+    config, shape = config_of({}), ModelShape(**SHAPE)
+    planned = cost.cost(config, shape, 8, cost.GPUS["h100"], cost.Assumptions())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = torch.device("cuda", 0)
+    assert cost.mfu_per_speed(shape, config, 8, gpu) * planned.tokens_per_second == pytest.approx(planned.mfu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
+    assert cost.mfu_per_speed(shape, config, 8, gpu) is None
+    assert cost.mfu_per_speed(shape, config, 8, torch.device("cpu")) is None
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

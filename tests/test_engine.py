@@ -259,7 +259,7 @@ def test_graphs_made_late_are_reported(monkeypatch, caplog):
             {"activation_checkpointing": "budget", "compile": True, "recompute_budget": 1.5},
             "'parallel.recompute_budget': input",
         ),
-        ({"fused_head": True, "compute_dtype": "bfloat16"}, "fused_head gives losses of compute_dtype"),
+        ({"fused_head": True, "compute_dtype": "bfloat16"}, "fused_head=true would compute losses in bfloat16"),
     ],
 )
 def test_what_torch_cannot_do_is_refused(short_run, parallel, message):

@@ -285,10 +285,10 @@ def cut_a_shard(number: int) -> None:
 
     opened = PreparedSplit.__init__
 
-    def opening(split, folder, *arguments):
-        opened(split, folder, *arguments)
+    def opening(split, folder, *arguments, **named):
+        opened(split, folder, *arguments, **named)
         if split.split == "train":
-            at_step(2, lambda: os.truncate(Path(folder) / split._shards[0]["file"], 0))
+            at_step(2, lambda: os.truncate(Path(folder) / "train-00000.bin", 0))
 
     PreparedSplit.__init__ = opening
 

@@ -247,7 +247,7 @@ def test_a_temperature_that_is_lost_in_rounding_is_refused(text):
         Sampling(1, 1, 1, temperature(text))
     for fine in ("0", "0.0", "0e5", "1e-3", "1.5"):
         Sampling(1, 1, 1, temperature(fine))
-    with pytest.raises(ValueError, match="--top-k and --top-p change nothing"):
+    with pytest.raises(ValueError, match="--top-k and --top-p have no effect"):
         Sampling(1, 1, 1, 0.0, top_p=0.5)
 
 

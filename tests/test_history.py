@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mdmtrain.checkpoint import resume, run_folder, store
+from mdmtrain.checkpoint import initial_weights, run_folder, store
 from mdmtrain.checkpoint.export import export
 from mdmtrain.checkpoint.weights import open_checkpoint
 from tests.conftest import read_metrics, write_config
@@ -158,7 +158,7 @@ def test_another_vocabulary_is_refused_with_an_offer(finished, tmp_path):
     line = train(tmp_path / "new", finished, *new).refusal()
     assert "its vocabulary has 512 rows, not 640" in line and "checkpoint.resize_vocab=true" in line
     done = train(tmp_path / "new", finished, *new, "checkpoint.resize_vocab=true")
-    assert done.status == 0 and "resized: 512 of 512 pieces keep their rows" in done.out
+    assert done.status == 0 and "resized: 512 of 512 tokens keep their rows" in done.out
     # 128 more rows with the mean logit: the loss rises, by no more than their share of the softmax.
     was, now = ([r["nelbo"] for r in read_metrics(run) if "split" in r][-1] for run in (finished, tmp_path / "new"))
     assert was < now < was + 0.5
@@ -167,10 +167,10 @@ def test_another_vocabulary_is_refused_with_an_offer(finished, tmp_path):
 def test_rows_follow_their_pieces():
     import torch
 
-    rows = resume.rows_by_piece(["<s>", "a", "b"], ["b", "<s>", "c"], 4)
+    rows = initial_weights.rows_by_piece(["<s>", "a", "b"], ["b", "<s>", "c"], 4)
     assert rows.tolist() == [2, 0, -1, -1]
     old = torch.tensor([[0.0, 3.0], [3.0, 0.0], [6.0, 6.0], [100.0, 100.0]])  # the last is no piece's
-    assert resume.resized(old, rows, 3).tolist() == [[6.0, 6.0], [0.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
+    assert initial_weights.resized(old, rows, 3).tolist() == [[6.0, 6.0], [0.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
 
 
 # ---- evaluate and generate on what there is
@@ -215,9 +215,9 @@ def test_a_run_is_evaluated_from_anywhere_and_so_is_its_export(server, corpus, f
     assert made.status == 0 and "1 texts, " in made.out
     moved = Path(shutil.move(export_to, tmp_path / "moved"))
     line = from_elsewhere(away, "evaluate", [str(moved), "--weights", "raw"], tmp_path / "refused").refusal()
-    assert "is an exported folder, which has one kind of weights" in line
+    assert "is an exported folder, which has only one set of weights" in line
     (away / "data/corpus").rmdir()
     line = from_elsewhere(away, "evaluate", [str(moved)], tmp_path / "refused").refusal()
-    assert "its data folder data/corpus is not found: name what to evaluate with --data" in line
+    assert "its data folder data/corpus does not exist: give the data to evaluate with --data" in line
     line = from_elsewhere(away, "evaluate", [str(tmp_path / "data")], tmp_path / "refused").refusal()
     assert "name a run, a checkpoint or an exported folder" in line

@@ -173,7 +173,7 @@ def test_systematic_sweeps_hit_every_count_alike():
         3,
     ]
     for draws in (7, 40):
-        with pytest.raises(ValueError, match=f"--mc-num {draws}: systematic draws come in"):
+        with pytest.raises(ValueError, match=f"--mc-num {draws}: the systematic estimator needs"):
             Estimator("systematic", draws, 0, EPS)
     starts = np.array([planned_passes(Estimator("systematic", 2, seed, EPS), np.full(1, 7)).u[0] for seed in range(60)])
     assert np.bincount(np.floor(starts * 7).astype(int), minlength=7).min() > 0

@@ -42,7 +42,7 @@ def commands() -> list[str]:
 def help_of(name: str) -> str:
     """What NAME --help prints. Raises AssertionError unless the command ends with status 0 after it."""
     output = io.StringIO()
-    path = [str(ROOT / "tools"), *sys.path]
+    path = [str((ROOT / name).parent), *sys.path]  # of a script; a module is found without it
     with (
         patch.object(sys, "argv", [name, "--help"]), patch.object(sys, "path", path), warnings.catch_warnings(),
         contextlib.redirect_stdout(output), contextlib.redirect_stderr(output),

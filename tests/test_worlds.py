@@ -230,8 +230,8 @@ def test_a_fitted_sampler_is_the_same_on_all_ranks_and_after_a_resume(small_run,
     first = 5 * (1 + [p != ones for p in online[1]].index(True))  # steps before the first fit
     assert [alone[0][0][step] for step in range(first)] == [online[0][step] for step in range(first)]
     assert np.frombuffer(alone[0][1][-1]) == pytest.approx(np.frombuffer(online[1][-1]), rel=1e-3)
-    # What the variance machinery adds to a step's communication: numbers by bin, two by rank, and three more.
-    assert [run[2] for run in both[0]] == [{8 * (2 * 8 + 3 + 2 * 2)}] * 2
+    # What the variance machinery adds to a step's communication: numbers by bin, three by rank, and three more.
+    assert [run[2] for run in both[0]] == [{8 * (2 * 8 + 3 + 3 * 2)}] * 2
     names = ("online-0", "online-1", "online-2", "once-1", "once-2")
     records = {name: read_metrics(tmp_path / name) for name in names}
     seen = {"grad_noise", "noise_scale_tokens", "probe", "rate_density"}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""A trained model for other programs, and their models for training.
+"""Convert a trained model for other programs (--to), or another program's model for training (--from).
 
-  tools/convert_ckpt.py runs/quickstart --to qwen3 --out runs/quickstart-qwen3     transformers loads the folder
-  tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         checkpoint.init_from=runs/start
+  tools/convert_ckpt.py runs/quickstart --to qwen3 --out runs/quickstart-qwen3     for transformers
+  tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         for checkpoint.init_from=runs/start
 
-SRC of --to is a run, a checkpoint or an exported folder. Memory: a few times the largest tensor. The self-check after
---to loads the model as well, once with our code and once with the target's.
+With --to, SRC is a run, a checkpoint or an exported folder. The conversion needs memory for a few times the largest
+tensor. The self-check after --to also loads the whole model, once with our code and once with the target's.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
 
 CHECK_TOKENS = 32
-TOLERANCE = 1e-4  # of the largest logit, float32: other orders of summation, and no more
+TOLERANCE = 1e-4  # of the largest logit in float32, for another order of summation
 CHECK_TEXT = Path(__file__).read_text()
 
 
 def byte_size(argument: str) -> int:
-    """The type of an argument that is a size: 5GB, 200MB, 1000KB."""
+    """The bytes of a size argument: 5GB, 200MB, 1000KB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", argument.upper())
     if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{argument!r} is no size: write it as 5GB, 200MB or 1000KB")
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a size: write it as 5GB, 200MB or 1000KB")
     return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
 
 
@@ -48,14 +48,16 @@ def byte_size(argument: str) -> int:
 
 
 def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[str]:
-    """Compare an exported folder with what it was made from; what was found. Raises ValueError where it differs."""
-    tokenizer, found = Tokenizer(weights.tokenizer, str(folder)), []
-    again, names = open_folder(folder, target), formats.tensor_shapes(weights.shape)
+    """Compare an exported folder with its source. Returns lines of a report. Raises ValueError if they differ."""
+    tokenizer = Tokenizer(weights.tokenizer, str(folder))
+    found = []
+    again = open_folder(folder, target)
+    names = formats.tensor_shapes(weights.shape)
     if replace(again.shape, causal=weights.shape.causal) != weights.shape:
         raise ValueError(f"self-check: {folder} describes another model: {again.shape}")
     for name in names:
         if not torch.equal(again.read(name), cast(weights.read(name), dtype, name)):
-            raise ValueError(f"self-check: {name} came back changed")
+            raise ValueError(f"self-check: {name} has other values in the folder")
     found.append(f"{len(names)} tensors read back, hashes and values equal")
     if has_transformers():
         found.append(compare_tokenizer(folder, tokenizer))
@@ -69,14 +71,15 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
             return [*found, "logits not compared: pip install 'mdmtrain[transformers]'"]
     else:
         theirs = our_logits(again, "float32", torch.cat([ids, other])).chunk(2)
-    difference, largest = float((theirs[0] - ours).abs().max()), float(ours.abs().max())
+    difference = float((theirs[0] - ours).abs().max())
+    largest = float(ours.abs().max())
     if not difference <= TOLERANCE * largest:
         raise ValueError(f"self-check: logits differ by {difference:.3g}, the largest is {largest:.3g}")
     found.append(f"logits equal: largest difference {difference:.3g} of {largest:.3g}")
     seen = float((theirs[0][0, 0] - theirs[1][0, 0]).abs().max())
     if (seen > 0) == weights.shape.causal:
         raise ValueError(f"self-check: the last token changes the first logits by {seen:.3g}: wrong attention")
-    found.append(f"attention as it should be: the last token changes the first logits by {seen:.3g}")
+    found.append(f"attention is correct: the last token changes the first logits by {seen:.3g}")
     return found
 
 
@@ -97,7 +100,7 @@ def our_logits(weights: Weights, dtype: str, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
-    """The same by transformers, batch by batch; None where it is not installed. Raises ValueError if it is too old."""
+    """The logits of transformers for each batch, or None if it is not installed. Raises ValueError if it is too old."""
     if not has_transformers():
         return None
     installed = importlib.metadata.version("transformers")
@@ -116,13 +119,14 @@ def transformers_logits(folder: Path, *batches: Tensor) -> list[Tensor] | None:
 
 
 def compare_tokenizer(folder: Path, tokenizer: Tokenizer) -> str:
-    """Raises ValueError where transformers' tokenizer of a folder is another than ours.
+    """Compare the tokenizer that transformers loads from a folder with ours. Raises ValueError if they differ.
 
-    Compared are the ids of texts, among them one with every special and user-defined piece, and the id of every piece.
+    It compares the ids of texts, including one with all special and user-defined tokens, and the id of every token.
     """
     from transformers import AutoTokenizer
 
-    theirs, count = AutoTokenizer.from_pretrained(folder), 0
+    theirs = AutoTokenizer.from_pretrained(folder)
+    count = 0
     for text in (CHECK_TEXT, *tokenizer.probes()):
         ids = tokenizer.encode(text)
         if theirs.encode(text, add_special_tokens=False) != ids or theirs.decode(ids) != text:
@@ -148,27 +152,48 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("source", type=place, metavar="SRC", help="run, checkpoint or model folder")
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=list(formats.MODEL_TYPES), help="write a folder of this format")
-    way.add_argument("--from", dest="origin", choices=list(formats.MODEL_TYPES), help="SRC has it: write a checkpoint")
+    way.add_argument("--to", choices=list(formats.MODEL_TYPES), help="export SRC to a folder in this format")
+    way.add_argument(
+        "--from",
+        dest="origin",
+        choices=list(formats.MODEL_TYPES),
+        help="import SRC, a folder in this format, into a checkpoint",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the folder (default: %(default)s)")
-    parser.add_argument("--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="default: %(default)s")
-    parser.add_argument("--weights", choices=["average", "raw"], help="default: the average where the run kept one")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="dtype of the exported tensors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of a safetensors file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["average", "raw"],
+        help="weight average or raw weights (default: the average, if the run has one)",
+    )
     parser.add_argument("--no-check", action="store_true", help="skip the self-check, which loads the whole model")
     args = parser.parse_args(arguments)
     source = open_folder(args.source, args.origin) if args.origin else open_any(args.source, args.weights)
     report: list[str] = []
 
     def check(folder: Path) -> None:
-        report.extend([] if args.no_check else self_check(folder, source, args.to, args.dtype))
+        if not args.no_check:
+            report.extend(self_check(folder, source, args.to, args.dtype))
 
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("converting", total=source.shape.parameters())
+
+        def advance(values: int) -> None:
+            bar.advance(task, values)
+
         if args.origin:
-            import_checkpoint(source, args.out, lambda values: bar.advance(task, values))
+            import_checkpoint(source, args.out, advance)
         else:
-            done = lambda values: bar.advance(task, values)  # noqa: E731
-            export(source, args.to, args.out, args.dtype, args.max_shard_size, check, done)
+            export(source, args.to, args.out, args.dtype, args.max_shard_size, check, advance)
     print(f"wrote {args.out}: {source.shape.parameters():,} parameters from {source.place}")
     for line in report:
         print(f"self-check: {line}")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Everything that needs a GPU to be checked or measured, in one command of less than nine minutes.
+"""Run all checks and measurements that need a GPU, in less than nine minutes.
 
     python tools/gpu_check.py [--only PART,...] [--json FILE] [--data PREPARED] [--cpu-rehearsal]
 
-Attention against a reference, graphs of torch.compile, a loop that never waits for the device, skipping on the device,
-saves behind training, benchmarks at 170M and 1B parameters with memory against the plan. Needs no network: its text is
-Python source from site-packages. Each part runs in a process of its own: one that fails, crashes or hangs hides no
-other. Exit status: 0, or 1 where a check failed. `--cpu-rehearsal` runs the parts without a GPU, at tiny sizes: it
-checks this tool, not a GPU.
+The parts are: attention against a reference, graphs of torch.compile, a training loop without synchronization, skipping
+on the device, asynchronous saves, and benchmarks at 170M and 1B parameters that compare memory with the plan. They need
+no network: the text is Python source from site-packages. Each part runs in its own process, so that a failure, a crash
+or a hang does not affect other parts. Exit status: 0, or 1 if a check failed. `--cpu-rehearsal` runs the parts without
+a GPU at tiny sizes. It checks this tool, not a GPU.
 """
 
 import json
@@ -25,17 +25,19 @@ from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
-import gpu_bench
-import gpu_parts as parts
 import torch
-from gpu_parts import Place, Report
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 
-# In order of importance; seconds that each may take on a GPU. What does not fit into the budget any more is left out.
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))  # the modules below
+import gpu_bench
+import gpu_parts as parts
+from gpu_parts import Place, Report
+
+# The parts in order of importance, with the time limit of each in seconds. Parts beyond the budget are left out.
 PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {
     "device": (parts.device, 40),
     "corpus": (parts.corpus, 60),
@@ -49,12 +51,12 @@ PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {
     "bench_1b": (gpu_bench.bench_1b, 120),
 }
 BUDGET = 530.0  # seconds
-LEAST = 20  # seconds without which no part begins
-fork = multiprocessing.get_context("fork")  # all imports are there; CUDA is started in the children alone
+LEAST = 20  # a part starts only if this many seconds are left
+fork = multiprocessing.get_context("fork")  # fork keeps the imports; only the children initialize CUDA
 
 
 def has_gpu() -> bool:
-    """Asked in a child: a process that has looked at CUDA cannot fork others that use it."""
+    """Whether there is a CUDA GPU. A child checks it, because a process that has used CUDA must not fork."""
     process = fork.Process(target=lambda: os._exit(0 if torch.cuda.is_available() else 1))
     process.start()
     process.join()
@@ -62,13 +64,15 @@ def has_gpu() -> bool:
 
 
 def run_part(name: str, place: Place, limit: float) -> dict:
-    """Run a part in a child for at most `limit` seconds; what it found, and how it ended."""
-    file, output = place.folder / f"{name}.json", place.folder / f"{name}.log"
-    process, start = fork.Process(target=child, args=(name, place, file, output)), time.monotonic()
+    """Run a part in a child process for at most `limit` seconds. Returns its findings and its status."""
+    file = place.folder / f"{name}.json"
+    output = place.folder / f"{name}.log"
+    process = fork.Process(target=child, args=(name, place, file, output))
+    start = time.monotonic()
     process.start()
     process.join(limit)
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own: loaders and all
+        os.killpg(process.pid, signal.SIGKILL)  # the part has its own process group, with its loader processes
         process.join()
         ended = f"did not end within {limit:.0f} s"
     else:
@@ -82,6 +86,7 @@ def run_part(name: str, place: Place, limit: float) -> dict:
 
 
 def child(name: str, place: Place, file: Path, output: Path) -> None:
+    """The child process of a part. Writes the findings to `file` and standard output and error to `output`."""
     os.setpgid(0, 0)
     with open(output, "w", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -91,7 +96,7 @@ def child(name: str, place: Place, file: Path, output: Path) -> None:
     report.write()
     try:
         with ExitStack() as patches:
-            if place.rehearsal:  # the same graphs, without minutes of a C++ compiler
+            if place.rehearsal:  # the same graphs, but without the C++ compiler, which takes minutes
                 quick = partialmethod(torch.nn.Module.compile, backend="eager")
                 patches.enter_context(patch.object(torch.nn.Module, "compile", quick))
             PARTS[name][0](report, place)
@@ -101,22 +106,26 @@ def child(name: str, place: Place, file: Path, output: Path) -> None:
         report.write()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads and the interpreter's shutdown do not go together (mdmtrain/monitor/logs.py)
+    os._exit(0)  # gloo's threads may crash during the shutdown of the interpreter (mdmtrain/monitor/logs.py)
 
 
 def part_names(argument: str) -> list[str]:
+    """The value of --only: names of parts, comma-separated."""
     names = argument.split(",")
     if not set(names) <= set(PARTS):
-        raise ArgumentTypeError(f"expected some of {','.join(PARTS)}, got {argument}")
+        raise ArgumentTypeError(f"{argument}: unknown part: choose from {','.join(PARTS)}")
     return names
 
 
 def table_of(results: dict[str, dict]) -> Table:
+    """All results as a table."""
     table = Table("part", "", "s", "check or number", "found")
     for name, result in results.items():
         rows = [(("" if c["good"] else "FAILED: ") + check, c["detail"]) for check, c in result["checks"].items()]
         rows += [line for key, value in result["numbers"].items() for line in lines_of(key, value)]
-        rows = [("problem", result["problem"]), *rows] if result["problem"] else rows or [("", "")]
+        if result["problem"]:
+            rows.insert(0, ("problem", result["problem"]))
+        rows = rows or [("", "")]
         for number, (what, found) in enumerate(rows):
             first = (name, result["status"], f"{result['seconds']:.0f}") if number == 0 else ("", "", "")
             table.add_row(*first, what, found)
@@ -141,17 +150,29 @@ def lines_of(key: str, value) -> list[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", type=part_names, default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write everything here")
-    parser.add_argument("--data", type=Path, help="a prepared folder; default: Python source from site-packages")
-    parser.add_argument("--cpu-rehearsal", action="store_true", help="without a GPU, at tiny sizes: checks the tool")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all (default: {BUDGET:.0f})")
+    parser.add_argument(
+        "--only",
+        type=part_names,
+        default=list(PARTS),
+        metavar="PART,...",
+        help=f"run only these parts, out of {', '.join(PARTS)}",
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all results to this file too")
+    parser.add_argument("--data", type=Path, help="prepared folder (default: Python source from site-packages)")
+    parser.add_argument(
+        "--cpu-rehearsal", action="store_true", help="run without a GPU at tiny sizes, to check this tool"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"total time in seconds (default: {BUDGET:.0f})")
     args = parser.parse_args(arguments)
     if args.cpu_rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not has_gpu():
-        raise ValueError("gpu_check.py needs a CUDA GPU and sees none: run it on one, or rehearse with --cpu-rehearsal")
-    console, start, results = Console(width=150), time.monotonic(), {}
+        raise ValueError(
+            "gpu_check.py needs a CUDA GPU, but there is none: run it on a machine with a GPU, or use --cpu-rehearsal"
+        )
+    console = Console(width=150)
+    start = time.monotonic()
+    results = {}
     with tempfile.TemporaryDirectory(prefix="mdmtrain-gpu-check-") as folder:
         place = Place(Path(folder), args.data or Path(folder) / "corpus", args.cpu_rehearsal)
         for name in args.only:

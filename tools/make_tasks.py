@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make prompts with exact answers for the fine-tuning study: four jsonl files in DIR.
+"""Generate tasks (prompts with exact answers) for the fine-tuning study, in four jsonl files.
 
     python tools/make_tasks.py --out DIR [--pretrain N] [--train N] [--test N] [--seed N]
 
-pretrain.jsonl, train.jsonl and test.jsonl have 'prompt', 'response' and 'kind'; no prompt is in two of them. text.jsonl
-has the tasks of pretrain.jsonl as plain text, to train a tokenizer and a model on. Made again with the same numbers,
-the files are the same.
+pretrain.jsonl, train.jsonl and test.jsonl have 'prompt', 'response' and 'kind'. No prompt is in two of these files.
+text.jsonl has the tasks of pretrain.jsonl as plain text, to train a tokenizer and a model. The same options always
+generate the same files.
 """
 
 import json
@@ -19,11 +19,11 @@ from mdmtrain.data.tasks import KINDS, make_tasks
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--pretrain", type=int, default=60_000, help="tasks for pretraining (default: %(default)s)")
     parser.add_argument("--train", type=int, default=12_000, help="tasks for fine-tuning (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=900, help="tasks that are scored (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", type=int, default=900, help="tasks for scoring (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (default: %(default)s)")
     args = parser.parse_args(arguments)
     if min(args.pretrain, args.train, args.test) < len(KINDS):
         raise ValueError(f"--pretrain, --train and --test must be at least {len(KINDS)}, one task of each kind")
@@ -35,8 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
     records["text"] = [{"text": f"{task.prompt}{task.response}\n"} for task in made["pretrain"]]
     args.out.mkdir(parents=True, exist_ok=True)
     for name, lines in records.items():
-        path, text = args.out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # what was prepared from it stays valid
+        path = args.out / f"{name}.jsonl"
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        # An equal file keeps its modification time, so that data prepared from it is not prepared again.
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
         print(f"{path}: {len(lines):,} tasks")
 

@@ -9,7 +9,6 @@ one micro-step of the real model on fake tensors and compares the bytes that it 
 
 import json
 from dataclasses import asdict, fields
-from pathlib import Path
 
 from observed import traced_traffic
 from rich.console import Console
@@ -18,20 +17,8 @@ from rich.table import Table
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
-from mdmtrain.config import Config
-from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, traffic
-from mdmtrain.data.shards import read_manifest
-from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
-
-
-def shape_of(config: Config) -> ModelShape:
-    """The model's shape; its vocabulary from the prepared data, where the configuration does not give it."""
-    if config.model.vocab_size is not None:
-        return model_shape(config.model, config.model.vocab_size)
-    folder = Path(config.data.sources[0].path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not there to take the vocabulary from: give model.vocab_size=N, or prepare it")
-    return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
+from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, shape_of, traffic
+from mdmtrain.model.presets import describe_shape
 
 
 def table_of(costs: list[Cost], capacity: float) -> Table:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How much gradient variance does each arm remove, at equal compute, on this model and this data?
+"""Measure how much gradient variance each arm removes, at equal compute, for a model and its data.
 
     python tools/variance_report.py RUN_OR_CHECKPOINT [--arms strats,...] [--slots N] [--json FILE] [--figure FILE]
 
-Tr Cov of the step gradient under each arm's own law, from N single slots drawn where the noise is, with a bootstrap
-interval, as a ratio to `standard`; beside it the same from real steps, for reference, and the squared mean gradient
-over Tr Cov. Below, A, B and C of loss and gradient for single rows, and whether MIRROR can win here. Rows are taken as
-independent, which those of one shuffled epoch very nearly are. Runs under torchrun as well: the model is sharded, and
-real steps are split over the ranks.
+The first table has Tr Cov of the step gradient under each arm's forward process, and its ratio to `standard`. Both are
+estimated from N single slots, by importance sampling, with a bootstrap interval. For comparison it also has Tr Cov from
+real steps, and the squared mean gradient over Tr Cov. The second table has A, B and C of loss and gradient for single
+rows, and whether MIRROR can reduce the variance. Rows are assumed to be independent, which is nearly true for one
+shuffled epoch. The tool also runs under torchrun: the model is sharded, and real steps are split over the ranks.
 """
 
 import json
@@ -34,29 +34,30 @@ from mdmtrain.variance.intervals import Spread, density_floor, gradient_componen
 
 ARMS = Path(__file__).resolve().parent.parent / "configs/arms"
 DEFAULT_ARMS = "standard,strats,ppots-loss,ppots-gradient,mirror,mirror-dedup,complement,count,counted,counted-ppots"
-PRECISE = 0.05  # half-width of a ratio's interval, relative, that the study asks for
+PRECISE = 0.05  # largest relative half-width of a ratio's interval for a conclusion
 
 
 def read_arm(name: str, run: dict) -> DiffusionConfig:
-    """An arm over the run's eps, bins and floor; run: the run's configuration. Raises ValueError if there is none."""
+    """The forward process of an arm, with eps, bins and floor of the run. run: its configuration. Raises ValueError."""
     path = ARMS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in ARMS.glob("*.yaml")))
-        raise ValueError(f"--arms: no arm {name!r}: there are {known}")
+        raise ValueError(f"--arms: unknown arm {name!r}: choose from {known}")
     overlay = yaml12.read_file(str(path))
     if "model" in overlay:
-        raise ValueError(f"--arms: {name} is another model: train it by itself, its checkpoint cannot be this one")
+        raise ValueError(f"--arms: {name} needs another model than this checkpoint: compare it by training")
     kept = {key: run["diffusion"][key] for key in ("eps", "bins", "floor")}
     tree = {**run, "diffusion": {**kept, **overlay["diffusion"]}}
     diffusion = configuration.validate(tree, str(path)).diffusion
     if diffusion.schedule != "linear":
-        raise ValueError(f"--arms: {name} has another schedule: give its density as a sampler, schedule linear")
+        raise ValueError(f"--arms: {name} has schedule={diffusion.schedule}, but only schedule=linear is supported")
     if diffusion.syrm_tokens:
-        raise ValueError(f"--arms: {name} masks other positions, which is another objective: compare it by training")
+        raise ValueError(f"--arms: {name} masks other positions, which changes the objective: compare it by training")
     return diffusion
 
 
 def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
+    """A word for an arm's ratio of variances: less, more, within 5%, or cannot tell."""
     if name == "standard":
         return "the reference"
     if not trains_nelbo:
@@ -67,9 +68,11 @@ def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
 
 
 def report_row(noise: ArmNoise, standard: ArmNoise, steps: ArmNoise, products: np.ndarray) -> dict:
-    """An arm's numbers. noise, standard: from slots; steps, products: from real steps."""
-    size, ratio = mean_interval(noise.gradient), ratio_interval(noise.gradient, standard.gradient)
-    loss, real = ratio_interval(noise.loss, standard.loss), mean_interval(steps.gradient)
+    """The numbers of an arm. noise, standard: from slots; steps, products: from real steps."""
+    size = mean_interval(noise.gradient)
+    ratio = ratio_interval(noise.gradient, standard.gradient)
+    loss = ratio_interval(noise.loss, standard.loss)
+    real = mean_interval(steps.gradient)
     signal = ratio_interval(products, noise.gradient, shared=False)
     return {
         "grad_var": size.value,
@@ -116,25 +119,31 @@ def show(result: dict, console: Console) -> None:
             interval(row["density_floor"], row["density_floor_ci"], ".2f") if "density_floor" in row else "",
         )
     console.print(table)
-    console.print("best density of t: the least second moment that a density of the rate can reach, over the arm's own")
+    console.print("best density of t: the smallest second moment that a density of the rate can reach, over the arm's")
     table = Table("single rows", *result["components"]["gradient"])
     for what, of in result["components"].items():
         table.add_row(what, *(f"{v['value']:.3g} ({v['low']:.3g}..{v['high']:.3g})" for v in of.values()))
     console.print(table)
     margin = result["components"]["gradient"]["mirror_margin"]
-    says = "can win" if margin["low"] > 0 else "loses" if margin["high"] < 0 else "cannot be told from a tie"
-    console.print(f"-rho A - (B_int + C) of the gradient: MIRROR at equal compute, beside StraTS, {says} here")
+    says = "is not significantly different from StraTS alone"
+    if margin["low"] > 0:
+        says = "can reduce the variance further"
+    elif margin["high"] < 0:
+        says = "increases the variance"
+    console.print(f"-rho A - (B_int + C) of the gradient: MIRROR at equal compute, in addition to StraTS, {says}")
     wide = [name for name, row in result["arms"].items() if not row["precise"]]
     if wide:
         console.print(
-            f"interval wider than +-{PRECISE:.0%} for {', '.join(wide)}: take more --slots before you conclude"
+            f"interval wider than +-{PRECISE:.0%} for {', '.join(wide)}: use more --slots before you draw conclusions"
         )
     if any(row["verdict"] == "other objective" for row in result["arms"].values()):
-        console.print("another objective has another gradient: its ratio says nothing alone; compare |E g|^2 / Tr Cov")
+        console.print(
+            "the ratio of another objective is not meaningful, because its gradient differs: use |E g|^2 / Tr Cov"
+        )
 
 
 def draw(result: dict, path: Path) -> None:
-    """Ratios with their intervals, one bar an arm."""
+    """Draw the ratios with their intervals, one bar for each arm."""
     names = list(result["arms"])
     rows = [result["arms"][name] for name in names]
     figure = Figure(figsize=(8, 0.45 * len(names) + 1.2), layout="constrained")
@@ -146,22 +155,24 @@ def draw(result: dict, path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("Tr Cov of the step gradient, ratio to standard (95% bootstrap interval)")
-    axes.set_title(f"step {result['step']}: {result['rows']} rows a step, {result['slots']:,} slots an arm")
+    axes.set_title(f"step {result['step']}: {result['rows']} rows per step, {result['slots']:,} slots per arm")
     figure.savefig(path, dpi=120)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", help="run folder (its newest complete checkpoint) or checkpoint folder")
+    parser.add_argument("checkpoint", help="run folder (its newest checkpoint is used) or checkpoint folder")
     parser.add_argument(
-        "--arms", default=DEFAULT_ARMS, help="names of configs/arms, comma-separated; standard is added"
+        "--arms",
+        default=DEFAULT_ARMS,
+        help=f"names of files in configs/arms, comma-separated; standard is added (default: {DEFAULT_ARMS})",
     )
     parser.add_argument("--slots", type=int, default=2000, help="single slots for each arm (default: 2000)")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of real steps for each arm (default: 20)")
     parser.add_argument("--single-rows", type=int, default=400, help="rows for the decomposition (default: 400)")
     parser.add_argument("--data", nargs="+", metavar="PATH", help="prepared folders (default: those of the run)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the ratios here (PNG)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
+    parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the ratios to this file (PNG)")
     args = parser.parse_args(arguments)
     if min(args.slots, args.pairs, args.single_rows) < 2:
         raise ValueError("--slots, --pairs and --single-rows must be at least 2")

@@ -1,7 +1,8 @@
-"""Weights into a folder that others load, and into a checkpoint that training starts from; tensor by tensor.
+"""Export weights to a folder for other programs, and import them into a checkpoint that training can start from.
 
-An exported folder holds safetensors, config.json, the tokenizer, a model card and `mdmtrain.json`: the facts of the
-training and a SHA-256 of every tensor. A folder appears under its name when it is complete, never before.
+An exported folder has safetensors, config.json, the tokenizer, a model card and `mdmtrain.json`, with facts about the
+training and a SHA-256 of every tensor. A folder gets its name only when it is complete. Tensors are processed one by
+one.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mdmtrain import __version__
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.storage import checksum, storage_of
 from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
@@ -37,10 +39,10 @@ log = logging.getLogger("mdmtrain")
 
 
 def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
-    """The tensor in another dtype. Raises ValueError where float16 cannot hold a value."""
+    """The tensor in another dtype. Raises ValueError if float16 cannot represent a value."""
     tensor = tensor.to(getattr(torch, dtype))
     if dtype == "float16" and not tensor.isfinite().all():
-        raise ValueError(f"{name} has values that float16 cannot hold: use --dtype bfloat16 or float32")
+        raise ValueError(f"{name} has values that float16 cannot represent: use --dtype bfloat16 or float32")
     return tensor
 
 
@@ -53,9 +55,10 @@ def export(
     check: Callable[[Path], None] = lambda folder: None,
     advance: Callable[[int], None] = lambda values: None,
 ) -> None:
-    """Write a folder that `target`'s programs load. Raises ValueError, OSError; then nothing is left behind.
+    """Write a folder in the format `target`. Raises ValueError or OSError; no partial folder is left then.
 
-    check: called with the finished folder before it gets its name. advance: called with the number of values written.
+    check: is called with the complete folder before it gets its name. advance: is called with the number of values that
+    were written.
     """
     formats.check_expressible(weights.shape, target)
     tokenizer = Tokenizer(weights.tokenizer, str(weights.place))
@@ -78,6 +81,7 @@ def export(
 
 @contextmanager
 def _writing_new(out: Path) -> Iterator[Path]:
+    """A staging folder, which is renamed to `out` at the end. Raises ValueError if `out` exists."""
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder, or remove it")
     with writing(out), staging(out) as folder:
@@ -85,11 +89,13 @@ def _writing_new(out: Path) -> Iterator[Path]:
 
 
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
-    """Write all tensors into files of at most `shard_bytes` (or one tensor); their SHA-256 by the target's names.
+    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns their SHA-256 by target's names.
 
-    The format (length of the header, header in JSON, data) is written here: the library's writer wants whole files.
+    The file format (length of the header, header as JSON, data) is written here, because the writer of safetensors
+    needs all tensors of a file in memory.
     """
-    width, shards, hashes, places = getattr(torch, dtype).itemsize, [], {}, {}
+    width = getattr(torch, dtype).itemsize
+    shards, hashes, places = [], {}, {}
     for name, shape in formats.tensor_shapes(weights.shape).items():
         size = torch.Size(shape).numel() * width
         if not shards or sum(shards[-1].values()) + size > shard_bytes:
@@ -97,7 +103,9 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
         shards[-1][name] = size
 
     def parts(names: dict[str, int], file_name: str) -> Iterator[bytes]:
-        shapes, offset, header = formats.tensor_shapes(weights.shape), 0, {"__metadata__": {"format": "pt"}}
+        shapes = formats.tensor_shapes(weights.shape)
+        offset = 0
+        header = {"__metadata__": {"format": "pt"}}
         for name, size in names.items():
             entry = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [offset, offset + size]}
             header[formats.name_in(target, name)] = entry
@@ -109,9 +117,10 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
             content = tensor_bytes(cast(weights.read(name), dtype, name))
             assert len(content) == size, name
             theirs = formats.name_in(target, name)
-            hashes[theirs], places[theirs] = hashlib.sha256(content).hexdigest(), file_name
+            hashes[theirs] = hashlib.sha256(content).hexdigest()
+            places[theirs] = file_name
             yield content
-            del content  # before the next one comes
+            del content  # frees the memory before the next tensor is read
             advance(size // width)
 
     for number, names in enumerate(shards, start=1):
@@ -125,21 +134,23 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
 
 
 def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
-    """The folder's README.md: what the model is, how to load it, and the facts of its training."""
-    facts, config, shape = weights.facts, weights.facts["config"], weights.shape
-    arm, usual = config["diffusion"], DiffusionConfig().model_dump(mode="json")
+    """The README.md of an exported folder: what the model is, how to load it, and facts about its training."""
+    facts, shape = weights.facts, weights.shape
+    config = facts["config"]
+    arm = config["diffusion"]
+    usual = DiffusionConfig().model_dump(mode="json")
     hub = (
         f"`AutoModelForCausalLM` of transformers {formats.MINIMUM_TRANSFORMERS} or newer loads it. Older versions load "
-        "it too, but with causal attention and without a warning: all results are then wrong. `generate()` writes from "
-        "left to right, which is not how a masked diffusion model writes: fill mask tokens instead."
+        "it too, but with causal attention and without a warning: all results are then wrong. Do not use `generate()`, "
+        "which generates from left to right: a masked diffusion model fills mask tokens instead."
     )
     loading = {
-        "native": "Our own names: `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
+        "native": "It has mdmtrain's own names; `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
         **dict.fromkeys(formats.TRANSFORMERS, hub),
-        "llada": "Names and configuration are those of LLaDA's own code (LLaDAModelLM), which is not included.",
+        "llada": "It has the names and the configuration of LLaDA's own code (LLaDAModelLM), which is not included.",
     }
     rows = {
-        "attention": "causal (an autoregressive reference)" if shape.causal else "bidirectional",
+        "attention": "causal (an autoregressive model)" if shape.causal else "bidirectional",
         "parameters": f"{shape.parameters():,} ({dtype}, {facts.get('weights', 'raw')} weights)",
         "steps": facts.get("step") or None,
         "tokens": facts.get("tokens"),
@@ -164,18 +175,18 @@ A language model trained with mdmtrain {__version__}. {loading[target]}
 |---|---|
 {table}
 
-The tokenizer adds no bos or eos; in training a document began with the one and ended with the other. Text that spells a
-reserved token (`<mask>`) stays text unless the tokenizer is loaded with `split_special_tokens=False`.
+The tokenizer does not add bos or eos. In training, each document began with bos and ended with eos. Text that looks
+like a reserved token (`<mask>`) is encoded as text, unless the tokenizer is loaded with `split_special_tokens=False`.
 """
 
 
-# ---- the way back
+# ---- importing
 
 
 def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None] = lambda values: None) -> None:
-    """Write a checkpoint of parameters alone, in float32, for `checkpoint.init_from`. Raises as `export` does.
+    """Write a checkpoint that has only parameters, in float32, for `checkpoint.init_from`. Raises as `export` does.
 
-    Such a checkpoint is at step 0 and knows no data: no run can resume from it, only start.
+    The checkpoint is at step 0 and has no optimizer state and no data: a run can start from it, but not resume.
     """
 
     def read(name: str) -> Tensor:
@@ -186,9 +197,9 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
 
     shapes = formats.tensor_shapes(weights.shape)
     with _writing_new(out) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP's notes on its own internals
+        warnings.simplefilter("ignore")  # DCP warns about its own internals
         promised = {f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        # A file for each tensor: DCP's writer keeps all tensors of a file until the file is done.
+        # One file for each tensor, because DCP's writer keeps all tensors of a file in memory until it is written.
         writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
         try:
             dcp.save(promised, storage_writer=writer, planner=store.Streaming(read), no_dist=True)
@@ -198,51 +209,55 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        sums = {file.name: storage.checksum(file) for file in folder.iterdir()}
+        sums = {file.name: checksum(file) for file in folder.iterdir()}
         store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
 
 
-# ---- beside a run
+# ---- exports during a run
 
 
 class SideExports:
-    """RUN/exports/step-NNNNNNNN from finished checkpoints, each by a process beside the run. Works on rank 0.
+    """Exports checkpoints of a running run to RUN/exports/step-NNNNNNNN, each in its own process. Works on rank 0.
 
-    A folder that transformers loads: qwen3 with qk_norm, llama without. A failure is a warning and no more.
+    The folders are for transformers: qwen3 if the model has qk_norm, otherwise llama. A failure is only a warning.
     """
 
     def __init__(self, config: Config, resumed: Path | None, is_main: bool):
-        """resumed: the checkpoint that the run goes on from; exports up to it may have gone with the process."""
-        self._every, self._last = config.checkpoint.export_every if is_main else None, config.run.steps
+        """resumed: the checkpoint that the run resumes from. Missing exports up to it are started again."""
+        self._every = config.checkpoint.export_every if is_main else None
+        self._last = config.run.steps
         self._out = Path(config.run.dir) / "exports"
         self._running: list[tuple[Path, Future, IO]] = []
-        for folder in store.complete_checkpoints(resumed.parent) if resumed is not None and is_main else []:
+        if resumed is None or not is_main:
+            return
+        for folder in store.complete_checkpoints(resumed.parent):
             if store.step_of(folder) <= store.step_of(resumed) and not (self._out / folder.name).exists():
                 self.start(folder)
 
     def start(self, checkpoint: Path) -> None:
-        """Export a checkpoint just committed, if it is due. Does not wait."""
-        step, out = store.step_of(checkpoint), self._out / checkpoint.name
+        """Start the export of a committed checkpoint, if checkpoint.export_every asks for it. Does not wait."""
+        step = store.step_of(checkpoint)
+        out = self._out / checkpoint.name
         if self._every is None or (step % self._every and step != self._last):
             return
         self._report([entry for entry in self._running if entry[1].done()])
-        shutil.rmtree(out, ignore_errors=True)  # of a future that was given up
+        shutil.rmtree(out, ignore_errors=True)  # left by an abandoned course of the run
         try:
-            held = storage.hold(checkpoint)  # from now on, not only when the process is up
+            held = storage_of(checkpoint).hold(checkpoint)  # held already now, because the process takes time to start
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)
         except OSError as error:
-            log.warning("export of %s could not start, the run goes on: %s", checkpoint, describe_error(error))
+            log.warning("export of %s could not start, training continues: %s", checkpoint, describe_error(error))
 
     def finish(self) -> None:
-        """Wait for the exports that still run."""
+        """Wait for the exports in progress."""
         self._report(list(self._running))
 
     def _report(self, entries: list[tuple[Path, Future, IO]]) -> None:
         for checkpoint, future, held in entries:
             if error := future.exception():
-                log.warning("export of %s failed, the run goes on: %s", checkpoint, describe_error(error))
+                log.warning("export of %s failed, training continues: %s", checkpoint, describe_error(error))
             else:
                 log.info("exported %s", self._out / checkpoint.name)
             held.close()

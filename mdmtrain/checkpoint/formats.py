@@ -1,9 +1,9 @@
-"""What other programs call the parts of a model: one table of tensors and one of sizes, read in both directions.
+"""The names and configurations of a model in other programs: a table of tensors and one of sizes, for both directions.
 
-`native` has our own names. `llama` is transformers' LlamaForCausalLM, bidirectional through `is_causal: false`. `qwen3`
-is its Qwen3ForCausalLM, which is the same network with RMSNorm on queries and keys. `llada` has the names and the
-configuration of LLaDA's own code (arXiv 2502.09992). Values never change: our rotary layout is
-Llama's half rotation, so no matrix is permuted.
+`native` uses our own names. `llama` is LlamaForCausalLM of transformers, made bidirectional by `is_causal: false`.
+`qwen3` is Qwen3ForCausalLM of transformers, the same network with RMSNorm on queries and keys. `llada` uses the names
+and the configuration of LLaDA's own code (arXiv 2502.09992). Values are never changed: our rotary layout is the half
+rotation of Llama, so no matrix is permuted.
 """
 
 import re
@@ -16,18 +16,18 @@ from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 
 MODEL_TYPES = {"native": "mdmtrain", "llama": "llama", "llada": "llada", "qwen3": "qwen3"}
-TRANSFORMERS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # what transformers loads, by which class
+TRANSFORMERS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # formats of transformers, and their classes
 LENGTHS = {
     "native": "sequence_length", "llama": "max_position_embeddings", "llada": "max_sequence_length",
     "qwen3": "max_position_embeddings",
 }  # fmt: skip
-# The first transformers that honours is_causal: older ones (5.1 too) load the same folder with causal attention and
-# give no warning.
+# The first version of transformers that respects is_causal. Older ones (up to 5.1) load the same folder with causal
+# attention and without a warning.
 MINIMUM_TRANSFORMERS = "5.2.0"
 
 
 def _table(text: str) -> dict[str, dict[str, str]]:
-    """Rows of our word, that of transformers (llama and qwen3) and llada's: ours -> target -> theirs."""
+    """Parse rows of our name, that of transformers (llama, qwen3) and llada's. Returns ours -> target -> theirs."""
     rows = map(str.split, text.strip().splitlines())
     return {ours: {"native": ours, "llama": hub, "qwen3": hub, "llada": llada} for ours, hub, llada in rows}
 
@@ -64,7 +64,7 @@ head_dim         head_dim             -
 causal           -                    -
 qk_norm          -                    -
 """)
-# What makes theirs the network that ours is: written, and demanded where it is read.
+# Settings that make the other program's network equal to ours. They are written, and checked when a folder is read.
 FIXED = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
     "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},
@@ -79,18 +79,18 @@ FIXED = {
 
 
 def _sizes(target: str) -> dict[str, str]:
-    """ModelShape's fields that the target has a word for -> that word."""
+    """The fields of ModelShape that the target has, with the target's names."""
     return {ours: words[target] for ours, words in SIZES.items() if words[target] != "-"}
 
 
 def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Our names of all parameters, in the order of the model, and their shapes."""
+    """The shapes of all parameters by our names, in the order of the model."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Transformer(shape, 1).named_parameters()}
 
 
 def name_in(target: str, name: str) -> str:
-    """What `target` calls our parameter `name`."""
+    """The name in `target` of our parameter `name`."""
     if target == "native":
         return name
     block = re.search(r"\d+", name)
@@ -99,13 +99,13 @@ def name_in(target: str, name: str) -> str:
 
 
 def check_expressible(shape: ModelShape, target: str) -> None:
-    """Raise ValueError where `target` has no place for something of the model."""
+    """Raise ValueError if `target` cannot express the model."""
     if target in ("llama", "llada") and shape.qk_norm:
         raise ValueError(
             f"{target} cannot express qk_norm (RMSNorm on queries and keys): use --to qwen3 or --to native"
         )
     if target == "qwen3" and not shape.qk_norm:
-        raise ValueError("qwen3 has qk_norm (RMSNorm on queries and keys), this model has not: use --to llama")
+        raise ValueError("qwen3 needs qk_norm (RMSNorm on queries and keys), which this model lacks: use --to llama")
     if target == "llada" and shape.head_dim * shape.n_heads != shape.d_model:
         raise ValueError("llada cannot express a head_dim other than d_model / n_heads: use --to native or --to llama")
     if target == "llada" and shape.causal:
@@ -113,7 +113,7 @@ def check_expressible(shape: ModelShape, target: str) -> None:
 
 
 def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_length: int, dtype: str) -> dict:
-    """The target's config.json. sequence_length: tokens that the model was trained on."""
+    """The content of the target's config.json. sequence_length: tokens in a row during training."""
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad", "mask")}
     config = {"model_type": MODEL_TYPES[target], LENGTHS[target]: sequence_length, "dtype": dtype, **ids}
     config |= {theirs: getattr(shape, ours) for ours, theirs in _sizes(target).items()} | FIXED[target]
@@ -137,28 +137,30 @@ def config_for(target: str, shape: ModelShape, tokenizer: Tokenizer, sequence_le
 def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
     """The model that a config.json describes, and its sequence length. Raises ValueError.
 
-    A Llama or Qwen3 that does not say `is_causal: false` is causal.
+    A Llama or Qwen3 without `is_causal: false` is causal.
     """
     if config.get("model_type") != MODEL_TYPES[target]:
-        raise ValueError(f"its model_type is {config.get('model_type')!r}, and {target} has {MODEL_TYPES[target]!r}")
+        raise ValueError(f"its model_type is {config.get('model_type')!r}, but {target} needs {MODEL_TYPES[target]!r}")
     rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
-    head_dim = {"head_dim": 128 if target == "qwen3" else 0}  # what transformers takes where config.json does not say
+    head_dim = {"head_dim": 128 if target == "qwen3" else 0}  # the default of transformers
     defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **head_dim}
     defaults |= {**rope, **config}
     missing = [key for key in [*_sizes(target).values(), LENGTHS[target]] if key not in defaults]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
     values = {ours: defaults[theirs] for ours, theirs in _sizes(target).items()}
-    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: as many
+    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]  # null: n_heads
     values["head_dim"] = values.get("head_dim") or 0  # null: d_model / n_heads
     values["vocab_size"] = values["vocab_size"] or config.get("vocab_size")
     shape = ModelShape(**values)
     other = {k: config[k] for k, value in FIXED[target].items() if (config.get(k, value) or False) != (value or False)}
     if target in TRANSFORMERS:
         shape = replace(shape, causal=config.get("is_causal") is not False, qk_norm=target == "qwen3")
-        other |= {"rope_type": rope["rope_type"]} if rope.get("rope_type", "default") != "default" else {}
+        if rope.get("rope_type", "default") != "default":
+            other["rope_type"] = rope["rope_type"]
         windows = set(config.get("layer_types") or ()) - {"full_attention"}
-        other |= {"layer_types": sorted(windows)} if windows else {}
+        if windows:
+            other["layer_types"] = sorted(windows)
     if other:
-        raise ValueError(f"our model has no {other}")
+        raise ValueError(f"our model does not support {other}")
     return shape, int(defaults[LENGTHS[target]])

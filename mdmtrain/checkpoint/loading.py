@@ -1,4 +1,4 @@
-"""A model ready to use: from a run, one of its checkpoints, or an exported folder."""
+"""Load a model for use, from a run, one of its checkpoints, or an exported folder."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.checkpoint.weights import Weights, open_checkpoint, open_folder, read_json
+from mdmtrain.checkpoint.storage import on_disk
+from mdmtrain.checkpoint.weights import Weights, chosen_weights, open_checkpoint, open_folder, read_json
 from mdmtrain.config import Config, upgrade, validate
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
@@ -20,30 +21,30 @@ from mdmtrain.parallel.world import AgreedError, World
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what is needed to use it. `config` names its data where that is found now; see `find_data`."""
+    """A model with its tokenizer and configuration. The data paths in `config` are those found now; see `find_data`."""
 
     folder: Path
     model: Transformer
     tokenizer: Tokenizer
     config: Config
-    meta: dict  # identity, and of a checkpoint all that its meta.json says
+    meta: dict  # identity; for a checkpoint all of its meta.json
 
 
 def load_model(path: str | Path, weights: str | None, world: World) -> LoadedModel:
-    """Build and load the model of a run, checkpoint or exported folder, sharded over the present ranks. A collective.
+    """Build and load the model of a run, checkpoint or exported folder, sharded over all ranks. A collective.
 
-    weights: "raw", "average", or None for the average where there is one. Raises AgreedError.
+    weights: "raw", "average", or None (the average if there is one). Raises AgreedError.
     """
     if world.agree(lambda: is_exported(Path(path)), main_only=True):
         return _load_exported(Path(path), weights, world)
     folder = world.agree(lambda: store.find(path), main_only=True)
     meta = world.agree(lambda: store.read_meta(folder))
-    source = store.chosen_weights(folder, meta, weights)
+    source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     file = folder / store.TOKENIZER_FILE
     tokenizer = world.agree(lambda: Tokenizer(file.read_bytes(), str(file)))
     if tokenizer.sha256 != meta["identity"]["tokenizer"]:
-        raise AgreedError(f"{file}: not the tokenizer it was trained with; use another checkpoint")
+        raise AgreedError(f"{file}: is not the tokenizer that the model was trained with; use another checkpoint")
     config = _usable_here(config, [Path(path), folder], meta.get("working_directory"))
     model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
     store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
@@ -54,10 +55,10 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
 def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedModel:
     opened = world.agree(lambda: open_any(folder, weights))
     theirs = world.agree(lambda: formats.shape_from(exported_kind(folder), read_json(folder / "config.json"))[0])
-    if theirs.causal:  # open_folder would give it the attention of the masked model that it can become
+    if theirs.causal:  # open_folder would make it bidirectional, as the start of a masked diffusion model
         raise AgreedError(
-            f"{folder}: a causal model, which fills no masks: start a masked one from it (tools/convert_ckpt.py "
-            "--from), or evaluate the run that it was exported from"
+            f"{folder}: is a causal model, which cannot fill masks: start a masked diffusion model from it "
+            "(tools/convert_ckpt.py --from), or evaluate the run that it was exported from"
         )
     config = world.agree(lambda: validate(upgrade(opened.facts["config"]), str(folder)))
     config = _usable_here(config, [folder], _recorded_directory(folder))
@@ -71,44 +72,44 @@ def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedMod
 
 
 def copy_into(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor, the same on every rank, into a parameter that may be sharded."""
+    """Copy a whole tensor, which must be the same on every rank, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         whole = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
     local(parameter).copy_(local(whole))
 
 
-# ---- which kind of folder it is
+# ---- kinds of folders
 
 
 def is_exported(path: Path) -> bool:
-    """Is it a folder of safetensors with a config.json, ours or a foreign one? Runs have a config.yaml."""
+    """Whether a folder has safetensors with a config.json, written by us or by others. Runs have a config.yaml."""
     return (path / "config.json").is_file()
 
 
 def exported_kind(folder: Path) -> str:
-    """Whose names an exported folder uses, as in formats.MODEL_TYPES. Raises ValueError."""
+    """The format of an exported folder, a key of formats.MODEL_TYPES. Raises ValueError for an unknown one."""
     kind = read_json(folder / "config.json").get("model_type")
     kinds = {theirs: ours for ours, theirs in formats.MODEL_TYPES.items()}
     if kind not in kinds:
-        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is none of {', '.join(kinds)}")
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not supported: use {', '.join(kinds)}")
     return kinds[kind]
 
 
 def open_any(source: Path, weights: str | None) -> Weights:
-    """The tensors of a run, a checkpoint or an exported folder, read one by one. Raises ValueError."""
+    """Open a run, a checkpoint or an exported folder to read its tensors one by one. Raises ValueError."""
     if not is_exported(source):
         return open_checkpoint(source, weights)
     if weights is not None:
-        raise ValueError(f"{source} is an exported folder, which has one kind of weights: leave out --weights")
+        raise ValueError(f"{source} is an exported folder, which has only one set of weights: leave out --weights")
     return open_folder(source, exported_kind(source))
 
 
-# ---- where its data is
+# ---- data paths
 
 
 def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Config:
-    """The configuration for any number of ranks and any torch, with its data's folders as they are found from here.
+    """A copy of the configuration for any number of ranks and any torch version, with data paths as found now.
 
     places, recorded: see `find_data`.
     """
@@ -126,20 +127,20 @@ def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Co
 
 
 def find_data(path: str, places: list[Path], run_dir: str, recorded: str | None) -> str:
-    """A folder that a run calls `path`, from any working directory; `path` itself where it is nowhere.
+    """The present location of a run's data folder `path`, from any working directory. `path` itself if it is not found.
 
-    A relative path is relative to where training was started. That is what stands before run.dir in the place of the
-    run or of something in it (places); else what was recorded; else here.
+    A relative path is relative to the directory in which training was started. That directory is derived from a place
+    (of the run, or of something in it) that ends in run.dir. Else it is the recorded directory, or the present one.
     """
     if Path(path).is_absolute():
         return path
-    bases = [store.started_in(place, run_dir) for place in places if isinstance(place, Path)]
+    bases = [store.started_in(place, run_dir) for place in places if on_disk(place)]
     bases += [Path(recorded)] if recorded else []
     return next((str(base / path) for base in [*bases, Path()] if base is not None and (base / path).is_dir()), path)
 
 
 def _recorded_directory(folder: Path) -> str | None:
-    """Where the run was started that an export lies in (RUN/exports/step-NNNNNNNN)."""
+    """The working directory of the run that an export is part of (RUN/exports/step-NNNNNNNN), or None."""
     environment = folder.absolute().parent.parent / "environment.json"
     try:
         return str(json.loads(environment.read_text(encoding="utf-8"))["working_directory"])

@@ -1,36 +1,33 @@
-"""What a run goes on from: a checkpoint of its own, or another run's weights."""
+"""Choose what a run resumes from: a checkpoint of its own, and what may differ from it."""
 
 import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from mdmtrain.checkpoint import run_folder, store
-from mdmtrain.checkpoint.loading import copy_into
 from mdmtrain.config import Config, validate
 from mdmtrain.data.order import Cursor
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.optim import learning_rate
-from mdmtrain.parallel.world import AgreedError, World
+from mdmtrain.parallel.world import World
 
 log = logging.getLogger("mdmtrain")
-CHANGEABLE = ("global_batch", "data", "sequence_length")  # checkpoint.allow_changed
-REORDERING = ("data", "sequence_length")  # sample numbers then stand for other samples
-PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each piece of the vocabulary
-MOST_SHOWN = 200  # characters of a setting's value
+CHANGEABLE = ("global_batch", "data", "sequence_length", "phases")  # checkpoint.allow_changed
+REORDERING = ("data", "sequence_length")  # changes after which sample numbers refer to other samples
+MOST_SHOWN = 200  # characters of a setting's value that are shown
 
 
 def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, fingerprints: list[str]) -> dict:
-    """What a checkpoint and the run that continues it must have in common."""
-    weights = [source.weight for source in config.data.sources]
+    """The settings that a resumed run must share with its checkpoint."""
+    data = config.data
+    order = [["shuffle_shards", data.shuffle_shards]] if data.shuffle_shards is not None else []
     return {
         "model": asdict(shape),
         "tokenizer": tokenizer.sha256,
-        "data": [list(pair) for pair in zip(fingerprints, weights, strict=True)],
+        "data": [*map(list, zip(fingerprints, data.weights, strict=True)), *order],
+        "phases": [[phase.from_step, list(phase.weights)] for phase in data.phases] or None,
         "sequence_length": config.data.sequence_length,
         "document_mask": config.data.document_mask,
         "random_length_fraction": config.data.random_length_fraction,
@@ -41,10 +38,10 @@ def run_identity(config: Config, shape: ModelShape, tokenizer: Tokenizer, finger
 
 
 def choose_checkpoint(config: Config, home: Path, identity: dict, world: World) -> Path | None:
-    """The checkpoint to resume from, None for a new run: the newest whose content is what was written, or the one of
-    checkpoint.resume. A collective.
+    """The checkpoint to resume from, with verified checksums, or None for a new run. A collective.
 
-    Raises AgreedError where it belongs to a different run, and where all are damaged.
+    It is the newest that is not damaged, or the one of checkpoint.resume. Raises AgreedError if it belongs to a
+    different run, or if all checkpoints are damaged.
     """
     damaged: list[Path] = []
     while True:
@@ -53,34 +50,35 @@ def choose_checkpoint(config: Config, home: Path, identity: dict, world: World) 
         if problem is None:
             return folder
         if world.is_main:
-            log.warning("passing over a damaged checkpoint: %s", problem)
+            log.warning("skipping a damaged checkpoint: %s", problem)
         damaged.append(folder)
 
 
 def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] | None = None) -> Path | None:
-    """The newest checkpoint but for damaged ones, the one that checkpoint.resume names, or None.
+    """The checkpoint that checkpoint.resume names, or the newest that is not in `damaged`, or None.
 
-    Raises ValueError where it belongs to a different run, where the one named is not there, and where a run has records
-    of what its checkpoints are gone of.
+    Raises ValueError if it belongs to a different run, if the named one does not exist, or if the run has records but
+    its checkpoints are gone.
     """
     back = step_to_go_back_to(config)
     folder = store.newest(home, damaged or ()) if back is None else named(home, back, damaged or ())
     if folder is None:
         if before := store.complete_checkpoints(Path(config.run.dir)):
             raise ValueError(
-                f"{config.run.dir} kept its checkpoints in {before[0].parent} and {home} has none: copy them "
+                f"the checkpoints of {config.run.dir} are in {before[0].parent}, and {home} has none: copy them "
                 "there, change checkpoint.dir back, or choose another run.dir"
             )
-        lost, metrics = run_folder.lost_checkpoint(Path(config.run.dir)), Path(config.run.dir) / "metrics.jsonl"
+        lost = run_folder.lost_checkpoint(Path(config.run.dir))
+        metrics = Path(config.run.dir) / "metrics.jsonl"
         if lost is not None and metrics.is_file() and metrics.stat().st_size > 0:
             raise ValueError(
                 f"{config.run.dir} has its records, but its checkpoints are gone (the last one was of step {lost}): "
-                f"bring one back, choose another run.dir, or move {metrics} away to start again from step 0"
+                f"restore one, choose another run.dir, or move {metrics} away to start again from step 0"
             )
         return None
     if config.checkpoint.resume == "never":
         where = config.checkpoint.dir or config.run.dir
-        raise ValueError(f"{where} holds a run already and checkpoint.resume=never: choose another run.dir")
+        raise ValueError(f"{where} already contains a run, and checkpoint.resume=never: choose another run.dir")
     meta = store.read_meta(folder)
     for name, value in identity.items():
         saved = meta["identity"].get(name)
@@ -90,23 +88,33 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
                 f"cannot resume {folder}: its {name} is {brief(saved, value)}: "
                 f"use the settings it was trained with, or another run.dir{instead}"
             )
+    began, begin = (
+        [phase for phase in phases or [] if phase[0] < meta["step"]]
+        for phases in (meta["identity"].get("phases"), identity.get("phases"))
+    )
+    if began != begin:
+        raise ValueError(
+            f"cannot resume {folder}: data.phases that begin before its step {meta['step']} were {began}, not {begin}: "
+            "give these as they were, and change those from this step on"
+        )
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
             f"cannot resume {folder}: optim.ema_decay was switched on or off; use the setting it was trained with"
         )
-    optimizer = meta["config"]["optim"].get("name", "adamw")  # checkpoints from before Muon do not say
+    optimizer = meta["config"]["optim"].get("name", "adamw")  # older checkpoints have no name: only AdamW existed
     if optimizer != config.optim.name:
         raise ValueError(
-            f"cannot resume {folder}: it was trained with optim.name={optimizer}, not {config.optim.name}, whose state "
-            f"it does not hold: set optim.name={optimizer}, or start a new run.dir with checkpoint.init_from={folder}"
+            f"cannot resume {folder}: it was trained with optim.name={optimizer} and has no state of "
+            f"{config.optim.name}: set optim.name={optimizer}, or start a new run.dir with "
+            f"checkpoint.init_from={folder}"
         )
     return folder
 
 
 def step_to_go_back_to(config: Config) -> int | None:
-    """The step of checkpoint.resume, unless the run's last start has already gone back to it.
+    """The step of checkpoint.resume, or None if the last start of the run has already gone back to it.
 
-    The same command given again (by a person, torchrun or a scheduler) resumes from what it has reached since.
+    If the same command is given again (by the user, torchrun or a scheduler), it resumes from the newest checkpoint.
     """
     wanted = config.checkpoint.resume
     before = run_folder.last_start(Path(config.run.dir)).get("config", {}).get("checkpoint", {}).get("resume")
@@ -114,7 +122,7 @@ def step_to_go_back_to(config: Config) -> int | None:
 
 
 def named(home: Path, step: int, damaged: list[Path]) -> Path:
-    """The checkpoint of a step. Raises ValueError where there is none, or it is damaged."""
+    """The checkpoint of a step. Raises ValueError if it does not exist or is in `damaged`."""
     folders = {store.step_of(folder): folder for folder in store.complete_checkpoints(home)}
     if step not in folders or folders[step] in damaged:
         state = "is damaged" if step in folders else "does not exist"
@@ -126,24 +134,25 @@ def named(home: Path, step: int, damaged: list[Path]) -> Path:
 
 
 def leave_behind(config: Config, home: Path, step: int) -> list[str]:
-    """Take what lies beyond `step` out of the way of a run that resumes there; a sentence about what was renamed.
+    """Rename the exports after `step`, and after going back (checkpoint.resume=STEP) also the newer checkpoints.
 
-    That is exports, which would pass for the newest, and after going back (checkpoint.resume=STEP) newer checkpoints.
+    Otherwise they would be taken for the newest of the resumed run. Returns a sentence that names them, or nothing.
     """
     moved = run_folder.abandon(Path(config.run.dir) / "exports", step)
     if step_to_go_back_to(config) is not None:
         moved += run_folder.abandon(home, step)
     if not moved:
         return []
-    return [f"beyond step {step}, renamed (remove what you do not need): {', '.join(map(str, moved))}"]
+    names = ", ".join(map(str, moved))
+    return [f"renamed, because they are from after step {step} (remove what you do not need): {names}"]
 
 
 def differences(meta: dict, config: Config) -> list[str]:
-    """Every setting that differs from the checkpoint's, as "key old -> new"; then the learning rate, if that moved."""
+    """Every setting that differs from the checkpoint's, as "key old -> new", and the learning rate if it differs."""
     try:
         before = validate(meta["config"], "the checkpoint's configuration")
-    except ValueError as error:  # of a version with other rules: no reason not to resume
-        return [f"changes of the configuration are not known ({error})"]
+    except ValueError as error:  # an older version allowed it; this does not prevent resuming
+        return [f"cannot compare with the configuration of the checkpoint ({error})"]
     old, new = (flat(one.model_dump(mode="json")) for one in (before, config))
     found = [f"{key} {shown(old[key])} -> {shown(value)}" for key, value in new.items() if old[key] != value]
     step = meta["step"]
@@ -154,11 +163,12 @@ def differences(meta: dict, config: Config) -> list[str]:
 
 
 def describe_resume(folder: Path, meta: dict, identity: dict, config: Config) -> str:
-    """One line: from where a run resumes, and all that differs from what the checkpoint was trained with."""
+    """One line: the checkpoint that a run resumes from, and all settings that differ from it."""
+    parts = [f"resumed from {folder}", *changes(meta, identity)]
     changed = differences(meta, config)
-    return "; ".join([
-        f"resumed from {folder}", *changes(meta, identity), *([f"changed: {', '.join(changed)}"] if changed else [])
-    ])  # fmt: skip
+    if changed:
+        parts.append(f"changed: {', '.join(changed)}")
+    return "; ".join(parts)
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:
@@ -170,89 +180,42 @@ def flat(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def shown(value: object) -> str:
+    """A value as JSON, shortened if it is long."""
     text = json.dumps(value)
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + " ..."
 
 
 def changes(meta: dict, identity: dict) -> list[str]:
-    """What is another than in the checkpoint, a phrase each."""
-    saved = meta["identity"]
-    return [f"its {n} was {brief(saved[n], identity[n])}" for n in CHANGEABLE if saved[n] != identity[n]]
+    """The settings of checkpoint.allow_changed that differ from the checkpoint, as phrases."""
+    pairs = {name: (meta["identity"].get(name), identity.get(name)) for name in CHANGEABLE}
+    return [f"its {name} was {brief(saved, wanted)}" for name, (saved, wanted) in pairs.items() if saved != wanted]
 
 
 def continued(meta: dict, identity: dict) -> Cursor:
-    """From where on every step takes as many samples and tokens as this run's steps do.
+    """The cursor of a resumed run: the position from which its steps have the present number of samples and tokens.
 
-    The cursor that the checkpoint brings (from step 0 on, in one of an older version). After a change of the batch: the
-    checkpoint's own place, so that no sample is skipped and none comes twice. After a change of the data or of the
-    length of rows, whose sample numbers stand for other samples, the order begins at its beginning.
+    Without a change, it is the cursor of the checkpoint (older versions: step 0). After a change of the batch, it is
+    the position of the checkpoint, so that no sample is skipped or read twice. After a change of the data or of
+    sequence_length, sample numbers refer to other samples, so the order starts at its beginning.
     """
-    saved, cursor = meta["identity"], Cursor(**meta.get("cursor", {}))
+    saved = meta["identity"]
+    cursor = Cursor(**meta.get("cursor", {}))
+    cursor = replace(cursor, phases=tuple(cursor.phases))
     if not changes(meta, identity):
         return cursor
     config = validate(meta["config"], "the checkpoint's configuration")
     here = cursor.at(meta["step"], config.slots_per_step, config.run.global_batch * config.data.sequence_length)
-    return replace(here, sample=0) if any(saved[name] != identity[name] for name in REORDERING) else here
+    began = [phase.from_step for phase in config.data.phases if phase.from_step < meta["step"]][len(cursor.phases) :]
+    here = replace(here, phases=(*cursor.phases, *(cursor.at(step, config.slots_per_step, 0).sample for step in began)))
+    if any(saved[name] != identity[name] for name in REORDERING):
+        return replace(here, sample=0, phases=(0,) * len(here.phases))
+    return here
 
 
 def brief(saved, wanted) -> str:
-    """The difference between two values, named as 'X, not Y'."""
+    """The difference between two values, as 'X, not Y'. Of dictionaries only the entries that differ."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         keys = [key for key in wanted if saved.get(key) != wanted[key]]
-        saved, wanted = {key: saved.get(key) for key in keys}, {key: wanted[key] for key in keys}
+        saved = {key: saved.get(key) for key in keys}
+        wanted = {key: wanted[key] for key in keys}
     return f"{str(saved)[:200]}, not {str(wanted)[:200]}"
-
-
-# ---- another run's weights
-
-
-def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, model, world: World) -> str:
-    """Fill the model with another run's weights (its average, where it kept one); what was taken, for a person.
-
-    With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
-    """
-    folder = world.agree(lambda: store.find(config.checkpoint.init_from), main_only=True)
-    meta = world.agree(lambda: store.read_meta(folder), main_only=True)
-    saved, resize, where = meta["identity"], config.checkpoint.resize_vocab, f"checkpoint.init_from={folder}"
-    networks = [{**one["model"], "vocab_size": None} for one in (saved, identity)]
-    if networks[0] != networks[1]:
-        raise AgreedError(f"{where}: its model is {brief(*networks)}: start from weights of the same network")
-    vocabularies = [(one["model"]["vocab_size"], one["tokenizer"]) for one in (saved, identity)]
-    other = vocabularies[0] != vocabularies[1]
-    if other and not resize:
-        (rows, theirs), (wanted, ours) = vocabularies
-        what = f"its vocabulary has {rows} rows, not {wanted}" if rows != wanted else "it has another tokenizer"
-        what += ", and another tokenizer" if rows != wanted and theirs != ours else ""
-        raise AgreedError(
-            f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
-            "the embedding and the head then follow their pieces, and new pieces start at the mean row"
-        )
-    if problem := store.damage(folder, world):
-        raise AgreedError(f"{where}: {problem}: use another checkpoint")
-    source = "average" if meta["has_average"] else "model"
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    by_piece = [name for name in PER_PIECE if name in parameters] if other else []
-    old = {name: torch.empty(saved["model"]["vocab_size"], parameters[name].shape[1]) for name in by_piece}
-    store.load(folder, {f"{source}.{name}": tensor for name, tensor in (parameters | old).items()}, world)
-    if not other:
-        return str(folder)
-    pieces = world.agree(lambda: Tokenizer.load(folder / store.TOKENIZER_FILE).pieces())
-    rows = rows_by_piece(pieces, tokenizer.pieces(), identity["model"]["vocab_size"])
-    kept = int((rows >= 0).sum())
-    if not kept:
-        raise AgreedError(f"{where}: the two vocabularies have no piece in common: start from other weights")
-    for name in by_piece:
-        copy_into(parameters[name], resized(old[name], rows, len(pieces)))
-    others = "the others start at the mean row"
-    return f"{folder}, resized: {kept} of {tokenizer.vocab_size} pieces keep their rows, {others}"
-
-
-def rows_by_piece(old: list[str], new: list[str], rows: int) -> Tensor:
-    """Of each row of a new vocabulary the row of the same piece in the old one, -1 without one: int64 [rows]."""
-    ids = {piece: number for number, piece in enumerate(old)}
-    return torch.tensor([ids.get(piece, -1) for piece in new] + [-1] * (rows - len(new)))
-
-
-def resized(old: Tensor, rows: Tensor, used: int) -> Tensor:
-    """The rows [R] of a matrix [V, d]; where it is -1, the mean of its first `used` rows. Returns [R, d]."""
-    return torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], old[:used].mean(dim=0))

@@ -1,6 +1,7 @@
-"""Where checkpoints lie: a folder on a disk, or whatever fsspec reaches (s3://, gs://, memory://, file://).
+"""Where checkpoints are: in a folder on a disk, or in an object store that fsspec reaches (s3://, gs://, memory://).
 
-A place on a disk is a plain Path, any other a UPath, which has the same methods. Locks exist on disks only.
+A place on a disk is a Path, any other a UPath, which has the same methods. What differs between the two is in
+`LocalDisk` and `ObjectStore`; `storage_of` chooses one.
 """
 
 import fcntl
@@ -9,25 +10,24 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol, cast
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from upath import UPath
 
 from mdmtrain.files import replacing, writing
 from mdmtrain.parallel.world import describe_error
 
 
 def place(text: str) -> Path:
-    """The folder that a path or an fsspec URL names. Raises ValueError where nothing reaches it."""
+    """The folder that a path or an fsspec URL names: a Path, or a UPath. Raises ValueError where nothing reaches it."""
     if "://" not in text:
         return Path(text)
     try:
-        from upath import UPath
-
         found = UPath(text, use_listings_cache=False)  # other ranks write there too
         _ = found.fs  # made here, so that what is missing is said here
-        return found
+        return cast(Path, found)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {describe_error(error)}: install what reaches it, or choose another place") from None
 
@@ -44,20 +44,16 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its marker first, so that what is half removed does not count."""
+    """Remove a checkpoint, its marker first, so that a folder that is half removed does not count."""
     with storage_errors(folder):
         (folder / "meta.json").unlink(missing_ok=True)
         if folder.exists():
-            shutil.rmtree(folder) if isinstance(folder, Path) else folder.rmdir(recursive=True)
+            storage_of(folder).remove_tree(folder)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old text or the new, never a part (object stores do so themselves)."""
-    if not isinstance(path, Path):
-        path.write_text(text, encoding="utf-8")
-        return
-    with writing(path), replacing(path) as file:
-        file.write(text)
+    """Replace a file so that a crash leaves the old text or the new, never a part."""
+    storage_of(path).replace(path, text)
 
 
 def checksum(file: Path) -> str:
@@ -67,30 +63,6 @@ def checksum(file: Path) -> str:
         while block := stream.read(1 << 20):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def hold(folder: Path) -> IO:
-    """Keep a checkpoint from being removed as too old until the returned file is closed, or the process ends.
-
-    On a disk only: elsewhere nothing is held.
-    """
-    file = (folder / "meta.json").open("rb")
-    if isinstance(folder, Path):
-        fcntl.flock(file, fcntl.LOCK_SH)
-    return file
-
-
-def held(folder: Path) -> bool:
-    if not isinstance(folder, Path):
-        return False
-    try:
-        with open(folder / "meta.json", "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:  # never completed
-        return False
-    return False
 
 
 # ---- DCP's files
@@ -116,12 +88,86 @@ class _FsspecWriter(_OwnErrors, FsspecWriter):
     pass
 
 
-def storage_writer(folder: Path) -> dcp.StorageWriter:
-    """DCP's writer for a folder. It gets tensors on the CPU, so that copying them ahead has nothing to win."""
-    if isinstance(folder, Path):
+# ---- a disk and an object store
+
+
+class Storage(Protocol):
+    """What depends on where a folder is."""
+
+    def remove_tree(self, folder: Path) -> None:
+        """Remove a folder with all that it contains."""
+
+    def replace(self, path: Path, text: str) -> None:
+        """Write a text file as a whole: a crash leaves the old text or the new."""
+
+    def hold(self, folder: Path) -> IO:
+        """Keep a checkpoint from being removed as too old, until the returned file is closed or the process ends."""
+
+    def held(self, folder: Path) -> bool:
+        """Does any process hold a checkpoint?"""
+
+    def writer(self, folder: Path) -> dcp.StorageWriter:
+        """DCP's writer for a folder. It gets tensors on the CPU, so that copying them ahead gains nothing."""
+
+    def reader(self, folder: Path) -> dcp.StorageReader:
+        """DCP's reader for a folder."""
+
+
+class LocalDisk:
+    def remove_tree(self, folder: Path) -> None:
+        shutil.rmtree(folder)
+
+    def replace(self, path: Path, text: str) -> None:
+        with writing(path), replacing(path) as file:
+            file.write(text)
+
+    def hold(self, folder: Path) -> IO:
+        file = (folder / "meta.json").open("rb")
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return file
+
+    def held(self, folder: Path) -> bool:
+        try:
+            with open(folder / "meta.json", "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:  # never completed
+            return False
+        return False
+
+    def writer(self, folder: Path) -> dcp.StorageWriter:
         return _DiskWriter(folder, per_thread_copy_ahead=0)
-    return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
+
+    def reader(self, folder: Path) -> dcp.StorageReader:
+        return dcp.FileSystemReader(folder)
 
 
-def storage_reader(folder: Path) -> dcp.StorageReader:
-    return dcp.FileSystemReader(folder) if isinstance(folder, Path) else FsspecReader(str(folder))
+class ObjectStore:
+    """It has no locks, so nothing is held. It replaces an object as a whole by itself."""
+
+    def remove_tree(self, folder: Path) -> None:
+        cast(UPath, folder).rmdir(recursive=True)
+
+    def replace(self, path: Path, text: str) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    def hold(self, folder: Path) -> IO:
+        return (folder / "meta.json").open("rb")
+
+    def held(self, folder: Path) -> bool:
+        return False
+
+    def writer(self, folder: Path) -> dcp.StorageWriter:
+        return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
+
+    def reader(self, folder: Path) -> dcp.StorageReader:
+        return FsspecReader(str(folder))
+
+
+def on_disk(path: Path) -> bool:
+    return isinstance(path, Path)
+
+
+def storage_of(path: Path) -> Storage:
+    return LocalDisk() if on_disk(path) else ObjectStore()

@@ -1,10 +1,10 @@
-"""State to disk and back.
+"""The checkpoint format: writing and reading.
 
-A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with torch.distributed.checkpoint files and `meta.json`, which is
-written last: a folder without it does not count. It holds its tokenizer too, so it can be used by itself. Nothing in it
-is keyed by rank, so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. docs/checkpoints.md says
-the rest.
+A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with files of torch.distributed.checkpoint (DCP) and `meta.json`.
+That file is written last: a folder without it is not complete and is ignored. The tokenizer is in the folder too, so
+the folder can be used without others. Nothing in it is keyed by rank, so any number of ranks can read it. Tensors are
+named `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See
+docs/checkpoints.md.
 """
 
 import json
@@ -27,12 +27,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from mdmtrain import yaml12
 from mdmtrain.checkpoint.storage import (
     checksum,
-    held,
     place,
     remove,
     storage_errors,
-    storage_reader,
-    storage_writer,
+    storage_of,
     write_atomically,
 )
 from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
@@ -45,23 +43,23 @@ from mdmtrain.parallel.world import AgreedError, World, describe_error
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
-RETRY_SECONDS = (1.0, 5.0, 25.0)  # before the second attempt to write a checkpoint, and so on
+RETRY_SECONDS = (1.0, 5.0, 25.0)  # pauses before the second and later attempts to write a checkpoint
 NO_SCORES: Mapping[int, float] = {}
-HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # waiting heals none
+HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # errors that a retry does not fix
 log = logging.getLogger("mdmtrain")
-# DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
+# DCP warns about its own internals. The filter is for the whole process, because `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
     model: nn.Module, optimizer: Optimizer, average: EMA | None, sampler: RateSampler
 ) -> dict[str, Tensor]:
-    """Every tensor that a run needs to go on: the live ones, so that loading into them restores the run."""
+    """All tensors that a run needs to resume. They are not copies, so loading into them restores the run."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
         tensors |= {f"{key}.{name}": moment for key, moment in optimizer.state[p].items() if key != "step"}
-    # All of AdamW's parameters have taken the same number of steps; each has its own counter: the first one is saved.
+    # Each of AdamW's parameters has its own step counter. They are equal, so only the first one is saved.
     tensors["adam_step"] = adam_steps(optimizer)[0]
     tensors.update({f"sampler.{name}": tensor for name, tensor in sampler.tensors.items()})
     if average is not None:
@@ -77,7 +75,7 @@ def spread_adam_step(optimizer: Optimizer) -> None:
 
 
 def adam_steps(optimizer: Optimizer) -> list[Tensor]:
-    """The step counters of AdamW's parameters; Muon has none."""
+    """The step counters of AdamW's parameters. Muon has none."""
     return [state["step"] for state in optimizer.state.values() if "step" in state]
 
 
@@ -85,7 +83,7 @@ def adam_steps(optimizer: Optimizer) -> list[Tensor]:
 
 
 class Streaming(DefaultSavePlanner):
-    """Gives DCP each tensor when it writes it: read(name) is the whole tensor, or this rank's part of it."""
+    """A planner that reads each tensor when DCP writes it. read(name): the whole tensor, or this rank's part of it."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__()
@@ -96,15 +94,15 @@ class Streaming(DefaultSavePlanner):
 
 
 def save(
-    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: Path, config: CheckpointConfig,
+    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: bytes, config: CheckpointConfig,
     world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
-    """Write the checkpoint of `step` into `home`, then remove those that are not to be kept. A collective.
+    """Write the checkpoint of `step` into `home`, then remove checkpoints that are not kept. A collective.
 
-    copies: this rank's part of each tensor; `tensors` then only say what is a part of what. scores: the validation
-    NELBO after a step, of those that were evaluated, for checkpoint.keep_best; needed on rank 0. An attempt that failed
-    is made again, but for failures that no waiting heals (a full disk). Raises AgreedError on every rank when the last
-    one failed on any; what was complete before stays complete.
+    copies: this rank's part of each tensor; `tensors` then only give the shapes and the sharding. scores: the
+    validation NELBO by step, for checkpoint.keep_best; needed on rank 0. A failed attempt is repeated, except after an
+    error that a retry does not fix (a full disk). Raises AgreedError on every rank if the last attempt failed on any
+    rank. A failure does not change earlier checkpoints.
     """
     folder = home / f"step-{step:08d}"
     for pause in (*RETRY_SECONDS, None):
@@ -112,12 +110,12 @@ def save(
             _write(folder, tensors, {"step": step, **meta}, tokenizer, world, copies)
             break
         except AgreedError as error:
-            with suppress(AgreedError):  # what then stays of it has no marker, and goes with the next checkpoint
+            with suppress(AgreedError):  # a rest without meta.json is removed after the next checkpoint
                 world.agree(lambda: remove(folder), main_only=True)
             if pause is None or isinstance(error, _Hopeless):
                 raise
             if world.is_main:
-                log.warning("%s (trying once more in %g s)", error, pause)
+                log.warning("%s (trying again in %g s)", error, pause)
             time.sleep(pause)
     if world.is_main:
         retain(folder, config, scores)
@@ -125,24 +123,25 @@ def save(
 
 
 class _Hopeless(AgreedError):
-    """A failure that no waiting heals."""
+    """An error that a retry does not fix."""
 
 
-def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: World, copies: dict | None) -> None:
+def _write(folder: Path, tensors: dict, meta: dict, tokenizer: bytes, world: World, copies: dict | None) -> None:
     world.agree(lambda: remove(folder), main_only=True)
     planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
     try:
-        dcp.save(tensors, storage_writer=storage_writer(folder), planner=planner, process_group=world.control)
+        writer = storage_of(folder).writer(folder)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=world.control)
     except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        cause = _root_cause(error)  # of the first rank that failed: the same on all of them
-        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: "
+        cause = _root_cause(error)  # of the first rank that failed, so it is the same on all ranks
         number = cause.errno if isinstance(cause, OSError) else None
-        problem += f"{'free the disk' if number in (ENOSPC, EDQUOT) else 'see to the storage'} and start again"
+        remedy = "free disk space" if number in (ENOSPC, EDQUOT) else "check the storage"
+        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: {remedy} and start again"
         raise (_Hopeless if number in HOPELESS else AgreedError)(problem) from None
 
     def add_tokenizer() -> list[str]:
         with writing(folder), storage_errors(folder):
-            (folder / TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
+            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
             return [file.name for file in folder.iterdir()]
 
     def commit() -> None:
@@ -154,7 +153,7 @@ def _write(folder: Path, tensors: dict, meta: dict, tokenizer: Path, world: Worl
 
 
 def write_marker(folder: Path, meta: dict, sums: dict[str, str]) -> None:
-    """Write meta.json, which makes a complete checkpoint of what else is in the folder. sums: checksums by file."""
+    """Write meta.json, which marks the checkpoint in `folder` as complete. sums: checksums by file name."""
     files = {f.name: f.stat().st_size for f in sorted(folder.iterdir(), key=str)}
     whole = {"format_version": FORMAT_VERSION, **meta, "files": files, "crc32": sums}
     whole["own_crc32"] = _own_checksum(whole)
@@ -166,29 +165,30 @@ def _own_checksum(meta: dict) -> str:
 
 
 def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] = NO_SCORES) -> None:
-    """Remove checkpoints older than `newest` that are not to be kept, and what a kill left half-written.
+    """Remove incomplete checkpoints before `newest`, and complete ones that the configuration does not keep.
 
-    scores: see `save`. What cannot be removed is a warning: the run must not stop for it.
+    scores: see `save`. A checkpoint that cannot be removed is only a warning, because training can continue.
     """
 
     def stays(old: Path) -> bool:
         for_good = config.keep_every is not None and step_of(old) % config.keep_every == 0
-        return old in last or old in best or (for_good and (old / "meta.json").exists()) or held(old)
+        return old in last or old in best or (for_good and (old / "meta.json").exists()) or storage_of(old).held(old)
 
     try:
         with storage_errors(newest.parent):
-            # Later steps are of a future that was given up (damaged, passed over on resuming): they are not counted.
+            # Later steps exist if damaged checkpoints were skipped when the run resumed. They do not count.
             until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
-            last, best = until[-config.keep_last :], best_of(until, scores)[: config.keep_best or 0]
+            last = until[-config.keep_last :]
+            best = best_of(until, scores)[: config.keep_best or 0]
             for old in newest.parent.glob(FOLDERS):
                 if step_of(old) < step_of(newest) and not stays(old):
                     remove(old)
     except OSError as error:
-        log.warning("cannot remove old checkpoints in %s, the run goes on: %s", newest.parent, describe_error(error))
+        log.warning("cannot remove old checkpoints in %s, training continues: %s", newest.parent, describe_error(error))
 
 
 def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
-    """The checkpoints that have a finite score, best (lowest) first; of equals the older one."""
+    """The checkpoints that have a finite score, lowest (best) first, then oldest first."""
     scored = [folder for folder in folders if math.isfinite(scores.get(step_of(folder), math.inf))]
     return sorted(scored, key=lambda folder: (scores[step_of(folder)], step_of(folder)))
 
@@ -203,7 +203,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _checksums(folder: Path, names: list[str], world: World) -> dict[str, str]:
-    """The checksums of a checkpoint's files. A collective: each rank reads what it wrote, which is in its cache."""
+    """The checksums of a checkpoint's files. A collective. Each rank reads the files that it wrote (page cache)."""
 
     def reader(name: str) -> int:
         rank = name.removeprefix("__").split("_")[0]  # DCP names files __RANK_NUMBER.distcp
@@ -217,9 +217,9 @@ def _checksums(folder: Path, names: list[str], world: World) -> dict[str, str]:
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with the content of a checkpoint's files, None where nothing is known to be. A collective.
+    """Verify the checksums of a checkpoint's files. Returns what is wrong, or None. A collective.
 
-    Reads all of them once, each rank its share. Checkpoints from before there were checksums count as sound.
+    All files are read once, each rank reads its share. Older checkpoints without checksums are assumed to be intact.
     """
     stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
     found = _checksums(folder, list(stated), world)
@@ -231,12 +231,12 @@ def damage(folder: Path, world: World) -> str | None:
 
 
 def home(config: Config) -> Path:
-    """Where a run keeps its checkpoints. Raises ValueError."""
+    """The place of a run's checkpoints. Raises ValueError."""
     return place(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run.dir) / "checkpoints"
 
 
 def home_of(run: Path) -> Path:
-    """Where the checkpoints of a run folder are. A folder that is none, or has some in it, is the place itself."""
+    """The place of the checkpoints of a run folder. For a folder that has checkpoints, or is not a run: itself."""
     if (run / "config.yaml").is_file():
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         section = tree.get("checkpoint") if isinstance(tree, dict) else None
@@ -250,9 +250,9 @@ def home_of(run: Path) -> Path:
 
 
 def started_in(folder: Path, run_dir: str) -> Path | None:
-    """The working directory where a run was started, from its place and its relative run.dir; None: they do not fit.
+    """The directory in which a run was started, from the place of its folder and its relative run.dir, or None.
 
-    folder: the run's, or one inside it.
+    folder: the run folder, or a folder inside it.
     """
     wanted = Path(run_dir).parts
     for whole in (folder.absolute(), folder.resolve()):
@@ -267,16 +267,16 @@ def step_of(folder: Path) -> int:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, or of the place where it keeps them, that carry their marker, oldest first."""
+    """The complete checkpoints (with meta.json) of a run, or of the place of its checkpoints, oldest first."""
     with storage_errors(run):
         return sorted((p.parent for p in home_of(run).glob(FOLDERS + "/meta.json")), key=step_of)
 
 
 def newest(run: Path, damaged: Container[Path] = ()) -> Path | None:
-    """The newest complete checkpoint whose files are all there in full; broken ones are passed over with a warning.
+    """The newest complete checkpoint whose files have their sizes, or None. Broken ones are skipped with a warning.
 
-    damaged: to be passed over without a word. None where there is no checkpoint at all. Raises ValueError where all are
-    broken: starting anew would cut the metrics away.
+    damaged: checkpoints to skip without a warning. Raises ValueError if all checkpoints are broken, because a new run
+    would truncate the metrics.
     """
     folders = complete_checkpoints(run)
     for folder in reversed(folders):
@@ -285,16 +285,16 @@ def newest(run: Path, damaged: Container[Path] = ()) -> Path | None:
         try:
             read_meta(folder)
         except ValueError as error:
-            log.warning("passing over a broken checkpoint: %s", error)
+            log.warning("skipping a broken checkpoint: %s", error)
         else:
             return folder
     if folders:
-        raise ValueError(f"{run}: all its checkpoints are damaged: bring one back, or choose another run.dir")
+        raise ValueError(f"{run}: all its checkpoints are damaged: restore one, or choose another run.dir")
     return None
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that a user means: itself, or the newest of a run folder. Raises ValueError."""
+    """The checkpoint at `path`: the folder itself, or the newest of a run. Raises ValueError."""
     path = place(str(path))
     with storage_errors(path):
         if not path.exists():
@@ -310,12 +310,12 @@ def find(path: str | Path) -> Path:
 
 
 def read_meta(folder: Path) -> dict:
-    """A checkpoint's meta.json, if every file has the size it was committed with. Raises ValueError."""
+    """The meta.json of a checkpoint. Raises ValueError if it is missing or damaged, or if a file has another size."""
     marker = folder / "meta.json"
     if not marker.is_file():
         raise ValueError(
-            f"{folder}: not a complete checkpoint (no meta.json) and no exported folder (no config.json): name a run, "
-            "a checkpoint or an exported folder"
+            f"{folder}: neither a complete checkpoint (no meta.json) nor an exported folder (no config.json): name a "
+            "run, a checkpoint or an exported folder"
         )
     try:
         meta = json.loads(marker.read_text(encoding="utf-8"))
@@ -323,7 +323,7 @@ def read_meta(folder: Path) -> dict:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{marker}: format version {version}, this mdmtrain reads {FORMAT_VERSION}")
+        raise ValueError(f"{marker}: has format version {version}, but this mdmtrain reads {FORMAT_VERSION}")
     if stated is not None and stated != _own_checksum(meta):
         raise ValueError(f"{marker}: its content has changed (checksum); use another checkpoint")
     if not {"step", "identity", "has_average", "config"} <= meta.keys():
@@ -337,8 +337,9 @@ def read_meta(folder: Path) -> dict:
 
 
 def _today(meta: dict) -> dict:
-    """Settings that an older version stored, under today's keys; keys that it did not know have their defaults."""
-    config, identity = upgrade(meta["config"]), dict(meta["identity"])
+    """The meta.json of an older version with today's keys. Keys that did not exist have their defaults."""
+    config = upgrade(meta["config"])
+    identity = dict(meta["identity"])
     if "diffusion" in identity:
         stored = upgrade({"diffusion": identity["diffusion"]})["diffusion"]
         identity["diffusion"] = {**DiffusionConfig().model_dump(mode="json"), **stored}
@@ -348,18 +349,11 @@ def _today(meta: dict) -> dict:
 
 
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Read the named tensors from a checkpoint into the given ones, whatever the number of ranks. A collective."""
+    """Read tensors from a checkpoint, by name, into the given tensors, on any number of ranks. A collective."""
     try:
-        dcp.load(tensors, storage_reader=storage_reader(folder), process_group=world.control)
-    except (dcp.CheckpointException, OSError) as error:  # a RuntimeError: a rank has died
+        dcp.load(tensors, storage_reader=storage_of(folder).reader(folder), process_group=world.control)
+    except (dcp.CheckpointException, OSError) as error:  # not RuntimeError, which means that a rank has died
         raise AgreedError(
-            f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: "
-            "use another one; without this one, its run goes on from the one before"
+            f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: use another one; "
+            "if you remove this one, its run resumes from the one before it"
         ) from None
-
-
-def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
-    """What the names of the wanted tensors begin with. weights: "raw", "average", or None for the average if any."""
-    if weights == "average" and not meta["has_average"]:
-        raise AgreedError(f"{folder}: holds no weight average (optim.ema_decay was null): leave out --weights")
-    return "average" if weights != "raw" and meta["has_average"] else "model"

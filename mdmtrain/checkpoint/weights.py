@@ -1,4 +1,4 @@
-"""A model on disk, read one parameter at a time: from a checkpoint, or from a folder of safetensors."""
+"""Read a model from a checkpoint, or from a folder of safetensors, one parameter at a time."""
 
 import hashlib
 import json
@@ -14,31 +14,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from mdmtrain.checkpoint import formats, storage, store
+from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint.storage import storage_of
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
-from mdmtrain.parallel.world import describe_error
+from mdmtrain.parallel.world import AgreedError, describe_error
 
 log = logging.getLogger("mdmtrain")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names and safetensors'
-FACTS_FILE, INDEX_FILE = "mdmtrain.json", "model.safetensors.index.json"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's names -> safetensors' names
+FACTS_FILE = "mdmtrain.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's parameters and all that is known of their training."""
+    """The parameters of a model, and what is known about their training."""
 
     place: Path
     shape: ModelShape
     tokenizer: bytes  # content of its model file
-    facts: dict  # config, and where known: identity, weights (raw or average), step, tokens, git_revision, evaluation
-    read: Callable[[str], Tensor]  # our name of a parameter -> all of it, on the CPU; ValueError where it is damaged
-    changes: tuple[str, ...] = ()  # what was changed to make a causal model the start of a bidirectional one
+    facts: dict  # config, and if known: identity, weights (raw or average), step, tokens, git_revision, evaluation
+    read: Callable[[str], Tensor]  # our name of a parameter -> the whole tensor on the CPU; ValueError if damaged
+    changes: tuple[str, ...] = ()  # changes that made a causal model bidirectional
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values as safetensors stores them."""
+    """The bytes of a tensor as safetensors stores them."""
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
@@ -46,17 +48,18 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
-    """The model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
+    """Open the model of a run or a checkpoint, saved by any number of ranks. Raises ValueError.
 
-    weights: "raw", "average", or None for the average where there is one. The checkpoint is held (storage.hold) for as
-    long as the result lives.
+    weights: "raw", "average", or None (the average if there is one). The checkpoint is held (Storage.hold) as long as
+    the result exists.
     """
     folder = store.find(path)
-    held, meta = storage.hold(folder), store.read_meta(folder)
-    source = store.chosen_weights(folder, meta, weights)
+    held = storage_of(folder).hold(folder)
+    meta = store.read_meta(folder)
+    source = chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = storage.storage_reader(folder)
+    reader = storage_of(folder).reader(folder)
     with _unreadable(folder):
         index = reader.read_metadata()
         reader.set_up_storage_reader(index, True)
@@ -75,18 +78,29 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     return Weights(folder, ModelShape(**meta["identity"]["model"]), tokenizer, facts | meta.get("origin", {}), read)
 
 
+def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
+    """The prefix of the tensors' names: "model" or "average".
+
+    weights: "raw", "average", or None (the average if there is one). Raises AgreedError if there is no average.
+    """
+    if weights == "average" and not meta["has_average"]:
+        raise AgreedError(f"{folder}: has no weight average (optim.ema_decay was null): leave out --weights")
+    return "average" if weights != "raw" and meta["has_average"] else "model"
+
+
 @contextmanager
 def _unreadable(folder: Path) -> Iterator[None]:
+    """Raise ValueError, one line, for any error while a checkpoint is read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP's notes on its own internals
+            warnings.simplefilter("ignore")  # DCP warns about its own internals
             yield
-    except Exception as error:  # whatever unpickling meets in a damaged file
+    except Exception as error:  # unpickling a damaged file may raise any error
         raise ValueError(f"cannot read checkpoint {folder}: {describe_error(error)[:120]}: use another one") from None
 
 
 def _run_facts(checkpoint: Path, step: int) -> dict:
-    """What the run folder around a checkpoint tells of it."""
+    """Facts about a checkpoint from the run folder that contains it: git revision and evaluations."""
     environment, metrics = (checkpoint.parent.parent / name for name in ("environment.json", "metrics.jsonl"))
     facts = {}
     if environment.is_file():
@@ -99,21 +113,22 @@ def _run_facts(checkpoint: Path, step: int) -> dict:
 
 
 def _check_tokenizer(model: bytes, sha256: str, file: Path) -> None:
+    """Raise ValueError if a tokenizer's model file does not have the given SHA-256."""
     if hashlib.sha256(model).hexdigest() != sha256:
-        raise ValueError(f"{file}: not the tokenizer that the model was trained with: get the original folder")
+        raise ValueError(f"{file}: is not the tokenizer that the model was trained with: get the original folder")
 
 
 # ---- folders
 
 
 def open_folder(folder: Path, kind: str) -> Weights:
-    """The model of a folder of safetensors: one that `export` wrote, or a foreign one. Raises ValueError.
+    """Open a folder of safetensors that `export` or another program wrote. Raises ValueError.
 
-    A causal Llama or Qwen3 becomes the start of a bidirectional model. Roles that its tokenizer lacks (mask, often pad)
-    get new tokens; their rows of the embedding and the head, and any spare rows, are the mean of the rows there were.
+    A causal Llama or Qwen3 is made bidirectional, as a start for training. Special tokens that its tokenizer lacks
+    (mask, often pad) are added. Their rows of embedding and head, and unused rows, are the mean of the old rows.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no model folder (no config.json): name the folder that holds it")
+        raise ValueError(f"{folder}: is not a model folder (no config.json): name the folder that has this file")
     config = read_json(folder / "config.json")
     facts = read_json(folder / FACTS_FILE) if (folder / FACTS_FILE).is_file() else {}
     if facts and not {"identity", "config", "sha256"} <= facts.keys():
@@ -121,7 +136,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
     try:
         stored, length = formats.shape_from(kind, config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}: it cannot be read as {kind}") from None
+        raise ValueError(f"{folder / 'config.json'}: cannot be read as {kind}: {error}") from None
     facts.pop("minimum_transformers", None)
     files, stored = _locate_tensors(folder, kind, stored)
     start_anew = kind in formats.TRANSFORMERS and stored.causal
@@ -129,29 +144,32 @@ def open_folder(folder: Path, kind: str) -> Weights:
     if facts:
         _check_tokenizer(tokenizer.model, facts["identity"]["tokenizer"], folder / MODEL_FILE)
     pieces = tokenizer.vocab_size
-    shape, kept = replace(stored, causal=stored.causal and not start_anew), stored.vocab_size
+    shape = replace(stored, causal=stored.causal and not start_anew)
+    kept = stored.vocab_size  # rows of the embedding that are not replaced
     beyond = pieces > stored.vocab_size and (start_anew or known <= stored.vocab_size)
     if beyond or (start_anew and pieces > known):
-        kept = min(known, kept) if start_anew else kept  # a masked model's spare rows are in its softmax: they stay
+        if start_anew:  # otherwise unused rows stay, because they are part of the trained softmax
+            kept = min(known, kept)
         shape = replace(shape, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64))
     if start_anew and known > stored.vocab_size:
         log.warning(
-            "%s: the tokenizer has %d tokens, but the embedding %d rows: the others get new rows, the mean of these",
+            "%s: the tokenizer has %d tokens, but the embedding has %d rows: new rows are added, the mean of these",
             folder, known, stored.vocab_size,
         )  # fmt: skip
     try:
         bare = _bare_config(shape, length)
         model_shape(bare.model, pieces)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: no model of ours: {error}") from None
-    hashes, sizes = facts.pop("sha256", None), formats.tensor_shapes(shape)
+        raise ValueError(f"{folder / 'config.json'}: describes a model that mdmtrain cannot build: {error}") from None
+    hashes = facts.pop("sha256", None)
+    sizes = formats.tensor_shapes(shape)
 
     def read(name: str) -> Tensor:
         theirs = formats.name_in(kind, name)
         with _opened(files[theirs]) as file:
-            tensor = file.get_tensor(theirs).clone()  # the original is a view of the file, which goes
+            tensor = file.get_tensor(theirs).clone()  # the original is a view of the file, which is closed
         if hashes and hashlib.sha256(tensor_bytes(tensor)).hexdigest() != hashes.get(theirs):
-            raise ValueError(f"{files[theirs]}: {theirs} is not what was exported: get the original file")
+            raise ValueError(f"{files[theirs]}: {theirs} has changed since the export: get the original file")
         if name in ("embed.weight", "head.weight") and kept < shape.vocab_size:
             more = tensor[:kept].float().mean(dim=0).to(tensor.dtype).expand(shape.vocab_size - kept, -1)
             tensor = torch.cat([tensor[:kept], more])
@@ -165,14 +183,14 @@ def open_folder(folder: Path, kind: str) -> Weights:
 
 
 def _changes(stored: ModelShape, shape: ModelShape, tokenizer: Tokenizer, known: int, kept: int) -> tuple[str, ...]:
-    """What a causal model was given to start a bidirectional one, for people. known: tokens that it had before."""
-    changes = ["attention is bidirectional now, it was causal"]
+    """Sentences on the changes that made a causal model bidirectional. known: number of tokens that it had before."""
+    changes = ["attention is bidirectional now; it was causal"]
     numbers = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
     if added := [f"{tokenizer.pieces()[number]} ({number})" for number in numbers if number >= known]:
         changes.append(f"new tokens: {', '.join(added)}")
     if kept < shape.vocab_size:
         rows = f"embedding: {stored.vocab_size} -> {shape.vocab_size} rows"
-        changes.append(f"{rows}, those from {kept} on are the mean of the ones before")
+        changes.append(f"{rows}; those from {kept} on are the mean of the rows before")
     return tuple(changes)
 
 
@@ -181,28 +199,29 @@ def read_json(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
+        raise ValueError(f"{file}: damaged (not a JSON object): get the original file") from None
 
 
 def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[str, Path], ModelShape]:
-    """Their name of each tensor -> its file. All there, of the right sizes, in a dtype that we read, and no other.
+    """The file of each tensor by its name in the folder, and the shape of the model.
 
-    Also the shape, without tied_embeddings where the head that is there is not the embedding.
+    The shape has no tied_embeddings if the head differs from the embedding. Raises ValueError for a missing or
+    unexpected tensor, a wrong size or an unsupported dtype.
     """
     files: dict[str, Path] = {}
     for path in _shards(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if name in files:
-                    raise ValueError(f"{path}: {name} is in {files[name].name} too: get the original files")
+                    raise ValueError(f"{path}: {name} is also in {files[name].name}: get the original files")
                 files[name] = path
     head = formats.name_in(kind, "head.weight")
     if shape.tied_embeddings and head in files:
         if _equal(files, head, formats.name_in(kind, "embed.weight")):
-            del files[head]  # a copy, in old folders
+            del files[head]  # old folders have a copy
         else:
             log.warning(
-                "%s: config.json says that embedding and head are one, but %s has values of its own: read as untied",
+                "%s: config.json says that embedding and head are tied, but %s has other values: read as untied",
                 folder, head,
             )  # fmt: skip
             shape = replace(shape, tied_embeddings=False)
@@ -210,9 +229,9 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
     found: dict[str, Path] = {}
     for name, path in files.items():
         if name.endswith("rotary_emb.inv_freq"):
-            continue  # a copy, in old folders, of what config.json says
+            continue  # old folders have it; it follows from config.json
         if name not in expected:
-            raise ValueError(f"{path}: {name} has no place in our model: this is another network")
+            raise ValueError(f"{path}: {name} does not exist in our model: this is another network")
         with _opened(path) as file:
             part = file.get_slice(name)
             if tuple(part.get_shape()) != expected[name]:
@@ -227,25 +246,22 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors. Raises ValueError where there are none that we read, or nothing names them."""
-    index, single = folder / INDEX_FILE, folder / "model.safetensors"
+    """The files that hold the tensors. Raises ValueError if there are none in this format, or if the index is bad."""
+    index = folder / INDEX_FILE
+    single = folder / "model.safetensors"
     if index.is_file():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-            raise ValueError(
-                f"{index}: no weight_map in it, which names the file of each tensor: get the original file"
-            )
+            raise ValueError(f"{index}: has no weight_map, which names the file of each tensor: get the original file")
         return [folder / name for name in sorted(set(places.values()))]
     others = [
         file.name for ending in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(ending)
     ]
     if not single.is_file() and others:
-        why = (
-            f"several files need their {INDEX_FILE}"
-            if others[0].endswith(".safetensors")
-            else ("load it with transformers and save it again with save_pretrained")
-        )
-        raise ValueError(f"{folder}: it has {sorted(others)[0]}, but no model.safetensors: {why}")
+        remedy = "load it with transformers and save it again with save_pretrained"
+        if others[0].endswith(".safetensors"):
+            remedy = f"several files need their {INDEX_FILE}"
+        raise ValueError(f"{folder}: it has {sorted(others)[0]}, but no model.safetensors: {remedy}")
     return [single]
 
 
@@ -262,18 +278,18 @@ def _equal(files: dict[str, Path], one: str, other: str) -> bool:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
-    """A safetensors file, opened anew for each tensor: what is mapped of it is then never more than that tensor."""
+    """An open safetensors file. It is opened for each tensor, so that not more than one tensor is mapped in memory."""
     if not file.is_file():
         raise ValueError(f"{file}: missing: get all the model's files")
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or cut short ({error}): get the original file") from None
+        raise ValueError(f"{file}: damaged or truncated ({error}): get the original file") from None
 
 
 def _bare_config(shape: ModelShape, sequence_length: int) -> Config:
-    """The configuration of a model of unknown training: only `model` and `data.sequence_length` say something."""
+    """The configuration of a model whose training is unknown: only `model` and `data.sequence_length` are known."""
     tree = {
         "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
         "model": asdict(shape),

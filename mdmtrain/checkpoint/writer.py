@@ -25,8 +25,8 @@ class CheckpointWriter:
     becomes known where all ranks ask together: `poll` and `finish`. An AgreedError comes up there, on every rank.
     """
 
-    def __init__(self, home: Path, tokenizer: Path, config: CheckpointConfig, world: World, patience: float):
-        """A collective. home: the folder of checkpoints; tokenizer: the file that each of them gets a copy of.
+    def __init__(self, home: Path, tokenizer: bytes, config: CheckpointConfig, world: World, patience: float):
+        """A collective. home: the folder of checkpoints; tokenizer: the content of its file, which each of them has.
 
         patience: minutes that a rank waits for the slowest one to have written its file.
         """

@@ -3,9 +3,12 @@
 The loader's processes prefetch and nothing more: its position is the step, so none of its state is ever saved.
 """
 
+import os
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +17,15 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mdmtrain.config import Config, DataConfig, RunPlan
-from mdmtrain.data.order import START, Cursor, Mixture
+from mdmtrain.data.cache import RemoteFile, ShardCache
+from mdmtrain.data.order import START, Cursor, Mixture, ShardShuffle, Shuffle
 from mdmtrain.data.processes import follow_parent
-from mdmtrain.data.shards import PreparedSplit
-from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.data.shards import Check, PreparedSplit, location, read_manifest
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.sampler import token_table
 
 LENGTHS = 16  # different lengths that a row may be cut to
+MOST_COUNTED = 10_000_000  # documents whose lengths are looked at before training
 
 
 class Batch(NamedTuple):
@@ -43,22 +47,53 @@ class Rows(NamedTuple):
     segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
 
 
-def open_sources(
-    config: DataConfig, split: str, verify: str | None = None, share: tuple[int, int] = (0, 1)
-) -> list[PreparedSplit]:
-    """The sources' splits, checked ("size" or "sha256", default data.verify). Raises ValueError naming the folder.
+def open_splits(config: DataConfig, splits: Sequence[str]) -> list[list[PreparedSplit]]:
+    """Each of these splits of the sources, in the order of the sources; nothing is checked yet, see `check_splits`.
 
-    share: of the hashes, see PreparedSplit.
+    Raises ValueError naming the folder.
     """
-    sources = [PreparedSplit(source.path, split, verify or config.verify, share) for source in config.sources]
-    for source in sources:
-        if source.tokenizer_sha256 != sources[0].tokenizer_sha256:
+    cache, opened = shard_cache(config), []
+    for source in config.sources:
+        manifest = read_manifest(location(source.path))
+        opened.append([PreparedSplit(source.path, split, None, cache=cache, manifest=manifest) for split in splits])
+    for source, *_ in opened:
+        first = opened[0][0]
+        if source.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(
-                f"{source.folder} and {sources[0].folder} have different tokenizers: "
-                f"prepare one of them again with --tokenizer {sources[0].folder}"
+                f"{source.folder} and {first.folder} have different tokenizers: "
+                f"prepare one of them again with --tokenizer {first.folder}"
             )
+    return [list(split) for split in zip(*opened, strict=True)]
+
+
+def check_splits(
+    splits: Sequence[list[PreparedSplit]], verify: Sequence[Check], share: tuple[int, int] = (0, 1)
+) -> None:
+    """Check what `open_splits` gave, the sources of each split by one of `verify`. share: see PreparedSplit.check.
+
+    Raises ValueError naming the file.
+    """
+    for source in zip(*splits, strict=True):
+        listed = source[0].listed(share)
+        for split, how in zip(source, verify, strict=True):
+            split.check(how, share, listed)
+
+
+def open_sources(config: DataConfig, split: str, verify: Check | None = None) -> list[PreparedSplit]:
+    """The sources' splits, checked ("size" or "sha256", default data.verify), with a row each.
+
+    Raises ValueError naming the folder.
+    """
+    (sources,) = splits = open_splits(config, [split])
+    check_splits(splits, [verify or config.verify])
+    for source in sources:
         windows(source, config.sequence_length)
     return sources
+
+
+def shard_cache(config: DataConfig) -> ShardCache | None:
+    """The cache of shards from object stores, where the configuration names one."""
+    return ShardCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir is not None else None
 
 
 def windows(source: PreparedSplit, length: int) -> int:
@@ -67,7 +102,7 @@ def windows(source: PreparedSplit, length: int) -> int:
     Raises ValueError where there is none with anything to train on.
     """
     if source.prompts:
-        if source.document_lengths()[0].min() >= length:
+        if not source.fits(length):
             raise ValueError(
                 f"{source.folder}: no response of the {source.split} split begins within a row of "
                 f"data.sequence_length={length}: lengthen the rows or shorten the prompts"
@@ -84,14 +119,20 @@ def windows(source: PreparedSplit, length: int) -> int:
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def read_row(split: PreparedSplit, window: int, length: int, most: int, document_mask: bool) -> Row:
-    """One window of a split as a row of `length` positions, padded after `most` tokens.
+def read_row(split: PreparedSplit, window: int, length: int, document_mask: bool) -> Row:
+    """One window of a split as a row of `length` positions; see `span_row`.
 
-    A prompt and its response are a row of their own, from its bos, padded after its eos or cut. Returns ids int64 [L],
-    eligible bool [L] and the document of each position, int32 [L], -1 at pads.
+    A prompt and its response are a row of their own, from its bos, padded after its eos or cut.
     """
-    first, tokens = split.document(window) if split.prompts else (window * length, most)
-    tokens = min(tokens, length)
+    first, tokens = split.document(window) if split.prompts else (window * length, length)
+    return span_row(split, first, min(tokens, length), length, document_mask)
+
+
+def span_row(split: PreparedSplit, first: int, tokens: int, length: int, document_mask: bool) -> Row:
+    """Tokens [first, first + tokens) of a split's stream as a row of `length` positions, padded.
+
+    Returns ids int64 [L], eligible bool [L] and the document of each position, int32 [L], -1 at pads.
+    """
     ids, segments = np.full(length, split.pad_id, dtype=np.int64), np.full(length, -1, dtype=np.int32)
     eligible = np.zeros(length, dtype=bool)
     ids[:tokens], eligible[:tokens] = split.read(first, tokens), split.eligible(first, tokens)
@@ -106,21 +147,62 @@ def stack_rows(rows: list[Row], document_mask: bool) -> Rows:
 
 def describe_rows(source: PreparedSplit, length: int) -> str:
     """What a person should know about the rows of a split with prompts: a line."""
-    before, whole = source.document_lengths()
+    before, whole = source.document_lengths(MOST_COUNTED)
+    of = f" of {len(whole):,}" if len(whole) < source.documents else ""
     return (
         f"{source.folder}: {source.documents:,} prompts with their responses, one in a row of {length}; "
-        f"{int((whole > length).sum()):,} do not fit and are cut, {int((before >= length).sum()):,} before the response"
+        f"{int((whole > length).sum()):,}{of} do not fit and are cut, {int((before >= length).sum()):,} before the "
+        "response"
     )
+
+
+def shard_rows(source: PreparedSplit, length: int) -> np.ndarray:
+    """Rows of each shard: windows that lie within it (what is left at its end is left out), or its documents: int64
+    [shards].
+
+    Raises ValueError where there is none in all.
+    """
+    rows = np.diff(source.first_documents) if source.prompts else np.diff(source.first_tokens) // length
+    if not rows.any():
+        raise ValueError(
+            f"{source.folder}: no shard of the {source.split} split has the tokens of a row of "
+            f"data.sequence_length={length}: shorten the rows, or leave out data.shuffle_shards"
+        )
+    return rows
+
+
+def mixture(config: Config, sources: list[PreparedSplit], cursor: Cursor = START) -> Mixture:
+    """The order of a run's samples, as it is from `cursor` on. Raises ValueError."""
+    data, seed = config.data, config.run.seed
+    shuffles: list[Shuffle] = []
+    for number, source in enumerate(sources):
+        count = windows(source, data.sequence_length)
+        if data.shuffle_shards is None:
+            shuffles.append(Shuffle(count, seed, number, source.shards))
+        else:
+            rows = shard_rows(source, data.sequence_length)
+            shuffles.append(ShardShuffle(rows, data.shuffle_shards, seed, number))
+    starts = [0, *cursor.phases]
+    starts += [cursor.at(p.from_step, config.slots_per_step, 0).sample for p in data.phases[len(cursor.phases) :]]
+    weights = [data.weights, *(phase.weights for phase in data.phases)]
+    return Mixture(list(zip(starts, weights, strict=True)), shuffles)
 
 
 class Dataset(torch.utils.data.Dataset):
     """Map-style over (step, slot); fetches a micro-batch at a time."""
 
-    def __init__(self, config: Config, sources: list[PreparedSplit], cursor: Cursor = START):
-        """cursor: from where on every step has had this configuration's batch."""
+    def __init__(
+        self,
+        config: Config,
+        sources: list[PreparedSplit],
+        cursor: Cursor = START,
+        validation: Sequence[PreparedSplit] = (),
+    ):
+        """cursor: from where on every step has had this configuration's batch; validation: splits that are read
+        at each evaluation, so that their shards stay in the cache.
+        """
         self._sources, self._data, self._cursor = sources, config.data, cursor
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
-        sizes = [windows(source, config.data.sequence_length) for source in sources]
         self._syrm = None
         if config.diffusion.syrm_tokens:
             if not any(source.prompts for source in sources):
@@ -128,19 +210,26 @@ class Dataset(torch.utils.data.Dataset):
                     "diffusion.syrm_tokens also masks listed tokens of prompts, and plain text has none: leave it out, "
                     "or prepare records with 'prompt' and 'response'"
                 )
-            pieces = Tokenizer.load(sources[0].folder).pieces()
+            pieces = sources[0].tokenizer().pieces()
             self._syrm = token_table(config.diffusion.syrm_tokens, pieces, "diffusion.syrm_tokens")
-        self._mixture = Mixture([source.weight for source in config.data.sources], sizes, config.run.seed)
+        self.order = mixture(config, sources, cursor)
+        L = config.data.sequence_length
+        self._first_rows = [np.cumsum([0, *shard_rows(source, L)]) for source in sources] if self._by_shard else None
+        self._ahead = ReadAhead(config, sources, self.order, cursor, validation)
+
+    @property
+    def _by_shard(self) -> bool:
+        return self._data.shuffle_shards is not None
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
         """The micro-batch of (step, slot) pairs, all of one step."""
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
-        L = self._data.sequence_length
-        source, window = self._mixture(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
+        self._ahead.at(step)
+        source, row = self.order(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
         rows = [
-            read_row(self._sources[one], int(number), L, most, self._data.document_mask)
-            for one, number, most in zip(source, window, self._row_lengths(step, slots), strict=True)
+            self._row(one, int(number), most)
+            for one, number, most in zip(source, row, self._row_lengths(step, slots), strict=True)
         ]
         ids, eligible, segments = stack_rows(rows, self._data.document_mask)
         if self._syrm is not None:
@@ -149,16 +238,28 @@ class Dataset(torch.utils.data.Dataset):
             ids=ids,
             eligible=eligible,
             segments=segments,
-            uniforms=torch.from_numpy(noise.position_uniforms(self._seed, step, slots, L)),
+            uniforms=torch.from_numpy(noise.position_uniforms(self._seed, step, slots, self._data.sequence_length)),
             slots=torch.from_numpy(slots),
-            samples=torch.from_numpy(np.stack([source, window], axis=1)),
+            samples=torch.from_numpy(np.stack([source, row], axis=1)),
         )
 
     def samples(self, step: int) -> dict[str, list[int]]:
-        """What iteration `step` (from 0) reads, on all ranks: the windows of each source, in the order of the slots."""
+        """What iteration `step` (from 0) reads, on all ranks: the rows of each source, in the order of the slots."""
         first = self._cursor.at(step, self._slots_per_step, 0).sample
-        source, window = self._mixture(first + np.arange(self._slots_per_step))
-        return {str(s.folder): window[source == number].tolist() for number, s in enumerate(self._sources)}
+        source, row = self.order(first + np.arange(self._slots_per_step))
+        return {str(s.folder): row[source == number].tolist() for number, s in enumerate(self._sources)}
+
+    def _row(self, source: int, number: int, most: int) -> Row:
+        """A row of a source, of at most so many tokens (a prompt with its response has its own length)."""
+        split, L = self._sources[source], self._data.sequence_length
+        if split.prompts:
+            return read_row(split, number, L, self._data.document_mask)
+        first = number * L
+        if self._by_shard:
+            rows = self._first_rows[source]
+            shard = int(np.searchsorted(rows, number, side="right")) - 1
+            first = int(split.first_tokens[shard] + (number - rows[shard]) * L)
+        return span_row(split, first, most, L, self._data.document_mask)
 
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
         """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
@@ -169,9 +270,74 @@ class Dataset(torch.utils.data.Dataset):
         return np.where(cut < fraction, np.maximum(1, L * (1 + (which * LENGTHS).astype(int)) // LENGTHS), L).tolist()
 
 
+class ReadAhead:
+    """Copies the shards that come next from object stores, in a thread of each process that reads rows.
+
+    Of each source those of the turn that is being read (see Shuffle) and then of the next one, as far as the run goes.
+    The processes of a node share the cache, so that each downloads what no other does.
+    """
+
+    def __init__(
+        self, config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor,
+        validation: Sequence[PreparedSplit],
+    ):  # fmt: skip
+        self._sources, self._order, self._cursor = sources, order, cursor
+        self._mask, self._steps, self._slots = config.data.document_mask, config.run.steps, config.slots_per_step
+        # Micro-batches that a process may be ahead of the one that trains: in steps, and one for the ranks.
+        self._lag = config.data.workers * config.data.prefetch + 1
+        self._validation = [split for split in validation if split.cache is not None]
+        self._cache = next((source.cache for source in sources if source.cache is not None), None)
+        self._step, self._process = 0, 0
+
+    def at(self, step: int) -> None:
+        """The process that calls reads rows of `step`."""
+        if self._cache is None:
+            return
+        self._step = step
+        if self._process != os.getpid():  # threads do not come with a fork
+            self._process, self._new = os.getpid(), threading.Event()
+            threading.Thread(target=self._run, daemon=True).start()
+        self._new.set()
+
+    def files(self, step: int) -> list[RemoteFile]:
+        """What has to be in the cache while `step` is read, what is needed first at the beginning."""
+        begin, now, end = (
+            self._order.counts(self._cursor.at(at, self._slots, 0).sample)
+            for at in (max(step - self._lag, self._cursor.step), min(step + 1, self._steps), self._steps)
+        )
+        needed, next_ones = [], []
+        for number, source in enumerate(self._sources):
+            if source.cache is None or begin[number] == end[number]:
+                continue
+            shuffle = self._order.sources[number]
+            first, last = (
+                shuffle.turn_of(int(begin[number])),
+                shuffle.turn_of(max(int(begin[number]), int(now[number]) - 1)),
+            )
+            needed += [(source, shard) for turn in range(first, last + 1) for shard in shuffle.shards_of(turn)]
+            if first == last and shuffle.first_read(last + 1) < end[number]:
+                next_ones += [(source, shard) for shard in shuffle.shards_of(last + 1)]
+        held_out = [(split, shard) for split in self._validation for shard in range(split.shards)]
+        return [
+            file for source, shard in (*needed, *held_out, *next_ones)
+            for file in source.remote_files(int(shard), self._mask)
+        ]  # fmt: skip
+
+    def _run(self) -> None:
+        new = self._new
+        while True:
+            new.wait()
+            new.clear()
+            # A failure is said where the rows are read; until then there is time for another attempt.
+            with suppress(ValueError):
+                for _ in self._cache.fetch_ahead(self.files(self._step)):
+                    if new.is_set():
+                        break
+
+
 def train_loader(
     config: Config, plan: RunPlan, rank: int, sources: list[PreparedSplit], first_step: int, pin_memory: bool,
-    cursor: Cursor = START,
+    cursor: Cursor = START, validation: Sequence[PreparedSplit] = (),
 ) -> Iterable[Batch]:  # fmt: skip
     """The micro-batches of `rank`, in order, for steps first_step .. run.steps - 1 (plan.accumulation per step)."""
     workers = config.data.workers
@@ -183,7 +349,7 @@ def train_loader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
         return StatefulDataLoader(
-            Dataset(config, sources, cursor),
+            Dataset(config, sources, cursor, validation),
             batch_sampler=places,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -195,14 +361,18 @@ def train_loader(
 
 
 @contextmanager
-def loader_deaths(config: DataConfig) -> Iterator[None]:
-    """Say why a loader's process may have died: a shard that was cut while it was read kills whoever reads on."""
+def loader_errors() -> Iterator[None]:
+    """Say in one line what went wrong in a loader's process, and why one may have died."""
     try:
         yield
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        last = str(error).strip().splitlines()[-1]  # below the traceback of the process
+        raise ValueError(last.partition(": ")[2]) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        open_sources(config, "train", "size")  # raises ValueError naming the shard
         raise ValueError(
             f"a loader process was killed ({str(error).split(': ')[-1]}): out of memory, or a disk that failed: lower "
             "data.workers or data.prefetch, check the disk, and start again"
@@ -226,7 +396,7 @@ def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, docum
     count = windows(split, sequence_length)
     rows = min(rows, count)
     chosen = [row * count // rows for row in range(rows)]
-    read = [read_row(split, one, sequence_length, sequence_length, document_mask) for one in chosen]
+    read = [read_row(split, one, sequence_length, document_mask) for one in chosen]
     read = [row for row in read if row[1].any()]
     if not read:
         raise ValueError(
@@ -238,8 +408,8 @@ def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, docum
 
 def random_rows(splits: list[PreparedSplit], config: DataConfig, rows: int, bits: np.random.Philox) -> Rows:
     """`rows` rows drawn independently from the mixture, as often as chance has it."""
-    weights = np.array([source.weight for source in config.sources])
+    weights = np.array(config.weights)
     chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
     counts, L = [windows(split, config.sequence_length) for split in splits], config.sequence_length
     places = [(splits[s], int(word) % counts[s]) for s, word in zip(chosen, bits.random_raw(rows), strict=True)]
-    return stack_rows([read_row(*place, L, L, config.document_mask) for place in places], config.document_mask)
+    return stack_rows([read_row(*place, L, config.document_mask) for place in places], config.document_mask)

@@ -3,7 +3,9 @@
 Nothing is stored and nothing is drawn in sequence, so any rank finds any sample at once, however large the corpus.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
@@ -23,24 +25,37 @@ class Cursor:
     step: int = 0
     sample: int = 0  # number in the order of the sample that comes next
     tokens: int = 0  # positions trained on, padding included
+    phases: tuple[int, ...] = ()  # the samples at which the phases began that began before `step`
 
     def at(self, step: int, samples_per_step: int, tokens_per_step: int) -> "Cursor":
         """Where it stands after a later step."""
         steps = step - self.step
         assert steps >= 0, (step, self)
-        return Cursor(step, self.sample + steps * samples_per_step, self.tokens + steps * tokens_per_step)
+        return replace(
+            self,
+            step=step,
+            sample=self.sample + steps * samples_per_step,
+            tokens=self.tokens + steps * tokens_per_step,
+        )
 
 
 START = Cursor()
 
 
-def permute(index: int | np.ndarray, size: int, seed: int, epoch: int, source: int = 0) -> int | np.ndarray:
+def permute(
+    index: int | np.ndarray,
+    size: int,
+    seed: int,
+    epoch: int,
+    source: int = 0,
+    stream: noise.Stream = noise.Stream.ORDER,
+) -> int | np.ndarray:
     """A shuffle of range(size) as a function: the element at `index` (int, or int64 of any shape; 1 <= size <= 2^62).
 
     A Feistel network, which is a bijection of 4^h values for any round function, on the smallest 4^h >= size; values
     outside the range are walked on along their cycle until they are inside (fewer than 4 evaluations in the mean).
     """
-    keys = _round_keys(seed, epoch, source)
+    keys = _round_keys(seed, stream, epoch, source)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     values = np.array(index, dtype=np.uint64, ndmin=1)
     assert 1 <= size <= 1 << 62 and values.size and values.max() < size, (size, index)
@@ -51,8 +66,8 @@ def permute(index: int | np.ndarray, size: int, seed: int, epoch: int, source: i
 
 
 @lru_cache(maxsize=1024)
-def _round_keys(seed: int, epoch: int, source: int) -> tuple[np.uint64, ...]:
-    return tuple(noise.philox(seed, noise.Stream.ORDER, epoch, source).random_raw(_ROUNDS))
+def _round_keys(seed: int, stream: int, epoch: int, source: int) -> tuple[np.uint64, ...]:
+    return tuple(noise.philox(seed, stream, epoch, source).random_raw(_ROUNDS))
 
 
 def _feistel(values: np.ndarray, half: int, keys: tuple[np.uint64, ...]) -> np.ndarray:
@@ -70,40 +85,153 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
-class Mixture:
-    """Samples of several sources in exact proportions: after any n samples, each has n * weight to within one."""
+class Shuffle:
+    """The rows of a source in a fresh random order each epoch: read number -> row.
 
-    def __init__(self, weights: list[float], sizes: list[int], seed: int):
-        """`weights` are relative, `sizes` are windows per source. Raises ValueError where the period is too long."""
+    A turn is a part of the reads that needs certain shards alone: an epoch, which needs them all.
+    """
+
+    def __init__(self, size: int, seed: int, source: int, shards: int = 1):
+        """size: rows; shards: in how many the rows lie."""
+        self.size, self._seed, self._source, self._shards = size, seed, source, shards
+
+    def __call__(self, reads: np.ndarray) -> np.ndarray:
+        """The rows of reads (numbered over all epochs): int64 in, int64 of the same shape out."""
+        rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            rows[mine] = permute(places[mine], self.size, self._seed, int(epoch), self._source)
+        return rows
+
+    def turn_of(self, read: int) -> int:
+        return read // self.size
+
+    def first_read(self, turn: int) -> int:
+        """The read that a turn begins with."""
+        return turn * self.size
+
+    def shards_of(self, turn: int) -> np.ndarray:
+        """The shards that a turn reads: int64 [shards]."""
+        return np.arange(self._shards)
+
+
+class ShardShuffle(Shuffle):
+    """The same with few shards at a time: the shards in a random order each epoch, and the rows of so many in a row
+    shuffled together. A turn is the reads of these.
+    """
+
+    def __init__(self, shard_rows: np.ndarray, together: int, seed: int, source: int):
+        """shard_rows: rows of each shard, int64 [shards]; together: the most shards that are shuffled together."""
+        self._firsts = np.cumsum([0, *shard_rows])  # the first row of each shard
+        super().__init__(int(self._firsts[-1]), seed, source, len(shard_rows))
+        self._turns = -(-len(shard_rows) // together)  # in an epoch
+        self._edges = np.arange(self._turns + 1) * len(shard_rows) // self._turns  # places in the order of shards
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of an epoch: the order of the shards [shards], the reads before each and in all [shards + 1], and the reads
+        before each turn and in all [turns + 1]."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            places = np.arange(self._shards)
+            shards = permute(places, self._shards, self._seed, epoch, self._source, noise.Stream.SHARDS)
+            before = np.cumsum([0, *np.diff(self._firsts)[shards]])
+            found = shards, before, before[self._edges]
+            self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: found}  # two: for reads around an edge
+        return found
+
+    def __call__(self, reads: np.ndarray) -> np.ndarray:
+        rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
+        for epoch in np.unique(epochs):
+            shards, before, turns = self._epoch(int(epoch))
+            parts = np.searchsorted(turns, places, side="right") - 1
+            for part in np.unique(parts[epochs == epoch]):
+                mine = (epochs == epoch) & (parts == part)
+                first, size = turns[part], int(turns[part + 1] - turns[part])
+                turn = int(epoch) * self._turns + int(part)
+                place = first + permute(places[mine] - first, size, self._seed, turn, self._source)
+                at = np.searchsorted(before, place, side="right") - 1
+                rows[mine] = self._firsts[shards[at]] + place - before[at]
+        return rows
+
+    def turn_of(self, read: int) -> int:
+        epoch, place = divmod(read, self.size)
+        return epoch * self._turns + int(np.searchsorted(self._epoch(epoch)[2], place, side="right")) - 1
+
+    def first_read(self, turn: int) -> int:
+        epoch, part = divmod(turn, self._turns)
+        return epoch * self.size + int(self._epoch(epoch)[2][part])
+
+    def shards_of(self, turn: int) -> np.ndarray:
+        epoch, part = divmod(turn, self._turns)
+        return self._epoch(epoch)[0][self._edges[part] : self._edges[part + 1]]
+
+
+class Mixture:
+    """Samples of several sources in exact proportions, in phases that each have their own.
+
+    After any n samples of a phase, each source has had n * share of them to within one. Its reads go on through all
+    phases.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, Sequence[float]]], sources: Sequence[Shuffle]):
+        """phases: the sample that each begins with (the first one with 0), ascending, and its relative weights.
+
+        Where several begin with the same sample the last one counts. Raises ValueError where a period is too long.
+        """
+        self.sources = sources
+        self._firsts = [first for first, _ in phases]
+        self._phases = [
+            _Phase(weights, "data.phases" if number else "data.sources") for number, (_, weights) in enumerate(phases)
+        ]
+        self._before = [np.zeros(len(sources), dtype=np.int64)]  # reads of each source before each phase
+        for phase, first, end in zip(self._phases, self._firsts, self._firsts[1:], strict=False):
+            self._before.append(self._before[-1] + phase.counts(end - first))
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, row) of global sample numbers: int64 in, two int64 of the same shape out."""
+        samples = np.asarray(samples, dtype=np.int64)
+        source, read, row = (np.empty_like(samples) for _ in range(3))
+        numbers = np.searchsorted(self._firsts, samples, side="right") - 1
+        for number in np.unique(numbers):
+            mine = numbers == number
+            source[mine], within = self._phases[number](samples[mine] - self._firsts[number])
+            read[mine] = self._before[number][source[mine]] + within
+        for one in np.unique(source):
+            mine = source == one
+            row[mine] = self.sources[one](read[mine])
+        return source, row
+
+    def counts(self, samples: int) -> np.ndarray:
+        """How many of the first so many samples are of each source: int64 [sources]."""
+        number = bisect_right(self._firsts, samples) - 1
+        return self._before[number] + self._phases[number].counts(samples - self._firsts[number])
+
+
+class _Phase:
+    """Which source each sample of a phase is of, and how many of it came before in the phase."""
+
+    def __init__(self, weights: Sequence[float], key: str):
         # A float stands for what the user wrote: 0.1 is one tenth.
         shares = [Fraction(str(weight)) for weight in weights]
         shares = [share / sum(shares) for share in shares]
         self._period = lcm(*(share.denominator for share in shares))
         if self._period > _LONGEST_PERIOD:
             raise ValueError(
-                f"data.sources weights {weights} repeat only after {self._period:,} samples "
+                f"{key} weights {list(weights)} repeat only after {self._period:,} samples "
                 f"(at most {_LONGEST_PERIOD:,}): round them, to 1, 2, 3 or to hundredths that add up to 1"
             )
-        self._sizes, self._seed = sizes, seed
         self._quota = np.array([int(share * self._period) for share in shares], dtype=np.int64)
         self._source, self._earlier = _quota_method(self._quota, self._period)
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, window) of global sample numbers: int64 in, two int64 of the same shape out.
-
-        Every source is gone through in a fresh order each epoch of its own.
-        """
-        rounds, place = np.divmod(np.asarray(samples, dtype=np.int64), self._period)
+        rounds, place = np.divmod(samples, self._period)
         source = self._source[place]
-        index = rounds * self._quota[source] + self._earlier[place]
-        window = np.empty_like(index)
-        for one in np.unique(source):
-            size = self._sizes[one]
-            epochs = index // size
-            for epoch in np.unique(epochs[source == one]):
-                mine = (source == one) & (epochs == epoch)
-                window[mine] = permute(index[mine] % size, size, self._seed, int(epoch), int(one))
-        return source, window
+        return source, rounds * self._quota[source] + self._earlier[place]
+
+    def counts(self, samples: int) -> np.ndarray:
+        rounds, rest = divmod(samples, self._period)
+        return rounds * self._quota + np.bincount(self._source[:rest], minlength=len(self._quota))
 
 
 def _quota_method(quota: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:

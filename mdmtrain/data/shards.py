@@ -8,20 +8,26 @@ documents are a prompt and its response, `train-00000.responses` holds where eac
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Iterator
-from functools import lru_cache
-from itertools import accumulate
+import os
+import resource
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+from upath import UPath
 
+from mdmtrain.data import remote
+from mdmtrain.data.cache import RemoteFile, ShardCache
+from mdmtrain.data.remote import is_url
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 AGAIN = "prepare the data again with tools/prepare_data.py"
+Check = Literal["size", "sha256"]
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -101,15 +107,21 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], 
     return manifest
 
 
+def location(folder: str | Path) -> Path:
+    """A folder on a disk, or (a UPath) in an object store: for names; `remote` reads what is in it."""
+    return UPath(folder) if is_url(str(folder)) else Path(folder)
+
+
+def is_prepared(path: str) -> bool:
+    """Is it a folder, or in an object store a prepared folder? Otherwise it is a file with text."""
+    return remote.exists(f"{path}/{MANIFEST}") if is_url(path) else Path(path).is_dir()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises ValueError where there is none, or none that this version reads."""
     file = folder / MANIFEST
-    if not folder.is_dir():
-        raise ValueError(f"no prepared data at {folder}: make it with tools/prepare_data.py INPUT... --out {folder}")
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a finished prepared folder (no {MANIFEST}): {AGAIN}")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = json.loads(_manifest_content(folder))
         if manifest["format"] != FORMAT:
             raise ValueError(f"{file}: format {manifest['format']!r}, this version reads {FORMAT}: {AGAIN}")
         if manifest["fingerprint"] != fingerprint(manifest):
@@ -119,10 +131,37 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _manifest_content(folder: Path) -> bytes:
+    file = folder / MANIFEST
+    if not isinstance(folder, Path):
+        return remote.read(str(file))
+    if not folder.is_dir():
+        raise ValueError(f"no prepared data at {folder}: make it with tools/prepare_data.py INPUT... --out {folder}")
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a finished prepared folder (no {MANIFEST}): {AGAIN}")
+    return file.read_bytes()
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 of what the data means: everything but the fingerprint itself and how the folder came about."""
     meaning = {key: value for key, value in manifest.items() if key not in ("fingerprint", "made_from")}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+# A split's files, one of each for a shard, and what they are called in the manifest.
+_KINDS = {
+    "tokens": ("file", "sha256"),
+    "documents": ("documents_file", "documents_sha256"),
+    "responses": ("responses_file", "responses_sha256"),
+    "hashes": ("hashes_file", "hashes_sha256"),
+}
+
+
+class _Files(NamedTuple):
+    """The files of one kind. As arrays: 100,000 shards take 5 MB a kind, and a fork of the process shares them."""
+
+    names: np.ndarray  # bytes [shards], empty where a shard has none
+    digests: np.ndarray  # uint8 [shards, 32], their sha256
 
 
 class PreparedSplit:
@@ -130,24 +169,33 @@ class PreparedSplit:
 
     `tokens` counts bos and eos, `bytes` is the length of the source text in UTF-8, `fingerprint` is the whole folder's.
     `eligible_tokens` are all of them; where there are `prompts`, those of the responses, each with its eos, and `bytes`
-    counts the responses alone too.
+    counts the responses alone too. `first_tokens` and `first_documents` say where each shard begins, and where the last
+    one ends: int64 [shards + 1].
     """
 
     def __init__(
         self,
         folder: str | Path,
         split: str,
-        verify: Literal["size", "sha256"] = "size",
+        verify: Check | None = "size",
         share: tuple[int, int] = (0, 1),
+        cache: ShardCache | None = None,
+        manifest: dict[str, Any] | None = None,
     ):
-        """Checks the folder: sizes, or the hashes of this split's shards too (reads them once).
+        """folder: a path, or an fsspec URL, whose shards are then copied to the `cache` when they are read.
 
-        share (k, n): hashes are left to n processes, and this is the k-th of them.
+        verify, share: see `check`; None checks nothing. manifest: what `read_manifest` gave, if that was asked already.
 
         Raises ValueError naming the file that is missing, truncated or altered.
         """
-        self.folder, self.split = Path(folder), split
-        manifest = read_manifest(self.folder)
+        url = is_url(str(folder))
+        if url and cache is None:
+            raise ValueError(
+                f"{folder}: shards of an object store are read through a cache: give data.cache_dir, a folder on a "
+                "local disk of each node"
+            )
+        self.folder, self.split, self.cache = location(folder), split, cache if url else None
+        manifest = manifest or read_manifest(self.folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{self.folder} has no split {split!r}: there are {', '.join(manifest['splits'])}")
         content, tokenizer = manifest["splits"][split], manifest["tokenizer"]
@@ -162,37 +210,80 @@ class PreparedSplit:
         self.bos_id: int = tokenizer["bos_id"]
         self.pad_id: int = tokenizer["pad_id"]
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shards: list[dict[str, Any]] = content["shards"]
-        self._firsts = list(accumulate((shard["tokens"] for shard in self._shards), initial=0))
-        self._first_documents = list(accumulate((shard["documents"] for shard in self._shards), initial=0))
-        self._verify(verify, share)
+        shards = content["shards"]
+        self.first_tokens = _sums([shard["tokens"] for shard in shards])
+        self.first_documents = _sums([shard["documents"] for shard in shards])
+        self._files = {kind: _Files(*_columns(shards, *keys)) for kind, keys in _KINDS.items()}
+        if verify is not None:
+            self.check(verify, share)
 
-    def _verify(self, verify: str, share: tuple[int, int]) -> None:
+    @property
+    def shards(self) -> int:
+        return len(self.first_tokens) - 1
+
+    def listed(self, share: tuple[int, int] = (0, 1)) -> dict[str, int]:
+        """Bytes of the folder's files by name, as an object store has them; empty for a disk, and if k is not 0."""
+        return remote.sizes_in(str(self.folder)) if self.cache is not None and share[0] == 0 else {}
+
+    def check(
+        self, verify: Check = "size", share: tuple[int, int] = (0, 1), listed: dict[str, int] | None = None
+    ) -> None:
+        """Check the folder: the sizes of the files, or their hashes too (reads them once).
+
+        share (k, n): files are dealt to n processes, and this is the k-th of them. In an object store the first one
+        compares the sizes with the store's list; hashes are checked when a shard arrives. listed: what `listed` gave,
+        if that was asked already.
+
+        Raises ValueError naming the file that is missing, truncated or altered.
+        """
+        if self.cache is not None:
+            if share[0] == 0:
+                self._check_list(self.listed() if listed is None else listed)
+            return
+        if not (self.folder / MANIFEST).is_file():
+            raise ValueError(f"{self.folder} has no {MANIFEST} here: {AGAIN}")
         model = self.folder / MODEL_FILE
-        if not model.is_file() or sha256_of(model) != self.tokenizer_sha256:
+        if share[0] == 0 and (not model.is_file() or sha256_of(model) != self.tokenizer_sha256):
             raise ValueError(f"{model} is missing or not the tokenizer that made this data: {AGAIN}")
-        for number, shard in enumerate(self._shards):
-            mine = number % share[1] == share[0]
-            files = [(shard["file"], shard["tokens"] * self._dtype.itemsize, shard["sha256"])]
-            for index in ("documents", "responses", "hashes"):
-                if f"{index}_file" not in shard:  # no prompts; or a folder from before there were hashes
-                    continue
-                files.append((shard[f"{index}_file"], shard["documents"] * 8, shard[f"{index}_sha256"]))
-            for name, size, digest in files:
-                file = self.folder / name
-                if not file.is_file():
-                    raise ValueError(f"{file} is missing: {AGAIN}")
-                if file.stat().st_size != size:
-                    raise ValueError(f"{file} has {file.stat().st_size:,} bytes, the manifest says {size:,}: {AGAIN}")
-                if verify == "sha256" and mine and sha256_of(file) != digest:
+        for number in range(share[0], self.shards, share[1]):
+            for kind in self._kinds(number):
+                file, size = self._path(kind, number), self._size(kind, number)
+                try:
+                    found = os.stat(file).st_size
+                except FileNotFoundError:
+                    raise ValueError(f"{file} is missing: {AGAIN}") from None
+                if found != size:
+                    raise ValueError(f"{file} has {found:,} bytes, the manifest says {size:,}: {AGAIN}")
+                if verify == "sha256" and sha256_of(Path(file)) != self._digest(kind, number):
                     raise ValueError(f"{file} was altered (its sha256 is not the manifest's): {AGAIN}")
+
+    def _check_list(self, sizes: dict[str, int]) -> None:
+        for number in range(self.shards):
+            for kind in self._kinds(number):
+                file, size = self._path(kind, number), self._size(kind, number)
+                found = sizes.get(file.rsplit("/", 1)[-1])
+                if found is None:
+                    raise ValueError(f"{file} is missing: copy it there again")
+                if found != size:
+                    raise ValueError(f"{file} has {found:,} bytes, the manifest says {size:,}: copy it there again")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the data. Raises ValueError where the file is another one."""
+        if self.cache is None:
+            return Tokenizer.load(self.folder)
+        made = Tokenizer(remote.read(f"{self.folder}/{MODEL_FILE}"), str(self.folder))
+        if made.sha256 != self.tokenizer_sha256:
+            raise ValueError(
+                f"{self.folder}/{MODEL_FILE} is not the tokenizer that made this data: copy it there again"
+            )
+        return made
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream: int64 [length].
 
-        Raises ValueError on an id outside the vocabulary (shards altered after the check).
+        Raises ValueError on an id outside the vocabulary, and on a file that is cut (shards altered after the check).
         """
-        parts = [_map(self.folder / shard["file"], self._dtype)[a:b] for shard, a, b in self._parts(start, length)]
+        parts = [self._numbers("tokens", shard).read(a, b) for shard, a, b in self._parts(start, length)]
         ids = np.concatenate(parts, dtype=np.int64)
         if ids.max() >= self.vocab_size:
             raise ValueError(
@@ -205,9 +296,9 @@ class PreparedSplit:
         """Which document each position of [start, start + length) belongs to, counted from 0: int32 [length]."""
         begins, offset = np.zeros(length, dtype=np.int32), 0
         for shard, a, b in self._parts(start, length):
-            starts = self._index(shard, "documents")
-            first, last = np.searchsorted(starts, [a, b])
-            begins[offset + starts[first:last] - a] = 1
+            starts = self._numbers("documents", shard)
+            first = bisect_left(starts, a)
+            begins[offset + starts.read(first, bisect_left(starts, b, first)) - a] = 1
             offset += b - a
         begins[0] = 0
         return np.cumsum(begins, dtype=np.int32)
@@ -218,55 +309,178 @@ class PreparedSplit:
             return np.ones(length, dtype=bool)
         parts = []
         for shard, a, b in self._parts(start, length):
+            starts = self._numbers("documents", shard)
+            first = bisect_right(starts, a) - 1
+            last = bisect_left(starts, b, first)
             positions = np.arange(a, b)
-            document = np.searchsorted(self._index(shard, "documents"), positions, side="right") - 1
-            parts.append(positions >= self._index(shard, "responses")[document])
+            document = np.searchsorted(starts.read(first, last), positions, side="right") - 1
+            parts.append(positions >= self._numbers("responses", shard).read(first, last)[document])
         return np.concatenate(parts)
 
     def document(self, number: int) -> tuple[int, int]:
         """(start, length) of a document in the stream, its bos and eos included."""
-        index = bisect_right(self._first_documents, number) - 1
-        shard, starts = self._shards[index], self._index(self._shards[index], "documents")
-        within = number - self._first_documents[index]
-        end = starts[within + 1] if within + 1 < len(starts) else shard["tokens"]
-        return int(self._firsts[index] + starts[within]), int(end - starts[within])
+        shard = int(np.searchsorted(self.first_documents, number, side="right")) - 1
+        starts, within = self._numbers("documents", shard), number - int(self.first_documents[shard])
+        first, tokens = int(self.first_tokens[shard]), int(self.first_tokens[shard + 1] - self.first_tokens[shard])
+        end = starts[within + 1] if within + 1 < len(starts) else tokens
+        return first + starts[within], end - starts[within]
 
-    def document_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens before the response (bos and prompt), and in all, of each document: two int64 [documents]."""
-        assert self.prompts
-        before, whole = [], []
-        for shard in self._shards:
-            starts = self._index(shard, "documents")
-            before.append(self._index(shard, "responses") - starts)
-            whole.append(np.diff(starts, append=shard["tokens"]))
+    def document_lengths(self, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens before the response (bos and prompt), and in all, of each document: two int64 [documents].
+
+        most: of about so many documents, where there are more, in shards spread evenly over the split.
+        """
+        before, whole = zip(*(self._lengths(shard) for shard in self.some_shards(most)), strict=True)
         return np.concatenate(before), np.concatenate(whole)
+
+    def fits(self, length: int) -> bool:
+        """Does a response begin within `length` tokens of its document?"""
+        return any(self._lengths(shard)[0].min() < length for shard in range(self.shards))
+
+    def _lengths(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.prompts
+        starts, responses = self._all("documents", shard), self._all("responses", shard)
+        tokens = self.first_tokens[shard + 1] - self.first_tokens[shard]
+        return responses - starts, np.diff(starts, append=tokens)
 
     def document_starts(self) -> np.ndarray:
         """Where each document starts in the stream, ascending: int64 [documents]."""
-        parts = zip(self._shards, self._firsts, strict=False)  # the last of the firsts is the end
-        return np.concatenate([self._index(shard, "documents") + first for shard, first in parts])
+        return np.concatenate([self._all("documents", n) + self.first_tokens[n] for n in range(self.shards)])
 
-    def document_hashes(self) -> Iterator[np.ndarray]:
-        """The hashes of the documents' normalised texts, shard by shard: int64 [documents of the shard]."""
-        return (self._index(shard, "hashes") for shard in self._shards if "hashes_file" in shard)
+    def document_hashes(self, most: int | None = None) -> Iterator[np.ndarray]:
+        """The hashes of the documents' normalised texts, shard by shard: int64 [documents of the shard].
 
-    def _index(self, shard: dict[str, Any], name: str) -> np.ndarray:
-        return _map(self.folder / shard[f"{name}_file"], np.dtype("<i8"))
+        most: see `document_lengths`.
+        """
+        return (self._all("hashes", n) for n in self.some_shards(most) if "hashes" in self._kinds(n))
 
-    def _parts(self, start: int, length: int) -> Iterator[tuple[dict[str, Any], int, int]]:
+    def some_shards(self, most: int | None) -> Sequence[int]:
+        """All shards, or so many, spread evenly, that they have about `most` documents (at least one)."""
+        if most is None or self.documents <= most:
+            return range(self.shards)
+        count = max(1, self.shards * most // self.documents)
+        return [number * self.shards // count for number in range(count)]
+
+    def documents_of(self, shards: Sequence[int]) -> int:
+        return int(np.diff(self.first_documents)[list(shards)].sum())
+
+    # ---- files
+
+    def remote_files(self, shard: int, document_mask: bool) -> list[RemoteFile]:
+        """What rows of a shard are read from, in an object store."""
+        kinds = ("tokens", "documents", "responses") if self.prompts else ("tokens", "documents")[: 1 + document_mask]
+        return [self._remote_file(kind, shard) for kind in kinds]
+
+    def row_bytes(self, document_mask: bool) -> np.ndarray:
+        """Bytes of the files that rows of each shard are read from: int64 [shards]."""
+        indices = 2 if self.prompts else int(document_mask)
+        return np.diff(self.first_tokens) * self._dtype.itemsize + np.diff(self.first_documents) * 8 * indices
+
+    def _kinds(self, number: int) -> list[str]:
+        return [kind for kind, files in self._files.items() if files.names[number]]
+
+    def _path(self, kind: str, number: int) -> str:
+        return f"{self.folder}/{self._files[kind].names[number].decode()}"
+
+    def _size(self, kind: str, number: int) -> int:
+        firsts, each = (self.first_tokens, self._dtype.itemsize) if kind == "tokens" else (self.first_documents, 8)
+        return int(firsts[number + 1] - firsts[number]) * each
+
+    def _digest(self, kind: str, number: int) -> str:
+        return self._files[kind].digests[number].tobytes().hex()
+
+    def _remote_file(self, kind: str, number: int) -> RemoteFile:
+        return RemoteFile(self._path(kind, number), self._size(kind, number), self._digest(kind, number))
+
+    def _numbers(self, kind: str, number: int) -> "_Numbers":
+        dtype = self._dtype if kind == "tokens" else np.dtype("<i8")
+        path, size = self._path(kind, number), self._size(kind, number)
+        if self.cache is None:
+            return _kept_open()(path, dtype, size)
+        return _Numbers(self.cache.open(self._remote_file(kind, number)), path, dtype, size)
+
+    def _all(self, kind: str, number: int) -> np.ndarray:
+        numbers = self._numbers(kind, number)
+        return numbers.read(0, len(numbers))
+
+    def _parts(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first, end) of the shards under a range, positions counted within the shard."""
         assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)
-        index = bisect_right(self._firsts, start) - 1
+        shard = int(np.searchsorted(self.first_tokens, start, side="right")) - 1
         while length:
-            shard, a = self._shards[index], start - self._firsts[index]
-            b = min(a + length, shard["tokens"])
+            first, end = int(self.first_tokens[shard]), int(self.first_tokens[shard + 1])
+            a, b = start - first, min(start + length, end) - first
             yield shard, a, b
-            start, length, index = start + b - a, length - (b - a), index + 1
+            start, length, shard = start + b - a, length - (b - a), shard + 1
 
 
-@lru_cache(maxsize=256)  # per process; bounded, because each map holds a file descriptor
-def _map(file: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(file, dtype=dtype, mode="r")
+def _sums(counts: list[int]) -> np.ndarray:
+    return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def _columns(shards: list[dict[str, Any]], name: str, sha256: str) -> tuple[np.ndarray, np.ndarray]:
+    digests = bytes.fromhex("".join(shard.get(sha256, "00" * 32) for shard in shards))
+    return np.array([shard.get(name, "").encode() for shard in shards]), np.frombuffer(digests, np.uint8).reshape(
+        -1, 32
+    )
+
+
+class _Numbers:
+    """Integers in an open file, read where they are asked for.
+
+    Not mapped: the page tables of maps into terabytes take gigabytes, and a file that is cut would kill its reader.
+    """
+
+    def __init__(self, descriptor: int, path: str, dtype: np.dtype, size: int):
+        """size: bytes, as the manifest says. Raises ValueError where the file has another."""
+        self._descriptor, self._path, self._dtype, self._count = descriptor, path, dtype, size // dtype.itemsize
+        self._check_size()
+
+    def _check_size(self) -> None:
+        found, size = os.fstat(self._descriptor).st_size, self._count * self._dtype.itemsize
+        if found != size:
+            raise ValueError(f"{self._path} has {found:,} bytes, the manifest says {size:,}: {AGAIN}")
+
+    def __del__(self):
+        os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.read(index, index + 1)[0])
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        """Numbers [first, end)."""
+        at, left, blocks = first * self._dtype.itemsize, (end - first) * self._dtype.itemsize, []
+        while left:
+            try:
+                block = os.pread(self._descriptor, left, at)
+            except OSError as error:
+                raise ValueError(f"{self._path}: {error.strerror}: check the disk, and start again") from None
+            if not block:
+                self._check_size()  # cut since it was opened
+            blocks.append(block)
+            at, left = at + len(block), left - len(block)
+        return np.frombuffer(b"".join(blocks), self._dtype)
+
+
+@cache
+def _kept_open() -> Callable[[str, np.dtype, int], _Numbers]:
+    """Opens files and keeps those open that were used last: half of what the process may have open, at most 65,536.
+
+    A file that is opened anew costs a request to the metadata server of a parallel file system.
+    """
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1 << 16)
+
+    @lru_cache(maxsize=most)
+    def opened(path: str, dtype: np.dtype, size: int) -> _Numbers:
+        try:
+            return _Numbers(os.open(path, os.O_RDONLY), path, dtype, size)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing: {AGAIN}") from None
+
+    return opened
 
 
 def sha256_of(file: Path) -> str:

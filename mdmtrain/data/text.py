@@ -59,6 +59,9 @@ class TextSplit:
     def document_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         return self._responses - self._starts, np.diff(self._starts, append=self.tokens)
 
+    def fits(self, length: int) -> bool:
+        return bool(self.document_lengths()[0].min() < length)
+
     def document_starts(self) -> np.ndarray:
         return self._starts
 

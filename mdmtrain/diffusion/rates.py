@@ -1,8 +1,8 @@
-"""Samplers of the masking rate t: from a stratified uniform to (t, density), and the fit of P-POTS.
+"""Densities of the masking rate t: how to draw from one, and how P-POTS fits one.
 
-Densities are relative to the uniform density on [edges[0], edges[-1]]: uniform is p = 1 (mathematics.md section 1).
-P-POTS is the Pareto-optimal t sampler of arXiv 2511.18159, fitted here during training, and to gradients too
-(section 3).
+Densities are relative to the uniform density on [edges[0], edges[-1]], so uniform is p = 1 (mathematics.md section 1).
+P-POTS is the Pareto-optimal t sampler of arXiv 2511.18159. Here it is also fitted during training, and also to
+gradients (section 3).
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 @dataclass(frozen=True)
 class Density:
-    """A piecewise-constant density of t. The importance weight 1/p is then exact, not an interpolation."""
+    """A piecewise-constant density of t. Its importance weight 1/p needs no interpolation, so it is exact."""
 
     edges: np.ndarray  # float64 [cells + 1], increasing
     p: np.ndarray  # float64 [cells], with mean 1 over the range
@@ -24,21 +24,22 @@ class Density:
         return self.p * np.diff(self.edges) / (self.edges[-1] - self.edges[0])
 
     def draw(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(t, p(t)) of uniforms on [0, 1): two float64 of the same shape. The inverse CDF, so strata of u are kept."""
+        """(t, p(t)) for uniforms on [0, 1), float64 of the same shape. Uses the inverse CDF, which keeps the strata."""
         before = np.concatenate([[0.0], np.cumsum(self.masses)])[:-1]
         cell = np.maximum(np.searchsorted(before, u, side="right") - 1, 0)
         t = self.edges[cell] + (u - before[cell]) * (self.edges[-1] - self.edges[0]) / self.p[cell]
         return np.minimum(t, self.edges[cell + 1]), self.p[cell]
 
     def cell(self, t: np.ndarray) -> np.ndarray:
-        """The cell of each t in the range: int64."""
+        """The cell of each t: int64."""
         return np.clip(np.searchsorted(self.edges, t, side="right") - 1, 0, len(self.p) - 1)
 
     def at(self, t: np.ndarray) -> np.ndarray:
+        """p(t): float64."""
         return self.p[self.cell(t)]
 
     def cdf(self, t: np.ndarray) -> np.ndarray:
-        """Probability of a rate up to t, for t anywhere."""
+        """The probability of a rate up to t. t may lie outside the range."""
         before = np.concatenate([[0.0], np.cumsum(self.masses)])
         return np.interp(t, self.edges, before / before[-1])
 
@@ -48,11 +49,12 @@ def uniform_density(low: float, high: float, cells: int = 1) -> Density:
 
 
 def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: float, form: str) -> Density:
-    """The sampler of least variance for given second moments: p ~ omega sqrt(E[statistic | t]), mixed with uniform.
+    """The density with the least variance for given second moments, mixed with the uniform density.
 
-    second_moment, omega: float64 [cells], per cell. `floor` is the share of the uniform, so no importance weight
-    exceeds omega/floor: a bounded weight, not a clamped one. form: "histogram", or "epr", the paper's parametric
-    family fitted to the cells. Any outcome is unbiased; only its variance depends on how good the fit is.
+    It is proportional to omega sqrt(E[statistic | t]). second_moment, omega: float64 [cells]. floor: the share of the
+    uniform density, so that no importance weight exceeds omega/floor; weights are not clamped. form: "histogram", or
+    "epr", the parametric family of arXiv 2511.18159 fitted to the cells. The loss is unbiased with any density. Only
+    its variance depends on the quality of the fit.
     """
     widths = np.diff(edges) / (edges[-1] - edges[0])
     p = optimum(edges, second_moment, omega)
@@ -62,7 +64,7 @@ def fit(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray, floor: 
 
 
 def optimum(edges: np.ndarray, second_moment: np.ndarray, omega: np.ndarray) -> np.ndarray:
-    """omega sqrt(second moment) with mean 1 over the range, or the uniform density where nothing is known."""
+    """omega sqrt(second moment) with mean 1 over the range, or the uniform density if all moments are 0."""
     p = omega * np.sqrt(np.maximum(second_moment, 0.0))
     mass = (p * np.diff(edges)).sum() / (edges[-1] - edges[0])
     return p / mass if mass > 0 else np.ones_like(p)
@@ -76,7 +78,7 @@ def _epr(parameters: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def _fit_epr(t: np.ndarray, target: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """The family's member nearest to `target` in KL divergence, of several starts."""
+    """The member of the EPR family with the smallest KL divergence to `target`, the best of several starts."""
 
     def divergence(parameters: np.ndarray) -> float:
         p = _epr(parameters, t)

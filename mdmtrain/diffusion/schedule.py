@@ -1,7 +1,7 @@
-"""The cosine noise schedule, as what it is: a sampler of the masking rate (mathematics.md section 1).
+"""The cosine noise schedule, written as a sampler of the masking rate (mathematics.md section 1).
 
-The target is always the average over rates t ~ U[eps, 1] of the loss weighted by 1/t. A schedule m(s) with s uniform
-draws rates with density p(t) ~ 1/m'(s) relative to that uniform; the importance weight 1/p brings the target back. The
+The target is the average over rates t ~ U[eps, 1] of the loss weighted by 1/t. A schedule m(s) with uniform s draws
+rates with a density p(t) ~ 1/m'(s) relative to that uniform. The importance weight 1/p keeps the target the same. The
 linear schedule is p = 1.
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def draw_cosine(u: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """(t, p(t)) of uniforms on [0, 1), float64 [n]: t = sin(pi s / 2) in [eps, 1], s uniform.
+    """(t, p(t)) for uniforms u on [0, 1), all float64 [n]: t = sin(pi s / 2) in [eps, 1], s uniform.
 
     p is relative to U[eps, 1], so E[h(t)/p(t)] is the average of h over U[eps, 1] for any h.
     """

@@ -1,7 +1,7 @@
-"""One stratification of a whole global batch (mathematics.md section 6; arXiv 2511.18159, StraTS, taken across ranks).
+"""Stratified uniforms for a global batch (mathematics.md section 6; StraTS of arXiv 2511.18159, over all ranks).
 
-Every rank computes the same uniforms for all slots of a step from (seed, step): nothing is communicated, and nothing
-depends on the number of ranks, the micro-batch or the point of resume.
+Every rank computes the same uniforms for all slots of a step from (seed, step). This needs no communication, and the
+result does not depend on the number of ranks, on the micro-batch or on a resume.
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ def uniforms(
 ) -> np.ndarray:
     """One uniform per slot of a step: float64 [count] on [0, 1).
 
-    strata: "global" puts exactly one slot into each of `count` equal strata, and spreads every aligned block of 2^j
-    slots (2^j dividing count) over 2^j equal strata, so that each rank and each micro-batch is balanced too; "none"
-    draws independently; "rank" stratifies each of `blocks` equal blocks by itself, which is what a trainer without
-    coordination does, and is here to be compared against.
+    strata: "global" puts exactly one slot into each of `count` equal strata. It also spreads every aligned block of 2^j
+    slots (2^j dividing count) over 2^j equal strata, so that each rank and micro-batch is balanced too. "rank"
+    stratifies each of `blocks` equal blocks independently, as trainers without coordination do; it exists for
+    comparison. "none" draws independently.
     """
     bits = noise.philox(seed, stream, step)
     match strata:
@@ -34,9 +34,11 @@ def uniforms(
 
 def _stratified(bits: np.random.Philox, count: int) -> np.ndarray:
     """Radical inverse of the slot index over the factors of `count`, with nested (Owen) permutations and a jitter."""
-    rest, stratum, nodes = np.arange(count), np.zeros(count, dtype=np.int64), 1
+    rest = np.arange(count)
+    stratum = np.zeros(count, dtype=np.int64)
+    nodes = 1
     for base in _factors_twos_first(count):
-        # One random permutation of this digit for every value of the digits above it.
+        # Each value of the digits above has its own random permutation of this digit.
         permutations = bits.random_raw(nodes * base).reshape(nodes, base).argsort(axis=1, kind="stable")
         stratum = stratum * base + permutations[stratum, rest % base]
         rest //= base

@@ -1,7 +1,7 @@
-"""The objective's weight of a masking rate, omega(t): which average over t is trained (mathematics.md section 8).
+"""The weight omega(t) of a masking rate in the training objective (mathematics.md section 8).
 
-Target: the average of omega(t) l over t uniform on [low, high], where omega itself averages to 1. omega = 1 is the
-NELBO; everything else is another objective, named so. Whatever is trained, evaluation is the NELBO.
+The target is the average of omega(t) l over t uniform on [low, high]. The average of omega is 1. omega = 1 is the
+NELBO; other choices are other objectives. Evaluation always reports the NELBO.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scipy.special import betainc, betaln
 
 @dataclass(frozen=True)
 class Omega:
-    """A weighting on [low, high], moved towards 1 by `anneal` (0: the named one, 1: the NELBO)."""
+    """A weighting on [low, high], interpolated to the NELBO by `anneal` (0: the named weighting, 1: the NELBO)."""
 
     name: str  # nelbo | plain | bell
     bell: float  # a of the Beta(a, a) density of `bell`
@@ -31,7 +31,7 @@ class Omega:
         match self.name:
             case "nelbo":
                 return np.ones_like(t)
-            case "plain":  # with 1/t it leaves the plain sum of the cross-entropies
+            case "plain":  # times 1/t this is constant: the plain sum of the cross-entropies
                 return 2.0 * t / (self.low + self.high)
             case "bell":
                 density = np.exp((self.bell - 1) * (np.log(t) + np.log1p(-np.minimum(t, 1 - 1e-12))) - self._log_beta())
@@ -39,12 +39,13 @@ class Omega:
         raise AssertionError(self.name)
 
     def of_count(self, P: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """omega_k of k >= 1 masked of P eligible positions: int64 [n] each; float64 [n] (mathematics.md section 5).
+        """omega_k for k >= 1 masks at P eligible positions (mathematics.md section 5). P, k: int64 [n]. float64 [n].
 
-        The average over t uniform on [low, high] of omega(t) times the density of Beta(k, P - k + 1): what omega
-        becomes when the loss is seen as a function of the number of masked positions. (omega_0 is 0: no mask, no loss.)
+        It is the weight of a loss that is a function of the number of masks: the average over t uniform on [low, high]
+        of omega(t) times the density of Beta(k, P - k + 1). omega_0 would be 0.
         """
-        k, rest = np.asarray(k, dtype=np.float64), P - k + 1.0
+        rest = P - k + 1.0
+        k = np.asarray(k, dtype=np.float64)
         one = self._beta_mass(k, rest)
         match self.name:
             case "nelbo":
@@ -57,7 +58,7 @@ class Omega:
         return (1.0 - self.anneal) * named + self.anneal * one
 
     def _beta_mass(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Average over [low, high] of the Beta(a, b) density."""
+        """The average of the Beta(a, b) density over [low, high]."""
         return (betainc(a, b, self.high) - betainc(a, b, self.low)) / (self.high - self.low)
 
     def _log_beta(self) -> float:

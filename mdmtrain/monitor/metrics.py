@@ -1,13 +1,9 @@
-"""metrics.jsonl, the truth about a run, and TensorBoard, drawn from the same records. Rank 0 writes both."""
+"""metrics.jsonl: the records of a run. Rank 0 writes them; TensorBoard and W&B show the same records."""
 
 import json
 import math
 import os
 from pathlib import Path
-
-from matplotlib.figure import Figure
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
 from mdmtrain.config import Config
 from mdmtrain.files import replacing, writing
@@ -19,7 +15,7 @@ EVENT_BYTES = (1_250, 17_000)  # the same in TensorBoard
 OCTILES = 8
 LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
-BY_OCTILE = {LOSS_BY_OCTILE: "loss_by_rate", STATISTIC_BY_OCTILE: "statistic_by_rate"}  # record -> group of tags
+LOSS_BY_SOURCE = "loss_by_source"  # {source: mean weighted loss of its rows}, where there are several sources
 HISTOGRAM = "rate_histogram"  # rows of the global batch in each eighth
 COMPONENTS = "probe"  # {"A", "B_t", "B_int", "C"}: the decomposition of the loss's variance
 DENSITY = "rate_density"  # {"used", "wanted"}: p by cell of the rate
@@ -31,7 +27,7 @@ class MetricsLog:
     notes: sentences about what was found and moved, for a person.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool):
+    def __init__(self, run_dir: Path, resume_step: int):
         self.path = run_dir / METRICS
         self._skipped = run_dir / "skipped.jsonl"
         self.notes: list[str] = []
@@ -52,17 +48,15 @@ class MetricsLog:
                 "are not made again"
             )
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._board = SummaryWriter(str(events), purge_step=resume_step + 1) if tensorboard else None
 
-    def write(self, records: list[dict]) -> None:
-        """Append records and hand them to the operating system."""
+    def write(self, records: list[dict]) -> list[dict]:
+        """Append records and hand them to the operating system. Returns them as they were written."""
+        records = [{k: finite(value) if isinstance(value, float) else value for k, value in r.items()} for r in records]
         with writing(self.path.parent):
             for record in records:
-                record = {name: finite(value) if isinstance(value, float) else value for name, value in record.items()}
                 self._file.write(json.dumps(record, allow_nan=False) + "\n")
-                if self._board is not None:
-                    self._draw(record)
             self._file.flush()
+        return records
 
     def skipped(self, step: int, samples: dict[str, list[int]]) -> None:
         """A line in skipped.jsonl: the windows (or documents) of each source that a skipped step had read."""
@@ -74,54 +68,9 @@ class MetricsLog:
         with writing(self.path.parent):
             self._file.flush()
             os.fsync(self._file.fileno())
-            if self._board is not None:
-                self._board.flush()
-
-    def _draw(self, record: dict) -> None:
-        step = record["step"]
-        group = record.get("split", "train")
-        scalars: dict[str, float] = {}
-        for name, value in record.items():
-            if name in BY_OCTILE:
-                means = {f"{BY_OCTILE[name]}/octile_{octile}": mean for octile, mean in enumerate(value)}
-                scalars |= {tag: mean for tag, mean in means.items() if mean is not None}
-            elif name == HISTOGRAM:
-                self._draw_histogram(value, step)
-            elif name == COMPONENTS:
-                scalars |= {f"{COMPONENTS}/{part}": size for part, size in value.items() if size is not None}
-            elif name == DENSITY:
-                self._board.add_figure("train/rate_density", density_figure(value), step)
-            elif name not in ("step", "time") and isinstance(value, (int, float)):
-                scalars[f"{group}/{name}"] = value
-        # As one event: thirty of them, as add_scalar makes, take longer than the rest of a step's records.
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._board.file_writer.add_summary(Summary(value=values), step)
-
-    def _draw_histogram(self, counts: list[int], step: int) -> None:
-        middles = [(octile + 0.5) / OCTILES for octile in range(OCTILES)]
-        total = sum(counts)
-        self._board.add_histogram_raw(
-            "train/masking_rate",
-            min=0.0,
-            max=1.0,
-            num=total,
-            sum=sum(m * c for m, c in zip(middles, counts, strict=True)),
-            sum_squares=sum(m * m * c for m, c in zip(middles, counts, strict=True)),
-            bucket_limits=[(octile + 1) / OCTILES for octile in range(OCTILES)],
-            bucket_counts=counts,
-            global_step=step,
-        )
-
-    def probe_cost(self, step: int, seconds: float, share: float) -> None:
-        """What a probe cost, apart from the speed of training: drawn only, as records of equal runs are equal."""
-        if self._board is not None:
-            self._board.add_scalar("probe/seconds", seconds, step)
-            self._board.add_scalar("probe/share_of_time", share, step)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def abandoned(path: Path) -> Path:
@@ -211,20 +160,6 @@ def evaluated(run_dir: Path, step: int) -> bool:
         return False
     with open(file, encoding="utf-8", errors="replace") as lines:
         return any(line.startswith(f'{{"step": {step}, "split": ') for line in lines)
-
-
-def density_figure(density: dict[str, list[float]]) -> Figure:
-    """p(t) as it is drawn from, the optimum of the statistics that it was or would be fitted to, and uniform."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    cells = len(density["used"])
-    edges = [cell / cells for cell in range(cells + 1)]
-    axes.stairs(density["wanted"], edges, color="#bbbbbb", fill=True, label="omega sqrt(E[statistic | t])")
-    axes.stairs(density["used"], edges, color="#4477aa", linewidth=1.8, label="p(t), in use")
-    axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="uniform")
-    axes.set(xlabel="masking rate t, from the smallest to the largest", ylabel="density", xlim=(0, 1), ylim=(0, None))
-    axes.legend()
-    return figure
 
 
 def finite(value: float) -> float | None:

@@ -9,7 +9,11 @@ from mdmtrain.monitor.logs import log
 
 
 class TrainingProgress:
-    """Step, percent, loss, bits/byte, tokens/s, share of time spent waiting for data, time left. For rank 0."""
+    """The progress of a run, for rank 0.
+
+    Step, percent, loss, bits/byte, tokens/s, MFU (where the GPU is known), the peak memory of the ranks, the share of
+    the time that was spent waiting for data, the time left.
+    """
 
     def __init__(self, first_step: int, steps: int, bits_per_nat: float, visible: bool):
         """bits_per_nat: bits per byte of one nat per token, on this data."""
@@ -39,7 +43,10 @@ class TrainingProgress:
             loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * self._bits_per_nat:.3f}"
         seconds_per_step = (time.monotonic() - self._start) / (step - self._first)
         left = round(seconds_per_step * (self._steps - step))
-        numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  data wait {record['data_wait']:.1%}"
+        numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s"
+        if record["mfu"] is not None:
+            numbers += f"  MFU {record['mfu']:.1%}"
+        numbers += f"  memory {record['memory_gib']:.1f} GiB  data wait {record['data_wait']:.1%}"
         numbers += f"  ETA {left // 60}:{left % 60:02d}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)

@@ -1,6 +1,8 @@
 """Per-step numbers, kept on the device and read by the host only at the log interval."""
 
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from torch import Tensor
 from mdmtrain.config import Config, RunPlan
 from mdmtrain.data.order import START, Cursor
 from mdmtrain.diffusion.objective import ForwardProcess, MaskingRates
-from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, OCTILES, STATISTIC_BY_OCTILE, finite
+from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, LOSS_BY_SOURCE, OCTILES, STATISTIC_BY_OCTILE, finite
 
 BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
 CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
@@ -41,7 +43,7 @@ class Layout:
         return {name: vector[where] for name, where in self._slices.items()}
 
 
-def sums_of_a_step(bins: int, ranks: int) -> dict[str, int]:
+def sums_of_a_step(bins: int, ranks: int, sources: int) -> dict[str, int]:
     """The parts of the vector that is added up over ranks once a step, with their sizes. None depends on the batch."""
     return {
         "losses": bins,  # weighted losses of the rows, by cell of their masking rate
@@ -50,6 +52,9 @@ def sums_of_a_step(bins: int, ranks: int) -> dict[str, int]:
         "pair": 2,  # what a GradientPair found; zeros in most steps
         "masked": ranks,  # masked positions of each rank
         "seconds": ranks,  # that each rank took by itself: waiting for data, and `awake`, but not in a collective
+        "source_losses": sources,  # weighted losses of the rows of each source
+        "source_rows": sources,  # and how many rows that are
+        "memory": ranks,  # peak memory of each rank's process so far, bytes
     }
 
 
@@ -77,7 +82,11 @@ class StepRecorder:
     (`loss_smooth_variance_ratio`).
     """
 
-    def __init__(self, config: Config, plan: RunPlan, device: torch.device, rank: int):
+    def __init__(
+        self, config: Config, plan: RunPlan, device: torch.device, rank: int, mfu_per_speed: float | None = None
+    ):
+        """mfu_per_speed: the MFU at one token per second of all ranks; None where the peak of the device is unknown."""
+        self._mfu_per_speed = mfu_per_speed
         self.skips_in_a_row = 0
         self.cursor = START  # from where on every step has had this many tokens
         self._bins = config.diffusion.bins
@@ -87,7 +96,9 @@ class StepRecorder:
         self._positions = plan.tokens_per_step
         self._device = device
         self._rank = rank
-        parts = sums_of_a_step(self._bins, plan.world_size)
+        self._sources = config.data.names if len(config.data.sources) > 1 else ()
+        self._rows_per_slot = plan.rows_per_slot
+        parts = sums_of_a_step(self._bins, plan.world_size, len(self._sources))
         self._sums = Layout(parts)
         self._numbers = Layout(parts | {"norm": 1, "skipped": 1})  # once they are added up
         self._means: dict[str, float] = {}
@@ -144,13 +155,21 @@ class StepRecorder:
         sums[self._sums["eligible"]] += eligible
         sums[self._sums["masked"]][self._rank] += masked
 
+    def add_sources(self, sums: Tensor, losses: Tensor, sources: Tensor) -> None:
+        """losses: float32 [B] on the device; sources: int64 [slots], of each slot. Does nothing for a single source."""
+        if self._sources:
+            source = sources.repeat_interleave(self._rows_per_slot).to(self._device, non_blocking=True)
+            sums[self._sums["source_losses"]].index_add_(0, source, losses.double())
+            sums[self._sums["source_rows"]].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))
+
     def add_pair(self, sums: Tensor, pair: Tensor) -> None:
         """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
         sums[self._sums["pair"]] = pair
 
-    def add_own_seconds(self, sums: Tensor) -> None:
-        """What this rank took since the last step, others' lateness not counted."""
+    def add_own(self, sums: Tensor) -> None:
+        """This rank's seconds since the last step, without waiting for other ranks, and its peak memory."""
         now = awake()
+        sums[self._sums["memory"]][self._rank] += peak_memory(self._device)
         sums[self._sums["seconds"]][self._rank] += now - self._awake + self._asleep
         self._asleep = 0.0
         self._awake = now
@@ -250,11 +269,16 @@ class StepRecorder:
             STATISTIC_BY_OCTILE: by_octile(parts["statistics"]),
             HISTOGRAM: octile_counts.tolist(),
             "tokens_per_second": speed,
+            "mfu": None if self._mfu_per_speed is None else speed * self._mfu_per_speed,
+            "memory_gib": parts["memory"].max().item() / 2**30,
             "data_wait": wait,
             "slowest_rank": int(np.argmax(own)),
             "slowest_over_median": finite(float(max(own) / np.median(own))) if min(own) > 0 else None,
             "time": time.time(),
         }
+        if self._sources:
+            by_source = zip(self._sources, parts["source_losses"] / length, parts["source_rows"], strict=True)
+            record[LOSS_BY_SOURCE] = {name: finite(loss / rows) if rows else None for name, loss, rows in by_source}
         if noise > 0 and not skipped and not after_skip:
             scale = self._follow("noise", noise, PAIR_DECAY) / self._follow("signal", signal, PAIR_DECAY)
             record["grad_noise"] = noise
@@ -286,6 +310,14 @@ class StepRecorder:
             self._baseline[hit] = BASELINE_DECAY * old + (1 - BASELINE_DECAY) * means
             self._seen |= hit
         return float(value)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has allocated on a GPU so far, or held in main memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # Linux counts in KiB
 
 
 def awake() -> float:

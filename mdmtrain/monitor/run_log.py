@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mdmtrain.config import Config
 from mdmtrain.data.loader import Dataset
+from mdmtrain.files import writing
+from mdmtrain.monitor.display import Display, open_displays
 from mdmtrain.monitor.logs import log
 from mdmtrain.monitor.metrics import MetricsLog, thinned
 from mdmtrain.monitor.progress import TrainingProgress
@@ -13,7 +15,7 @@ from mdmtrain.parallel.world import AgreedError, World
 
 
 class RunLog:
-    """Every rank calls it, and rank 0 writes: metrics.jsonl, TensorBoard, skipped.jsonl and the terminal."""
+    """Every rank calls it, and rank 0 writes: metrics.jsonl, what displays it, skipped.jsonl and the terminal."""
 
     def __init__(self, config: Config, step: int, world: World, bits_per_nat: float):
         """A collective. step: where the run starts, later records move away; bits_per_nat: see TrainingProgress.
@@ -21,8 +23,11 @@ class RunLog:
         Raises AgreedError.
         """
         self._config = config
-        folder, tensorboard = Path(config.run.dir), config.monitor.tensorboard
-        self._metrics = world.agree(lambda: MetricsLog(folder, step, tensorboard) if world.is_main else None)
+        folder = Path(config.run.dir)
+        self._metrics = world.agree(lambda: MetricsLog(folder, step) if world.is_main else None)
+        self._displays: list[Display] = world.agree(
+            lambda: open_displays(folder, step, config) if world.is_main else []
+        )
         self._progress = TrainingProgress(step, config.run.steps, bits_per_nat, world.is_main)
         self.notes = self._metrics.notes if self._metrics is not None else []  # see MetricsLog
 
@@ -35,8 +40,7 @@ class RunLog:
 
         Raises AgreedError when too many steps in a row were skipped.
         """
-        if self._metrics is not None:
-            self._metrics.write(thinned(records, self._config.monitor.record_every, keep_last))
+        self._write(thinned(records, self._config.monitor.record_every, keep_last))
         for record in records:
             if record["skipped"]:
                 self._skipped(record["step"], dataset)
@@ -59,12 +63,12 @@ class RunLog:
         """found: an Evaluation of each validation split."""
         for one in found:
             self._progress.note(f"step {step}  {one}")
-        if self._metrics is not None:
-            self._metrics.write([{"step": step, **asdict(one)} for one in found])
+        self._write([{"step": step, **asdict(one)} for one in found])
 
     def probe_cost(self, step: int, seconds: float, share: float) -> None:
-        if self._metrics is not None:
-            self._metrics.probe_cost(step, seconds, share)
+        """What a probe cost. It is shown only, because records of equal runs are equal."""
+        for display in self._displays:
+            display.show_probe_cost(step, seconds, share)
 
     def checkpoint(self, committed: Path | None) -> None:
         """A checkpoint has been committed; None: there is none to tell of."""
@@ -75,8 +79,22 @@ class RunLog:
         """Bring the records to the disk itself: before a checkpoint is committed."""
         if self._metrics is not None:
             self._metrics.sync()
+            with writing(self._metrics.path.parent):
+                for display in self._displays:
+                    display.flush()
 
     def close(self) -> None:
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
+        for display in self._displays:
+            display.close()
+
+    def _write(self, records: list[dict]) -> None:
+        """Append records to metrics.jsonl, and show them as they are there."""
+        if self._metrics is not None:
+            written = self._metrics.write(records)
+            with writing(self._metrics.path.parent):
+                for display in self._displays:
+                    for record in written:
+                        display.show(record)

@@ -88,5 +88,5 @@ def save_on_ranks(world: World, folder: Path, corpus: Path) -> None:
             "tokens": 640,
             "config": in_memory(shape, corpus).facts["config"],
         }
-        home, tokenizer = folder / name / "checkpoints", corpus / "tokenizer.model"
+        home, tokenizer = folder / name / "checkpoints", (corpus / "tokenizer.model").read_bytes()
         store.save(home, 10, tensors, meta, tokenizer, CheckpointConfig(), world)

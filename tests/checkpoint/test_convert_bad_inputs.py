@@ -86,7 +86,7 @@ def no_source(lab):
     return [lab.folder / "nowhere", "--to", "llama"]
 
 
-@case("{lab}/folder", "not a complete checkpoint")
+@case("{lab}/folder", "neither a complete checkpoint")
 def not_a_checkpoint(lab):
     (lab.folder / "folder").mkdir()
     return [lab.folder / "folder", "--to", "llama"]
@@ -105,12 +105,12 @@ def out_below_a_file(lab):
     return [lab.copy("checkpoint"), "--to", "native"]
 
 
-@case("holds no weight average", "leave out --weights")
+@case("has no weight average", "leave out --weights")
 def average_that_is_not_there(lab):
     return [lab.copy("checkpoint"), "--to", "native", "--weights", "average"]
 
 
-@case("qwen3 has qk_norm", "--to llama")
+@case("qwen3 needs qk_norm", "--to llama")
 def plain_model_in_qwen3(lab):
     return [lab.copy("native"), "--to", "qwen3"]
 
@@ -130,7 +130,7 @@ def causal_in_llada(lab):
     return [checkpoint(lab.folder / "causal", replace(SHAPE, causal=True), lab.corpus), "--to", "llada"]
 
 
-@case("float16 cannot hold", "bfloat16")
+@case("float16 cannot represent", "bfloat16")
 def values_too_large_for_float16(lab):
     def enlarge(tensors):
         tensors["head.weight"][0, 0] = 1e6
@@ -156,12 +156,12 @@ def shard_missing(lab):
     return [lab.folder / "llama", "--from", "llama"]
 
 
-@case("{lab}/native/model.safetensors", "cut short", "original")
+@case("{lab}/native/model.safetensors", "truncated", "original")
 def safetensors_cut_short(lab):
     return [cut(lab.copy("native") / "model.safetensors").parent, "--from", "native"]
 
 
-@case("{lab}/native/model.safetensors", "is not what was exported")
+@case("{lab}/native/model.safetensors", "has changed since the export")
 def safetensors_altered(lab):
     return [flip(lab.copy("native") / "model.safetensors").parent, "--to", "llama"]
 
@@ -179,7 +179,7 @@ def tensor_missing(lab):
     return [resave(lab.copy("native"), lambda tensors: tensors.pop("head.weight")), "--from", "native"]
 
 
-@case("q_proj.bias has no place", "another network")
+@case("q_proj.bias does not exist in our model", "another network")
 def tensor_that_we_have_no_place_for(lab):
     def add(tensors):
         tensors["layers.0.attention.q_proj.bias"] = torch.zeros(48)
@@ -192,13 +192,13 @@ def folder_of_another_kind(lab):
     return [lab.copy("llama"), "--from", "llada"]
 
 
-@case("{lab}/llama/config.json", "our model has no {'rope_type': 'llama3'}")
+@case("{lab}/llama/config.json", "our model does not support {'rope_type': 'llama3'}")
 def rotary_scaling(lab):
     rope = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}
     return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(rope)).parent, "--from", "llama"]
 
 
-@case("{lab}/llama/config.json", "our model has no {'layer_types': ['sliding_attention']}")
+@case("{lab}/llama/config.json", "our model does not support {'layer_types': ['sliding_attention']}")
 def sliding_windows(lab):
     layers = {"layer_types": ["full_attention", "sliding_attention"]}
     return [edit_json(lab.copy("llama") / "config.json", lambda c: c.update(layers)).parent, "--from", "llama"]
@@ -234,7 +234,7 @@ def tokenizer_without_a_mask_token(lab):
     return [folder, "--from", "native"]
 
 
-@case("{lab}/native/model.safetensors", "cut short")
+@case("{lab}/native/model.safetensors", "truncated")
 def safetensors_with_a_header_that_lies(lab):
     file = lab.copy("native") / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
@@ -263,7 +263,7 @@ def shards_without_an_index(lab):
     return [lab.folder / "llama", "--from", "llama"]
 
 
-@case("norm.weight is in model", "original files")
+@case("norm.weight is also in model", "original files")
 def a_tensor_in_two_files(lab):
     folder = lab.copy("llama")
     last = sorted(folder.glob("model-*"))[-1]

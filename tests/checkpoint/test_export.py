@@ -204,7 +204,7 @@ def test_the_published_configuration_of_llada_8b_is_our_8b():
     }  # fmt: skip
     shape, length = formats.shape_from("llada", published)
     assert shape == ModelShape(vocab_size=126464, **PRESETS["8b"]) and length == 4096
-    with pytest.raises(ValueError, match=r"our model has no \{'include_bias': True\}"):
+    with pytest.raises(ValueError, match=r"our model does not support \{'include_bias': True\}"):
         formats.shape_from("llada", {**published, "include_bias": True})
 
 
@@ -322,7 +322,7 @@ def test_a_qwen3_folder_is_checked_before_it_appears(corpus, tmp_path):
         swap = {"q_norm": "k_norm", "k_norm": "q_norm"}
         return source.read(re.sub("q_norm|k_norm", lambda found: swap[found[0]], name))
 
-    with pytest.raises(ValueError, match=r"self-check: .*_norm.* came back changed"):
+    with pytest.raises(ValueError, match=r"self-check: .*_norm.* has other values in the folder"):
         convert_ckpt.self_check(tmp_path / "qwen3", replace(source, read=exchanged), "qwen3", "float32")
 
 
@@ -367,8 +367,8 @@ def test_a_causal_model_becomes_a_bidirectional_start(foreign, tmp_path, capsys)
     convert(foreign, "--from", foreign.name, "--out", tmp_path / "start")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed for masked diffusion")]
     assert said.endswith(
-        "attention is bidirectional now, it was causal; new tokens: <|mdm_pad|> (300), <|mdm_mask|> (301); "
-        "embedding: 304 -> 320 rows, those from 300 on are the mean of the ones before"
+        "attention is bidirectional now; it was causal; new tokens: <|mdm_pad|> (300), <|mdm_mask|> (301); "
+        "embedding: 304 -> 320 rows; those from 300 on are the mean of the rows before"
     )
     start = open_checkpoint(tmp_path / "start")
     tokenizer, theirs = Tokenizer.load(tmp_path / "start"), transformers.AutoTokenizer.from_pretrained(foreign)
@@ -499,7 +499,7 @@ def test_exports_beside_a_run(exports_of, corpus, tmp_path, caplog):
         exports.start(checkpoint_folder)
     exports.finish()
     assert [record.levelname for record in caplog.records if record.name == "mdmtrain"] == ["WARNING"]
-    assert f"export of {last} failed, the run goes on: " in caplog.text
+    assert f"export of {last} failed, training continues: " in caplog.text
     (tmp_path / "exports").unlink()
     exports = exports_of(4, resumed=last)
     new = finished_step(tmp_path, 8, corpus)

@@ -167,11 +167,11 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
         assert read_metrics(tmp_path / name) == calm, name
     close(calm, read_metrics(tmp_path / "killed"), 1e-4)  # its first steps were one rank's
     assert [r["step"] for r in read_metrics(tmp_path / "memory") if "loss" in r] == [*range(1, 13)]
-    assert not healed["error"] and log_of(tmp_path / "healed").count("trying once more") == 1
+    assert not healed["error"] and log_of(tmp_path / "healed").count("trying again") == 1
     # All ranks stop after the same step, soon: not at the next checkpoint, and not at the end of the run.
     assert failed["error"] == ranks[1][3]["error"] and failed["steps"] == ranks[1][3]["steps"] < 12
     assert failed["error"].startswith(f"cannot write checkpoint {tmp_path / 'failed/checkpoints/step-00000006'}: ")
-    assert "Input/output error" in failed["error"] and log_of(tmp_path / "failed").count("trying once more") == 2
+    assert "Input/output error" in failed["error"] and log_of(tmp_path / "failed").count("trying again") == 2
     assert again["steps"] == killed["steps"] == 9  # from step 3
     assert not (tmp_path / "elsewhere/checkpoints").exists()
     assert store.find(tmp_path / "elsewhere") == storage.place(f"file://{tmp_path}/elsewhere/step-00000012")
@@ -179,7 +179,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
     # ---- again, each from the middle of a run
     assert (flipped["steps"], elsewhere["steps"]) == (6, 3)  # from the checkpoint before
     for name in ("flipped", "elsewhere"):
-        assert "passing over a damaged checkpoint: " in log_of(tmp_path / name)
+        assert "skipping a damaged checkpoint: " in log_of(tmp_path / name)
     close(calm, read_metrics(tmp_path / "hsdp"), 1e-4)
     losses, rounded = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("calm", "dtype"))
     assert rounded != losses and rounded == pytest.approx(losses, rel=2e-2)

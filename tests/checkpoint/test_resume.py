@@ -1,16 +1,23 @@
 """Where the data goes on when a run starts again."""
 
+import json
 import threading
+from dataclasses import asdict
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mdmtrain import command
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import resume
-from mdmtrain.data.order import START, Cursor
-from mdmtrain.monitor import logs
+from mdmtrain.data.loader import mixture
+from mdmtrain.data.order import START, Cursor, Mixture
+from mdmtrain.model.presets import model_shape
 from mdmtrain.parallel.world import WRITER_THREAD
+from tests.conftest import SOAK
 
 IDENTITY = {"data": [["a", 1.0]], "sequence_length": 64, "global_batch": 16}
 
@@ -31,6 +38,61 @@ def test_no_sample_is_skipped_or_repeated_when_the_batch_changes(phases):
         step += steps
         cursor = cursor.at(step, batch, 0)
     assert read == list(range(sum(steps * batch for steps, batch in phases)))
+
+
+@settings(max_examples=300 if SOAK else 40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_phases_are_exact_through_resumes_with_other_batches_and_phases(small_run, data):
+    """Starts of a run, each with a batch of its own, and other phases from there on; against reading step by step."""
+    weights, batches = st.sampled_from([[1, 3], [2, 1], [0, 1], [1, 0]]), st.sampled_from([4, 8, 16])
+    phases, cursor, step, seen, meta = [], START, 0, [], None
+    saved_phases = [(0, [1.0, 2.0])]  # as the run has had them
+    counts, position, expected = np.zeros(2, dtype=int), 0, []
+    for steps in data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)):
+        later = sorted(data.draw(st.sets(st.integers(max(step, 1), step + 15), max_size=2)))
+        phases = [phase for phase in phases if phase["from_step"] < step]
+        phases += [{"from_step": at, "weights": data.draw(weights)} for at in later]
+        sources = [{"path": "x", "weight": 1.0}, {"path": "y", "weight": 2.0}]
+        changes = {"global_batch": data.draw(batches), "micro_batch": 1, "steps": 100}
+        tree = small_run({"run": changes, "data": {"sources": sources, "phases": phases}})
+        config = configuration.validate(tree, "test")
+        tokenizer = SimpleNamespace(sha256="t")
+        identity = resume.run_identity(config, model_shape(config.model, 512), tokenizer, ["x", "y"])
+        if meta is not None:
+            cursor = resume.continued(json.loads(json.dumps(meta)), identity)
+        splits = [SimpleNamespace(prompts=False, tokens=64 * n, shards=1, folder="x", split="train") for n in (7, 30)]
+        order = mixture(config, splits, cursor)
+        for at in range(step, step + steps):
+            first = cursor.at(at, config.slots_per_step, 0).sample
+            source, row = order(first + np.arange(config.slots_per_step))
+            seen += zip(source.tolist(), row.tolist(), strict=True)
+            began = [phase for phase in phases if phase["from_step"] == at]
+            if began:
+                saved_phases.append((at, began[0]["weights"]))
+                position = 0
+            own = Mixture([(0, saved_phases[-1][1])], order.sources)  # the phase by itself, from its beginning
+            for one in own(np.arange(position, position + config.slots_per_step))[0]:
+                expected.append((int(one), int(order.sources[one](counts[one : one + 1])[0])))
+                counts[one] += 1
+            position += config.slots_per_step
+        step += steps
+        meta = {"step": step, "identity": identity, "cursor": asdict(cursor), "config": config.model_dump(mode="json")}
+    assert seen == expected
+
+
+def test_phases_that_have_begun_do_not_change(small_run, tmp_path, monkeypatch):
+    config = configuration.validate(small_run({"checkpoint": {"allow_changed": ["phases"]}}), "test")
+    saved = meta(small_run, has_average=True, identity=IDENTITY | {"phases": [[3, [1.0]], [9, [2.0]]]})
+    monkeypatch.setattr(resume.store, "newest", lambda home, damaged: tmp_path)
+    monkeypatch.setattr(resume.store, "read_meta", lambda folder: saved)
+    for phases in ([[3, [1.0]]], [[3, [1.0]], [6, [5.0]]], [[3, [1.0]], [9, [2.0]]]):  # step 6 is yet to come
+        assert resume.find_resume(config, tmp_path, IDENTITY | {"phases": phases}) == tmp_path
+    for phases in (None, [[3, [2.0]]], [[4, [1.0]]], [[3, [1.0]], [5, [2.0]]]):
+        with pytest.raises(ValueError, match=r"data.phases that begin before its step 6 were \[\[3, \[1.0\]\]\], not"):
+            resume.find_resume(config, tmp_path, IDENTITY | {"phases": phases})
+    plain = configuration.validate(small_run({}), "test")
+    with pytest.raises(ValueError, match=r"its phases is .* with checkpoint.allow_changed='\[phases\]'"):
+        resume.find_resume(plain, tmp_path, IDENTITY | {"phases": [[3, [1.0]]]})
 
 
 def test_the_cursor_follows_what_changed(small_run):
@@ -72,7 +134,9 @@ def test_a_run_does_not_change_its_optimizer(small_run, tmp_path, monkeypatch):
         monkeypatch.setattr(resume.store, "read_meta", lambda folder, was=was: was)
         own, other = ("muon", "adamw") if saved == "muon" else ("adamw", "muon")
         assert resume.find_resume(wanted[own], tmp_path, IDENTITY) == tmp_path
-        with pytest.raises(ValueError, match=f"with optim.name={own}, not {other}, .*: set optim.name={own}, or start"):
+        with pytest.raises(
+            ValueError, match=f"with optim.name={own} and has no state of {other}: set optim.name={own}, or start"
+        ):
             resume.find_resume(wanted[other], tmp_path, IDENTITY)
 
 
@@ -81,7 +145,7 @@ def test_a_run_that_fails_lets_its_checkpoint_finish():
     writer = threading.Thread(target=lambda: may_write.wait(60) and written.append(1), name=WRITER_THREAD)
     writer.start()
     threading.Timer(0.1, may_write.set).start()
-    logs._let_checkpoint_finish()
+    command._let_checkpoint_finish()
     assert written
 
 
@@ -90,6 +154,6 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(small_r
     (tmp_path / "run/checkpoints/step-00000003/meta.json").touch()
     config = configuration.validate(small_run({"checkpoint": {"dir": str(tmp_path / "new")}}), "test")
     with pytest.raises(
-        ValueError, match=r"run kept its checkpoints in .*/run/checkpoints and .*/new has none: copy them"
+        ValueError, match=r"the checkpoints of .*run are in .*/run/checkpoints, and .*/new has none: copy them"
     ):
         resume.find_resume(config, resume.store.home(config), IDENTITY)

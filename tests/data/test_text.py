@@ -37,7 +37,7 @@ def test_the_stream_is_that_of_a_prepared_folder(jsonl, corpus, tokenizer, tmp_p
     seen = 0
     for split in (PreparedSplit(tmp_path / "prepared", name) for name in ("train", "validation")):
         edges = np.append(split.document_starts(), split.tokens)
-        assert len(edges) - 1 == split.documents and len(split._shards) > 1
+        assert len(edges) - 1 == split.documents and split.shards > 1
         for start, end in pairwise(edges):
             ids = split.read(start, end - start)
             assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id and tokenizer.decode(ids) in TEXTS

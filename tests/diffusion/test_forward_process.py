@@ -161,7 +161,7 @@ ILLEGAL = [
 
 @pytest.mark.parametrize("choice", ILLEGAL)
 def test_combinations_without_an_estimator_are_refused(choice):
-    with pytest.raises(ValidationError, match=r"goes with|anneal"):
+    with pytest.raises(ValidationError, match=r"cannot be combined with|anneal"):
         DiffusionConfig(**choice)
 
 

@@ -143,7 +143,7 @@ def test_a_tiny_study_from_end_to_end(tiny):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "nosuch"], "no arm 'nosuch'"),
+        (["--arms", "nosuch"], "unknown arm 'nosuch'"),
         (["--arms", "standard", "--seeds", "a"], "whole numbers"),
         (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),
         (["--arms", "standard", "--tasks", "nosuch.jsonl"], "no such file"),

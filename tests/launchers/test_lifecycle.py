@@ -46,7 +46,7 @@ def test_finished_is_what_the_last_checkpoint_says():
 
 def test_a_start_that_nobody_saw_end_is_a_crash():
     state = begin(replace(RUNNING, crashes=1), 20, 3)
-    assert (state.crashes, state.starts, state.phase) == (2, 2, "running") and "cut off" in state.last_error
+    assert (state.crashes, state.starts, state.phase) == (2, 2, "running") and "was interrupted" in state.last_error
     assert begin(replace(RUNNING, crashes=2), 20, 3).phase == "failed"
     assert begin(replace(RUNNING, crashes=2), 21, 3).crashes == 0  # it had got further
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,9 @@ def test_crashes_without_progress_are_bounded(small_run, tmp_path):
     while process.poll() is None:
         for rank in set(children(process.pid)) - ranks:
             ranks.add(rank)
-            os.kill(rank, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the children also include a short git process
+                os.kill(rank, signal.SIGKILL)
         time.sleep(0.2)
     output = process.stdout.read()
-    assert process.returncode == 2 and "given up after 2 crashes without a new checkpoint" in output, output
+    assert process.returncode == 2 and "failed after 2 crashes without a new checkpoint" in output, output
     assert "Traceback" not in output and read_state(tmp_path / "run").phase == "failed"

@@ -149,13 +149,13 @@ def test_what_an_interactive_allocation_has_set_does_not_reach_the_job(stub, run
         assert not {*inherited, "SBATCH_TIMELIMIT"} & set(theirs) and theirs["SLURM_CONF"] == "/conf"
     assert os.environ["SLURM_NTASKS"] == "3", "the caller's environment is as it was"
     assert "#SBATCH --time=3:00:00\n" in run_job(tmp_path / "run").paths.submission_file.read_text()
-    assert "not passed on: SBATCH_NO_REQUEUE: use --sbatch" in capsys.readouterr().out
+    assert "not passed on: SBATCH_NO_REQUEUE: give these options with --sbatch" in capsys.readouterr().out
 
 
 def test_a_cluster_that_does_not_requeue_is_noticed(stub, run_file, capsys):
     stub(job=PENDING.replace("Requeue=1", "Requeue=0"))
     slurm.launch([run_file])
-    assert "note: this cluster does not requeue the job: the run stops and saves" in capsys.readouterr().out
+    assert "note: this cluster does not requeue the job: after a time limit or a preemption" in capsys.readouterr().out
 
 
 def test_a_job_that_the_controller_has_forgotten(stub, run_file, tmp_path):
@@ -166,7 +166,7 @@ def test_a_job_that_the_controller_has_forgotten(stub, run_file, tmp_path):
         stub(job=FORGOTTEN, sacct=sacct)
         assert slurm_client.job_state("12").name == run_job(tmp_path / "run").state == name
         now = status.run_status(tmp_path / "run")
-        assert now.state == word and "the job ended before its ranks began: see" in now.last_error
+        assert now.state == word and "the job ended before its ranks started: see" in now.last_error
         assert run_job(tmp_path / "run").done()
     with pytest.raises(ValueError, match="nothing to cancel, the run is out_of_memory"):
         status.cancel(tmp_path / "run")
@@ -196,7 +196,7 @@ def test_a_node_that_does_not_see_the_run_says_so(run_file, tmp_path, capsys):
     )
     needed = tmp_path / "run/job/code"
     assert done.returncode == 2
-    assert done.stdout == f"error: n7 does not see {needed}: it must lie on a file system that all nodes share\n"
+    assert done.stdout == f"error: n7 does not see {needed}: it must be on a file system that all nodes share\n"
 
 
 def test_a_handle_reads_what_submitit_wrote(stub, run_file, tmp_path):

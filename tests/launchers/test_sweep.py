@@ -112,7 +112,7 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arms", "nosuch"], "no arm 'nosuch'"),
+        (["--arms", "nosuch"], "unknown arm 'nosuch'"),
         (["--arms", "standard", "--seeds", "a"], "whole numbers"),
         (["--arms", "standard", "--vary", "optim.lr"], "expected KEY=A,B"),
         (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),

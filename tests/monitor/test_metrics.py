@@ -6,21 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdmtrain import config
 from mdmtrain.diffusion.objective import MaskingRates, plain_process
 from mdmtrain.monitor.metrics import (
-    BY_OCTILE,
     COMPONENTS,
-    DENSITY,
     HISTOGRAM,
+    LOSS_BY_SOURCE,
     OCTILES,
     MetricsLog,
     thinned,
     validation_scores,
 )
-from mdmtrain.monitor.recorder import Layout, StepRecorder, finite
+from mdmtrain.monitor.recorder import Layout, StepRecorder, finite, peak_memory
 from tests.conftest import WALL_CLOCK
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
@@ -57,7 +55,7 @@ def test_a_resume_keeps_what_the_checkpoint_knows_and_moves_the_rest(tmp_path, t
     kept = lines([1, 2, 3]) + evaluation
     write(tmp_path, kept + lines([4, 5]) + torn)
     for _ in range(2):  # idempotent: a resume that is itself killed and resumed
-        MetricsLog(tmp_path, 3, tensorboard=False).close()
+        MetricsLog(tmp_path, 3).close()
         assert (tmp_path / "metrics.jsonl").read_text() == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.abandoned.jsonl", "metrics.jsonl"]
     assert (tmp_path / "metrics.abandoned.jsonl").read_text() == lines([4, 5])
@@ -65,22 +63,23 @@ def test_a_resume_keeps_what_the_checkpoint_knows_and_moves_the_rest(tmp_path, t
 
 def test_what_is_missing_or_moved_is_said(tmp_path):
     write(tmp_path, lines([1, 2, 3, 4]))
-    assert MetricsLog(tmp_path, 4, tensorboard=False).notes == []
-    (moved,) = MetricsLog(tmp_path, 2, tensorboard=False).notes
+    assert MetricsLog(tmp_path, 4).notes == []
+    (moved,) = MetricsLog(tmp_path, 2).notes
     assert moved.startswith("2 records of steps 3 to 4 go from metrics.jsonl to metrics.abandoned.jsonl")
-    (missing,) = MetricsLog(tmp_path, 5, tensorboard=False).notes
+    (missing,) = MetricsLog(tmp_path, 5).notes
     assert "lacks the records of steps 3 to 5" in missing
 
 
 def test_a_new_start_sets_the_old_records_and_events_aside(tmp_path):
     """Twice: the second one must not write over what the first one kept."""
     for _ in range(2):
-        log = MetricsLog(tmp_path, 0, tensorboard=True)
+        log = MetricsLog(tmp_path, 0)
         log.write([record(1)])
         log.close()
-    MetricsLog(tmp_path, 0, tensorboard=False).close()
+        (tmp_path / "events").mkdir()
+    MetricsLog(tmp_path, 0).close()
     assert (tmp_path / "metrics.abandoned.jsonl").read_text() == lines([1, 1])
-    assert all(list((tmp_path / name).glob("*tfevents*")) for name in ("events.abandoned", "events.abandoned-2"))
+    assert (tmp_path / "events.abandoned").is_dir() and (tmp_path / "events.abandoned-2").is_dir()
 
 
 def test_thinning_keeps_what_happened_in_between():
@@ -105,13 +104,13 @@ def test_the_best_evaluation_is_the_mean_over_splits(tmp_path):
 
 def test_steps_from_another_course_are_cut_in_whatever_order_they_stand(tmp_path):
     write(tmp_path, lines([1, 2, 3, 4, 2, 3]))
-    MetricsLog(tmp_path, 2, tensorboard=False).close()
+    MetricsLog(tmp_path, 2).close()
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 2]
 
 
 def test_a_run_that_starts_anew_has_no_records_before(tmp_path):
     write(tmp_path, lines([1, 2]))
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     assert read(tmp_path) == []
     log.write([record(1)])
     log.close()
@@ -119,7 +118,7 @@ def test_a_run_that_starts_anew_has_no_records_before(tmp_path):
 
 
 def test_records_reach_the_file_when_written_not_when_closed(tmp_path):
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     log.write([record(1), record(2)])
     assert read(tmp_path) == [record(1), record(2)]
     log.sync()
@@ -134,69 +133,16 @@ def test_an_interrupted_cut_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(OSError):
-        MetricsLog(tmp_path, 1, tensorboard=False)
+        MetricsLog(tmp_path, 1)
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 3]
 
 
 def test_what_is_not_finite_is_null_in_the_file(tmp_path):
     """JSON has no NaN and no Infinity: jq, pandas and JavaScript stop at them. A single validation row has se = inf."""
-    log = MetricsLog(tmp_path, 0, tensorboard=False)
+    log = MetricsLog(tmp_path, 0)
     log.write([{"step": 1, "split": "validation", "nelbo": math.nan, "nelbo_se": math.inf}])
     log.close()
     assert read(tmp_path) == [{"step": 1, "split": "validation", "nelbo": None, "nelbo_se": None}]
-
-
-# ---- TensorBoard
-
-
-def training_record(step, loss, counts):
-    octiles = [loss * (k + 1) if count else None for k, count in enumerate(counts)]
-    more = {"skipped": step == 2, "grad_norm": None if step == 2 else 0.5, "time": 1e9}
-    if step == 4:
-        more |= {COMPONENTS: {"A": 0.5, "B_t": -0.25, "C": None}, DENSITY: {"used": [0.5, 1.5], "wanted": [0.0, 2.0]}}
-    return {"step": step, "loss": loss, **more, **dict.fromkeys(BY_OCTILE, octiles), HISTOGRAM: counts}
-
-
-def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
-    """Killed after step 5, resumed from step 3: the events are those of the file, the lost course is gone."""
-    counts = [1, 0, 2, 1, 0, 0, 3, 1]
-    first = MetricsLog(tmp_path, 0, tensorboard=True)
-    for step in range(1, 6):
-        first.write([training_record(step, 10.0 + step, counts)])
-    first.write([{"step": 5, "split": "validation", "nelbo": 9.0}])
-    first.close()
-    second = MetricsLog(tmp_path, 3, tensorboard=True)
-    for step in (4, 5, 6):
-        second.write([training_record(step, 20.0 + step, counts)])
-    second.write([{"step": 6, "split": "validation", "nelbo": 2.5, "nelbo_se": 0.125}])
-    second.probe_cost(6, 0.5, 0.125)
-    second.sync()
-    second.close()
-
-    expected = {}
-    for r in read(tmp_path):
-        group = r.get("split", "train")
-        for name, value in r.items():
-            if name in BY_OCTILE:
-                for k, mean in enumerate(value):
-                    if mean is not None:
-                        expected.setdefault(f"{name.split('_')[0]}_by_rate/octile_{k}", []).append((r["step"], mean))
-            elif name not in ("step", "time", "split", HISTOGRAM, COMPONENTS, DENSITY) and value is not None:
-                expected.setdefault(f"{group}/{name}", []).append((r["step"], float(value)))
-    expected |= {"probe/A": [(4, 0.5)], "probe/B_t": [(4, -0.25)]}
-    expected |= {"probe/seconds": [(6, 0.5)], "probe/share_of_time": [(6, 0.125)]}
-    board = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
-    drawn = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    assert drawn == expected
-    assert [loss for _, loss in drawn["train/loss"]] == [11, 12, 13, 24, 25, 26]
-    assert "train/step" not in drawn and drawn["validation/nelbo"] == [(6, 2.5)]
-    assert [image.step for image in board.Images("train/rate_density")] == [4]
-    assert [step for step, _ in drawn["train/grad_norm"]] == [1, 3, 4, 5, 6]  # null is a gap, not a zero
-    histograms = board.Histograms("train/masking_rate")
-    assert [h.step for h in histograms] == [1, 2, 3, 4, 5, 6]
-    shown = histograms[-1].histogram_value
-    assert shown.num == sum(counts) and list(shown.bucket) == counts
-    assert shown.sum == pytest.approx(sum((k + 0.5) / 8 * c for k, c in enumerate(counts)))
 
 
 # ---- the recorder
@@ -205,16 +151,16 @@ def test_tensorboard_shows_the_records_and_nothing_else(tmp_path):
 BINS = 64
 
 
-def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0):
+def make_recorder(clip=1.0, world=1, rows=ROWS, rank=0, mfu_per_speed=None, sources=("p",), views="single"):
     tree = {
         "run": {"dir": "r", "steps": 9, "global_batch": rows, "micro_batch": 2},
         "model": {"preset": "2m"},
-        "data": {"sources": [{"path": "p"}], "sequence_length": LENGTH},
+        "data": {"sources": [{"path": path} for path in sources], "sequence_length": LENGTH},
         "optim": {"lr": 0.1, "clip_norm": clip},
-        "diffusion": {"eps": EPS},
+        "diffusion": {"eps": EPS, "views": views},
     }
     settings = config.validate(tree, "test")
-    return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"), rank)
+    return StepRecorder(settings, config.resolve(settings, world), torch.device("cpu"), rank, mfu_per_speed)
 
 
 def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=0.0, pair=None, others=0.0):
@@ -249,10 +195,35 @@ def test_the_parts_of_a_vector_lie_in_a_row():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("views", ["single", "mirror"])
+def test_losses_by_source_are_the_means_of_its_rows(views):
+    """Sources of the same last name get their number; one without a row in the step has no mean."""
+    per = 1 if views == "single" else 2
+    recorder = make_recorder(sources=("a/x", "b/y", "c/x"), views=views, rows=ROWS * per)
+    sums, process = recorder.new_sums(), plain_process(config.DiffusionConfig(eps=EPS))
+    losses = [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0][: ROWS * per]
+    source = [0, 2, 0, 0]
+    for k in range(0, ROWS, 2):
+        mine = torch.tensor(losses[k * per : (k + 2) * per])
+        recorder.add_sources(sums, mine, torch.tensor(source[k : k + 2]))
+    recorder.add_step(1, process, MaskingRates(RATES, np.ones(ROWS)), np.ones(BINS), sums, *torch.zeros(2), 0.25)
+    rows = np.repeat(source, per)
+    (record,) = recorder.flush()
+    means = [np.mean(np.array(losses)[rows == one]) / LENGTH for one in (0, 2)]
+    assert record[LOSS_BY_SOURCE] == pytest.approx({"x-1": means[0], "y": None, "x-3": means[1]})
+    assert LOSS_BY_SOURCE not in make_flushed(make_recorder())
+
+
+def make_flushed(recorder) -> dict:
+    sums = run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
+    recorder.add_sources(sums, torch.ones(2), torch.zeros(2, dtype=torch.int64))
+    return recorder.flush()[0]
+
+
 def test_a_record_is_the_naive_sum():
     recorder = make_recorder()
     sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
-    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22, 0]
+    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22, 0, 0]
     assert recorder.statistics(sums).sum() == pytest.approx(sum(loss**2 for loss in LOSSES))
     (shown,) = recorder.flush()
     by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
@@ -271,9 +242,21 @@ def test_a_record_is_the_naive_sum():
     assert shown["statistic_by_octile"][7] == pytest.approx((5.0**2 + 6.5**2) / 2) and "grad_noise" not in shown
     assert shown["step"] == 3 and shown["tokens"] == 3 * ROWS * LENGTH and shown["lr"] == 0.25
     assert shown["grad_norm"] == 0.5 and shown["clipped"] is False and shown["skipped"] is False
-    assert shown["data_wait"] >= 0 and shown["tokens_per_second"] > 0
+    assert shown["data_wait"] >= 0 and shown["tokens_per_second"] > 0 and shown["mfu"] is None
     # Without eps the octiles would be others: .25 * 8 is 2.
     assert [math.floor(rate * OCTILES) for rate in RATES[[0, 2]]] != [0, 0]
+
+
+def test_mfu_follows_the_speed_and_memory_is_that_of_the_fullest_rank():
+    recorder = make_recorder(world=2, mfu_per_speed=1e-3)
+    sums = recorder.new_sums()
+    recorder.add_own(sums)
+    assert peak_memory(torch.device("cpu")) == sums[-2] > 2**20 and sums[-1] == 0
+    others = torch.zeros_like(sums)
+    others[-1] = 2.0**50  # of the other rank
+    run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
+    (shown,) = recorder.flush()
+    assert shown["memory_gib"] == 2**20 and shown["mfu"] == pytest.approx(shown["tokens_per_second"] / 1000)
 
 
 def test_octiles_have_eight_equal_parts_and_closed_ends():
@@ -377,7 +360,7 @@ def test_a_restored_recorder_goes_on_with_the_same_numbers():
 def test_each_rank_has_a_place_for_its_masked_tokens():
     """Two ranks, of which this is the second: a rank's number must not be added to another's."""
     recorder = make_recorder(world=2, rank=1)
-    others = torch.zeros(2 * BINS + 7)
+    others = torch.zeros(2 * BINS + 9)
     others[2 * BINS], others[2 * BINS + 3] = 38, 30  # the first rank: 38 eligible, 30 masked
     run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
     (shown,) = recorder.flush()
@@ -387,7 +370,7 @@ def test_each_rank_has_a_place_for_its_masked_tokens():
 
 def test_what_a_step_sends_depends_on_the_bins_and_the_ranks_alone():
     sizes = {make_recorder(rows=rows, world=2).new_sums().numel() for rows in (4, 64, 4096)}
-    assert sizes == {2 * BINS + 3 + 2 * 2}
+    assert sizes == {2 * BINS + 3 + 3 * 2}
 
 
 def test_gradient_noise_is_shown_where_both_steps_were_taken():

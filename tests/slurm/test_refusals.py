@@ -25,16 +25,16 @@ def refusal(capsys, *arguments: str, launch=slurm.launch) -> str:
 
 ON_THE_CLUSTER = {
     "unknown partition": (["--partition", "gpu"], r"unknown partition 'gpu': this cluster has main, short, urgent"),
-    "too many nodes": (["--nodes", "4"], r"--nodes 4: partition main has 2 nodes; ask for fewer"),
-    "nodes excluded": (["--nodes", "2", "--exclude", "n1"], r"has 1 nodes after --exclude n1; ask for fewer"),
-    "too many GPUs": (["--gpus-per-node", "8"], r"--gpus-per-node 8: 0 of the 2 nodes .*\(most: 4\).*ask for fewer"),
+    "too many nodes": (["--nodes", "4"], r"--nodes 4: partition main has 2 nodes; request fewer"),
+    "nodes excluded": (["--nodes", "2", "--exclude", "n1"], r"has 1 nodes after --exclude n1; request fewer"),
+    "too many GPUs": (["--gpus-per-node", "8"], r"--gpus-per-node 8: 0 of the 2 nodes .*\(most: 4\).*request fewer"),
     "too many cores": (["--ranks-per-node", "2", "--cpus", "4"], r"--ranks-per-node 2 x --cpus 4: 0 of the 2 nodes"),
     "too much memory": (["--mem", "1T"], r"Slurm would refuse this job: .*[Mm]emory|node configuration"),
     "malformed memory": (["--mem", "lots"], r"Slurm would refuse this job: .*--mem"),
     "malformed time": (["--time", "soon"], r"--time soon: not a time limit; write"),
     "unknown feature": (["--constraint", "h100"], r"Slurm would refuse this job: .*[Ff]eature"),
     "time over the limit": (["--partition", "short", "--time", "10"], r"--time 10: longer than partition short allows"),
-    "no time to stop": (["--time", "5"], r"--stop-before 300: no time is left of a limit of 300 s"),
+    "no time to stop": (["--time", "5"], r"--stop-before 300: leaves no time to train within the time limit of 300 s"),
     "unknown sbatch option": (["--sbatch", "colour=red"], r"Slurm would refuse this job: .*colour"),
 }
 
@@ -73,7 +73,7 @@ WITHOUT_A_CLUSTER = {
     "a shape that cannot be": (["model.n_heads=5"], r"n_heads"),
     "no nodes": (["--nodes", "0"], r"--nodes: '0' is not a positive number"),
     "no crashes": (["--max-crashes", "0"], r"--max-crashes: '0' is not a positive number"),
-    "ranks without GPUs": (["--gpus-per-node", "2", "--ranks-per-node", "4"], r"a rank needs a GPU to itself"),
+    "ranks without GPUs": (["--gpus-per-node", "2", "--ranks-per-node", "4"], r"each rank needs its own GPU"),
     "our own option": (["--sbatch", "nodes=3"], r"--sbatch nodes=3: launchers.slurm sets nodes itself"),
     "line end": (["--account", "a\nb"], r"--account: 'a\\nb': sbatch cannot read"),
     "stop too late": (["--stop-before", "-5"], r"--stop-before: '-5' is not a positive number"),

@@ -196,7 +196,7 @@ def test_finished_disturbed_and_equal(cluster, calm, corpus, tmp_path, capsys):
     assert read_state(calm).starts == 1 and read_state(rough).starts >= 4
     assert read_state(rough).crashes == 0 and "Killed" in read_state(rough).last_error
     assert "is not excluded: without it, 1 nodes are left" in logs(rough)
-    assert list((calm / "events").glob("events.*")) and (calm / "logs/rank-1.log").is_file()
+    assert list((calm / "events/calm").glob("events.*")) and (calm / "logs/rank-1.log").is_file()
     environment = json.loads((calm / "environment.json").read_text())
     assert str(calm / "job/code/launchers/rank.py") in environment["command"]
     # Slurm must not start a finished run again.

@@ -203,10 +203,10 @@ def test_variance_report(checkpoint, tmp_path):
     assert list(result["arms"]) == ["standard", "ppots-gradient", "mirror-dedup", "isad"]
     for row in result["arms"].values():
         assert row["grad_var_ci"][0] <= row["grad_var"] <= row["grad_var_ci"][1] and row["real_steps_grad_var"] > 0
-    assert "take more --slots" in done.stdout  # six slots cannot be precise, and it says so
+    assert "use more --slots" in done.stdout  # six slots cannot be precise, and it says so
     assert figure.read_bytes().startswith(b"\x89PNG")
     for wrong, word in (
-        (["--arms", "nope"], "no arm 'nope'"),
+        (["--arms", "nope"], "unknown arm 'nope'"),
         (["--arms", "ar"], "another model"),
         (["--pairs", "1"], "at least 2"),
     ):

@@ -32,7 +32,7 @@ from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.train import build_state, open_inputs, train_from
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch whose source is the corpus
 
 
@@ -311,10 +311,8 @@ def saves(report: Report, place: Place) -> None:
 
 def save_stall(report: Report, place: Place) -> None:
     """How long a save holds up training, written beside it and waited for."""
-    file, sizes = (
-        place.folder / "bench_save.json",
-        place.pick(["--layers", "16", "--saves", "3"], ["--layers", "1", "--saves", "1"]),
-    )
-    command = [sys.executable, str(ROOT / "tools/bench_save.py"), "--out", str(place.folder / "saves"), *sizes]
+    file = place.folder / "save.json"
+    sizes = place.pick(["--layers", "16", "--saves", "3"], ["--layers", "1", "--saves", "1"])
+    command = [sys.executable, str(ROOT / "tools/bench/save.py"), "--out", str(place.folder / "saves"), *sizes]
     subprocess.run([*command, "--json", str(file)], check=True)
     report.note(**json.loads(file.read_text()))

@@ -4,13 +4,13 @@ import gc
 
 import numpy as np
 import torch
+from allocator import measured_memory
 from gpu_parts import Place, Report, example, the_world
 from meter import (
     BUDGET,
     COMPILE,
     RECOMPUTE,
     against,
-    all_positions,
     changed,
     compare_settings,
     in_turns,
@@ -21,7 +21,7 @@ from meter import (
     random_batch,
     summary,
 )
-from observed import measured_memory
+from step import compare_heads
 
 from mdmtrain.config import Config
 from mdmtrain.cost import WORK, Assumptions, memory, peak, step_flops
@@ -39,7 +39,8 @@ def bench_170m(report: Report, place: Place) -> None:
     free()
     report.note(budget=compare_settings(config, shape, world, BUDGET, repeat))
     free()
-    heads(report, config, shape, world, repeat)
+    report.note(heads=compare_heads(config, shape, world, repeat))
+    free()
     documents(report, config, shape, world, repeat)
 
 
@@ -94,32 +95,16 @@ def whole_step(report: Report, config: Config, shape: ModelShape, world: World, 
     )  # fmt: skip
 
 
-def heads(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
-    """Masked rows only against logits for every position, in one chunk."""
-    model, masked = new_model(config, shape, world), random_batch(config, shape)
-    full = new_model(changed(config, "parallel", head_chunk=masked.noisy.numel()), shape, world)
-    works = {
-        "full logits": passes(full, all_positions(masked).to(world.device)),
-        "masked rows": passes(model, masked.to(world.device)),
-    }
-    compared(report, "heads", works, "full logits", world, repeat)
-
-
 def documents(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
     """Rows of eight documents against whole rows."""
     model, batch = new_model(config, shape, world), random_batch(config, shape).to(world.device)
     length = config.data.sequence_length
     segments = (torch.arange(length, device=world.device) * 8 // length).int().expand(batch.noisy.shape).contiguous()
     works = {"whole rows": passes(model, batch), "documents": passes(model, batch, segments)}
-    compared(report, "documents", works, "whole rows", world, repeat)
-
-
-def compared(report: Report, name: str, works: dict, base: str, world: World, repeat: int) -> None:
     for work in works.values():
-        work()
-    peaks = {one: peak_bytes(work, world.device) for one, work in works.items()}
-    report.note(**{name: against(base, in_turns(works, repeat, world, name), peaks)})
-    free()
+        work()  # compiles, and fills caches
+    peaks = {name: peak_bytes(work, world.device) for name, work in works.items()}
+    report.note(documents=against("whole rows", in_turns(works, repeat, world, "documents"), peaks))
 
 
 def free() -> None:

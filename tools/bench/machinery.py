@@ -1,4 +1,4 @@
-"""What the variance machinery costs a step, and how evenly it spreads the work: two sections of bench_step.py."""
+"""What the variance machinery costs a step, and how evenly it spreads the work: two sections of step.py."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What bench_step.py and gpu_check.py measure with: turns, ratios, peaks, the ceiling of matrix products.
+"""What step.py and gpu_check.py measure with: turns, ratios, peaks, the ceiling of matrix products.
 
 Works that are compared take turns in one process, so that a machine whose speed changes is fair to all of them; a
 ratio is the median of the ratios of one round, with its quartiles.
@@ -6,12 +6,14 @@ ratio is the median of the ratios of one round, with its quartiles.
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from observed import allocations
+from allocator import allocations
 from rich.progress import track
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.diffusion import noise
@@ -58,7 +60,8 @@ def clock_of(world: World) -> Callable[[], float]:
 
 def in_turns(works: dict[str, Work], repeat: int, world: World, title: str) -> dict[str, np.ndarray]:
     """Seconds of each work, float64 [repeat], after one round that does not count (it compiles, and fills caches)."""
-    clock, seconds = clock_of(world), {name: [] for name in works}
+    clock = clock_of(world)
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in track(range(repeat + 1), title, disable=not world.is_main):
         for name, work in works.items():
             start = wait_for(world.device, clock)
@@ -93,16 +96,18 @@ def against(base: str, seconds: dict[str, np.ndarray], peaks: dict[str, int]) ->
 
 def product_ceiling(world: World, dtype: torch.dtype, shape: ModelShape, tokens: int) -> float:
     """FLOP/s that matrix products reach here: the best of the model's own feed-forward product and a large square."""
-    device, clock = world.device, clock_of(world)
-    square, times = (8192, 20) if device.type == "cuda" else (1024, 3)
+    device = world.device
+    square = 8192 if device.type == "cuda" else 1024
+    clock = partial(wait_for, device, clock_of(world))
     best = 0.0
     for n, m, k in ((tokens, shape.d_ff, shape.d_model), (square, square, square)):
-        left, right = (torch.randn(size, device=device, dtype=dtype) for size in ((n, m), (m, k)))
-        for _ in range(5):
-            start = wait_for(device, clock)
-            for _ in range(times):
-                left @ right
-            best = max(best, times * 2 * n * m * k / (wait_for(device, clock) - start))
+        factors = {
+            "left": torch.randn(n, m, device=device, dtype=dtype),
+            "right": torch.randn(m, k, device=device, dtype=dtype),
+        }
+        timer = Timer("left @ right", timer=clock, globals=factors, num_threads=torch.get_num_threads())
+        fastest = min(timer.blocked_autorange(min_run_time=0.5).times)
+        best = max(best, 2 * n * m * k / fastest)
     return best
 
 

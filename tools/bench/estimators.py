@@ -2,7 +2,7 @@
 """How much a forward pass buys each estimator of the NELBO: its variance over seeds, the rows given.
 
 Example:
-  tools/estimator_variance.py runs/quickstart --rows 32 --mc-num 16 --seeds 32
+  tools/bench/estimators.py runs/quickstart --rows 32 --mc-num 16 --seeds 32
 """
 
 import argparse

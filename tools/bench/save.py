@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long a checkpoint holds up training: written beside it, and waited for, in turn, in one process per rank.
 
-    python tools/bench_save.py --out DIR [--layers N] [--saves N] [--json FILE]
-    torchrun --standalone --nproc-per-node 2 tools/bench_save.py --out DIR
+    python tools/bench/save.py --out DIR [--layers N] [--saves N] [--json FILE]
+    torchrun --standalone --nproc-per-node 2 tools/bench/save.py --out DIR
 
 A model of random weights takes steps of random tokens. The stall of a save is the time until the loop may go on (of the
 slowest rank). A step beside a save that is being written is slower where they share processors: that is told apart, and
@@ -38,7 +38,7 @@ META = {"identity": {}, "has_average": False, "config": {}}
 
 
 def measure_saves(
-    tensors: dict, step: Callable[[], None], out: Path, tokenizer: Path, saves: int, world: World
+    tensors: dict, step: Callable[[], None], out: Path, tokenizer: bytes, saves: int, world: World
 ) -> dict:
     """Seconds of `saves` saves of each kind, in turn, with training steps between them. A collective.
 
@@ -109,7 +109,7 @@ def build(shape: ModelShape, world: World) -> tuple[dict, Callable[[], None]]:
 
 def main(arguments: list[str]) -> None:
     parser = CommandParser(
-        prog="tools/bench_save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/bench/save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
     parser.add_argument("--layers", type=int, default=8, help="8 are 34M parameters (default: %(default)s)")
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
 
     world.agree(prepare, main_only=True)
     try:
-        found = measure_saves(tensors, step, args.out, tokenizer, args.saves, world)
+        found = measure_saves(tensors, step, args.out, tokenizer.read_bytes(), args.saves, world)
     finally:
         world.agree(lambda: shutil.rmtree(args.out), main_only=True)
     if not world.is_main:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and peak memory of tools/convert_ckpt.py on a synthetic checkpoint, against reading and writing the same bytes.
 
-  tools/bench_convert.py --out bench --layers 24
+  tools/bench/convert.py --out bench --layers 24
 
 Makes a checkpoint as one rank would save it, converts it to llama and back, each in a process of its own, and removes
 everything. The files were just written, so that reads come from memory where there is enough of it, for all alike.
@@ -32,7 +32,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.presets import ModelShape
 
 T = TypeVar("T")
-TOOL = Path(__file__).with_name("convert_ckpt.py")
+TOOL = Path(__file__).resolve().parent.parent / "convert_ckpt.py"
 # VmHWM and not ru_maxrss: that one starts with the peak of the process that forked.
 WATCHED = """
 import runpy, sys
@@ -88,7 +88,7 @@ def copied(source: Path, to: Path) -> None:
 
 def main() -> None:
     parser = CommandParser(
-        prog="tools/bench_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tools/bench/convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
     parser.add_argument("--layers", type=int, default=24, help="24 make 3.1 GB (default: %(default)s)")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What a training step costs, and what each switch changes, as ratios measured in one process.
 
-    python tools/bench_step.py CONFIG... [section.key=value ...] [--only PART,...] [--repeat N] [--json FILE]
-    torchrun --nproc-per-node 2 tools/bench_step.py ...
+    python tools/bench/step.py CONFIG... [section.key=value ...] [--only PART,...] [--repeat N] [--json FILE]
+    torchrun --nproc-per-node 2 tools/bench/step.py ...
 
 Random tokens, the configuration's model and micro-batch; works that are compared take turns. The parts:
 
@@ -27,7 +27,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from allocator import measured_memory
 from loop_watch import MODEL, watch
+from machinery import (
+    SIMULATED_BATCH,
+    SIMULATED_RANKS,
+    SIMULATED_ROWS,
+    SIMULATED_STEPS,
+    measure_machinery,
+    simulate_balance,
+)
 from meter import (
     BUDGET,
     CHUNKS,
@@ -46,25 +55,15 @@ from meter import (
     random_batch,
     summary,
 )
-from observed import measured_memory
-from plan_run import shape_of
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from variance_cost import (
-    SIMULATED_BATCH,
-    SIMULATED_RANKS,
-    SIMULATED_ROWS,
-    SIMULATED_STEPS,
-    measure_machinery,
-    simulate_balance,
-)
 
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config, resolve
-from mdmtrain.cost import WORK, Assumptions, memory, step_flops
+from mdmtrain.cost import WORK, Assumptions, memory, shape_of, step_flops
 from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.optim import build_optimizer, local

@@ -1,0 +1,187 @@
+"""Files of object stores on a local disk: bounded, shared by all processes of a node, kept from run to run.
+
+A file is called by its sha256, so that an old content never passes for a new one, and is there only when it is complete
+and has been checked. What was used longest ago makes room: the time of modification is that of the last use.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mdmtrain.data import remote
+
+PART = ".part"  # ending of a file that is being downloaded; its process holds a lock on it
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in an object store, as a manifest has it."""
+
+    url: str
+    size: int  # bytes
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in a cache."""
+        return f"{self.sha256}-{self.url.rsplit('/', 1)[-1]}"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A folder on a local disk with at most `limit` bytes of files."""
+
+    folder: Path
+    limit: int
+
+    def open(self, file: RemoteFile) -> int:
+        """A descriptor of a file, which is downloaded first if it is not there. The caller closes it.
+
+        Raises ValueError where it cannot be had, or is not what the manifest says.
+        """
+        while True:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                descriptor = os.open(self.folder / file.name, os.O_RDONLY)
+                _use(descriptor)
+                return descriptor
+            descriptor = self._download(file, wait=True)
+            if descriptor is not None:
+                return descriptor
+
+    def fetch_ahead(self, files: Iterable[RemoteFile]) -> Iterator[None]:
+        """Download what is missing, in this order, but for what another process is downloading. Yields after each file.
+
+        All of them count as used now, so that none makes room for another.
+        """
+        missing = [file for file in files if not self._touch(file)]
+        for file in missing:
+            if not self._touch(file):
+                descriptor = self._download(file, wait=False)
+                if descriptor is not None:
+                    os.close(descriptor)
+            yield
+
+    def _touch(self, file: RemoteFile) -> bool:
+        """Is it there? Then it counts as used now."""
+        try:
+            _use(self.folder / file.name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _download(self, file: RemoteFile, wait: bool) -> int | None:
+        """A descriptor of the new file. None: another process has downloaded it (or, without `wait`, does so now)."""
+        if file.size > self.limit:
+            raise ValueError(
+                f"{file.url} has {file.size:,} bytes, and the cache {self.folder} may have {self.limit:,}: raise "
+                "data.cache_gb"
+            )
+        part, final = self.folder / (file.name + PART), self.folder / file.name
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if not _is(descriptor, part):  # it was completed or given up while this process waited
+                os.close(descriptor)
+                return None
+            if final.exists():
+                part.unlink()
+                os.close(descriptor)
+                return None
+            self._fill(file, descriptor)
+            _use(descriptor)
+            with self._locked():  # else it might be under neither name for who adds up the sizes
+                os.rename(part, final)
+            return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            if _is(descriptor, part):
+                part.unlink()
+            os.close(descriptor)
+            raise
+
+    def _fill(self, file: RemoteFile, descriptor: int) -> None:
+        """Download into an empty file that is locked. Raises ValueError where the content is not the manifest's."""
+        size = remote.size_of(file.url)
+        if size != file.size:
+            raise ValueError(f"{file.url} has {size:,} bytes, the manifest says {file.size:,}: copy it there again")
+        while not self._reserve(file.size, descriptor):
+            time.sleep(0.2)  # other downloads take all the room; when they are complete, they can make room
+        digest = hashlib.sha256()
+        for start in range(0, size, remote.PIECE):
+            piece = remote.read_piece(file.url, start, min(start + remote.PIECE, size))
+            digest.update(piece)
+            with self._writing():
+                os.pwrite(descriptor, piece, start)
+        if digest.hexdigest() != file.sha256:
+            raise ValueError(f"{file.url} was altered (its sha256 is not the manifest's): copy it there again")
+        with self._writing():
+            os.fsync(descriptor)  # the name says that the content is right: it must not come to the disk before it
+
+    def _reserve(self, size: int, descriptor: int) -> bool:
+        """Make room for a file and give it its size, which then counts. False: downloads take too much of the room."""
+        with self._locked():
+            os.ftruncate(descriptor, 0)
+            files = []
+            for entry in os.scandir(self.folder):
+                with suppress(FileNotFoundError):
+                    files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+            room = self.limit - sum(taken for _, taken, _ in files)
+            for _, taken, path in sorted(files):
+                if room >= size:
+                    break
+                if taken and _removed(path):
+                    room += taken
+            if room >= size:
+                os.ftruncate(descriptor, size)
+            return room >= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While no other process makes room or completes a file."""
+        with self._writing(), open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the cache {self.folder}: {error.strerror or error}: make room there, lower "
+                "data.cache_gb, or choose another data.cache_dir"
+            ) from None
+
+
+def _use(file: int | Path) -> None:
+    """Now is the time of its last use. (The system's own clock for files moves every few milliseconds only.)"""
+    os.utime(file, ns=(time.time_ns(),) * 2)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Does a path name the open file?"""
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _removed(path: str) -> bool:
+    """Remove a complete file (who reads it keeps it open), or what a process that is gone has left of a download."""
+    try:
+        with open(path) as file:
+            if path.endswith(PART):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        return True
+    except (BlockingIOError, FileNotFoundError):  # it is being downloaded; or was completed just now
+        return False

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""How long a run's start takes, and how much memory a rank, on a folder of many shards. Needs no corpus: it makes one.
+
+    python tools/bench_shards.py --out DIR [--shards N] [--ranks N] [--json FILE]
+
+DIR gets a prepared folder of N shards whose files are holes: they take no room. Rank 0 reads the manifest, sends it to
+the others, and each rank checks its part of the sizes, as `mdmtrain.train` does; here one rank after the other.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mdmtrain.checkpoint.store import write_atomically
+from mdmtrain.command import CommandParser, output_file, user_errors
+from mdmtrain.config import DataConfig, DataSource
+from mdmtrain.data.loader import check_splits, open_splits, windows
+from mdmtrain.data.shards import MANIFEST, write_manifest
+from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+
+SHARD_TOKENS, SHARD_DOCUMENTS = 100_000_000, 100_000
+LENGTH = 4096  # tokens of a row
+READS = 2_000  # rows that are read from random places
+
+
+def make_folder(folder: Path, shards: int) -> None:
+    """A prepared folder with so many shards of 100M tokens each, all of them 0."""
+    folder.mkdir(parents=True)
+    Tokenizer.train([Path(__file__).read_text()], 300, folder / MODEL_FILE)
+    splits = {}
+    for split, count in (("train", shards), ("validation", 1)):
+        listed = []
+        for number in range(count):
+            shard = {"tokens": SHARD_TOKENS, "documents": SHARD_DOCUMENTS}
+            for key, suffix, size in (("", "bin", 2 * SHARD_TOKENS), ("documents_", "docs", 8 * SHARD_DOCUMENTS),
+                                      ("hashes_", "hashes", 8 * SHARD_DOCUMENTS)):  # fmt: skip
+                name = f"{split}-{number:05d}.{suffix}"
+                with open(folder / name, "wb") as file:
+                    file.truncate(size)
+                shard |= {f"{key}file": name, f"{key}sha256": f"{number:064x}"}
+            listed.append(shard)
+        totals = {"tokens": count * SHARD_TOKENS, "documents": count * SHARD_DOCUMENTS}
+        splits[split] = {**totals, "bytes": 4 * count * SHARD_TOKENS, "shards": listed}
+    write_manifest(folder, Tokenizer.load(folder), splits, "tools/bench_shards.py")
+
+
+def measured(act: Callable[[], object]) -> tuple[float, float, object]:
+    """Seconds, megabytes more at the highest, and what `act` returns, in a process of its own. On Linux."""
+
+    def child(pipe) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
+        before, start = resident("VmRSS"), time.perf_counter()
+        result = act()
+        pipe.send((time.perf_counter() - start, resident("VmHWM") - before, result))
+
+    mine, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,))
+    process.start()
+    found = mine.recv()
+    process.join()
+    return found
+
+
+def resident(field: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at the highest."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1e3
+
+
+def read_rows(splits: list, seed: int) -> int:
+    """Read rows from random places; the files that are open then."""
+    train = splits[0][0]
+    for window in np.random.default_rng(seed).integers(windows(train, LENGTH), size=READS):
+        train.read(int(window) * LENGTH, LENGTH)
+    return len(os.listdir("/proc/self/fd"))
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the folder is made; kept")
+    parser.add_argument("--shards", type=int, default=100_000, metavar="N", help="shards of 100M tokens (100,000)")
+    parser.add_argument("--ranks", type=int, default=64, metavar="N", help="ranks that share the checks (64)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
+    args = parser.parse_args()
+    if not (args.out / MANIFEST).exists():
+        make_folder(args.out, args.shards)
+    config = DataConfig(sources=(DataSource(path=str(args.out)),), sequence_length=LENGTH)
+
+    def rank_0() -> bytes:
+        return pickle.dumps(open_splits(config, ("train", "validation")))
+
+    seconds, peak, sent = measured(rank_0)
+
+    def other() -> None:
+        splits = pickle.loads(sent)
+        check_splits(splits, ("size", "size"), (1, args.ranks))
+
+    share, other_peak, _ = measured(other)
+    reading, _, files = measured(lambda: read_rows(pickle.loads(sent), 0))
+    figures = {
+        "shards": args.shards, "manifest_mb": (args.out / MANIFEST).stat().st_size / 1e6,
+        "rank_0_seconds": seconds, "rank_0_peak_mb": peak, "sent_mb": len(sent) / 1e6,
+        "other_rank_seconds": share, "other_rank_peak_mb": other_peak,
+        "row_microseconds": reading / READS * 1e6, "open_files_after_rows": files,
+    }  # fmt: skip
+    for name, value in figures.items():
+        print(f"{name:24} {value:,.4g}")
+    if args.json:
+        write_atomically(args.json, json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -167,7 +167,8 @@ def test_memory_is_bounded_by_a_batch(tmp_path):
     texts = [
         letters * 100 for letters in ("".join(random.Random(i).choices(ascii_letters, k=200)) for i in range(2000))
     ]
-    pq.write_table(table(texts), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 16}  # pages of 1 MB
+    pq.write_table(table(texts), tmp_path / "a.parquet", **options)
     tracemalloc.start()
     assert sum(len(d.text) for d, _ in read_documents(open_name(tmp_path / "a.parquet"), Reading())) == 40_000_000
     _, peak = tracemalloc.get_traced_memory()

@@ -2,7 +2,7 @@
 """Measure how fast text is prepared on one core, as a ratio to the tokenizer library alone on the same text.
 
 Example:
-  tools/bench_prepare.py corpus.jsonl.gz --tokenizer data/corpus --json bench.json
+  tools/bench/prepare.py corpus.jsonl.gz --tokenizer data/corpus --json bench.json
 
 Every part runs on the same documents. The parts take turns, and the fastest round of each counts, because other work on
 the machine only makes them slower. Times are of the processor.
@@ -93,9 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench_prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders or globs, as tools/prepare_data.py takes them")
     add("--tokenizer", required=True, metavar="PATH", help="as tools/prepare_data.py takes it")

@@ -7,6 +7,7 @@ library's own writer wants all tensors of a file at once, and its reader a file 
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +22,7 @@ from mdmtrain.optim import local
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's values as safetensors stores them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def file_blocks(header: dict, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
@@ -108,7 +109,7 @@ class TensorReader:
             self._headers[number] = expected, 8 + length
         return self._headers[number]
 
-    def _values(self, number: int, stream: IO, dtype: str, like: Tensor) -> Tensor:
+    def _values(self, number: int, stream: BufferedIOBase, dtype: str, like: Tensor) -> Tensor:
         """The next values of a file, in the shape of `like`."""
         values = torch.empty(like.shape, dtype=TORCH_DTYPES[dtype])
         if stream.readinto(tensor_bytes(values)) != values.nbytes:

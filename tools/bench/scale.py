@@ -27,12 +27,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -48,6 +49,7 @@ from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")
 CUT = 1024
+NO_GROUP = cast(dist.ProcessGroup, None)  # a simulated rank talks to nobody
 
 
 class Simulated(World):
@@ -59,8 +61,8 @@ class Simulated(World):
 
     def gather(self, value) -> list:
         start, values = time.thread_time(), [value] * self.size
-        if isinstance(value, tuple) and isinstance(value[0], tuple):  # the size and checksum of the file it wrote
-            values = [value, *((self._write(number), None) for number in range(1, self.size))]
+        if isinstance(value, tuple) and value[0] and isinstance(value[0][0], tuple):  # size and checksum of its file
+            values = [value, *(([self._write(number)], None) for number in range(1, self.size))]
         messages = [pickle.dumps(one) for one in values]
         type(self).apart += time.thread_time() - start
         return [pickle.loads(message) for message in messages]
@@ -87,7 +89,7 @@ def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
             tensors[f"{kind}.{name}"] = DTensor.from_local(
                 part, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride()
             )
-    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, None)
+    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, NO_GROUP)
 
 
 def measure_checkpoint(ranks: int) -> dict[str, float]:
@@ -131,9 +133,9 @@ def measure_groups(ranks: int) -> dict[str, float]:
 
 def open_groups(rank: int, ranks: int, port: int, found) -> None:
     meeting = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    result = {}
+    result: dict[str, float] = {}
 
-    def counted(group: str, make: Callable[[], object]) -> None:
+    def counted(group: str, make: Callable[[], Any]) -> None:
         before = traffic()
         dist.barrier(make())
         meeting.add(group, 1)
@@ -142,8 +144,11 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
         result[f"connections, {group}"] = sockets()
         result[f"MB sent, {group}"] = (traffic() - before) / 1e6
 
-    arguments = {"store": meeting, "rank": rank, "world_size": ranks, "timeout": timedelta(minutes=5)}
-    counted("1 group", lambda: dist.init_process_group("gloo", **arguments))
+    def first() -> None:
+        limit = timedelta(minutes=5)
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=limit)
+
+    counted("1 group", first)
     counted("2 groups", lambda: dist.new_group(backend="gloo"))
     counted("3 groups", lambda: dist.new_group(backend="gloo"))
     if rank == 1:  # rank 0 has the connections of the store too
@@ -177,10 +182,12 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reader = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", meeting.port, is_master=False))
     config = RunConfig(dir="run", steps=1, global_batch=1, micro_batch=1)
-    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), None, None), config)
-    watch._store, report = reader, watch._report()
+    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), cast(DeviceMesh, None), NO_GROUP), config)
+    watch._store = reader
+    report = watch._report()
     for rank in range(ranks):
-        reader.append("answers", json.dumps({"rank": rank, **report}) + "\n")
+        line = json.dumps({"rank": rank, **report}) + "\n"
+        reader.append("answers", line)  # type: ignore[attr-defined] # torch's stubs lack it
         reader.set(f"at {rank}", json.dumps(report))
     start = time.monotonic()
     assert len(watch._answers()) == ranks

@@ -18,8 +18,8 @@ from pathlib import Path
 # Worker processes import this file: what they do not need is imported in main.
 from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.options import add_options, read_options
-from mdmtrain.data.parts import kept_parts, work_folder
-from mdmtrain.data.prepare import Summary, prepare
+from mdmtrain.data.parts import kept_steps, work_folder
+from mdmtrain.data.prepare import prepare
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,41 +61,17 @@ def main(argv: list[str] | None = None) -> None:
 
         begin = time.monotonic()
         summary = prepare(inputs, args.out, options, args.workers, show)
-    print_summary(summary, time.monotonic() - begin)
+    print(*summary.lines(time.monotonic() - begin), sep="\n")
     if args.messages_field:
         plain = options.fields.template == PLAIN
         print(f"messages   written out with {'the plain template' if plain else 'that of the tokenizer'}")
 
 
-def print_summary(summary: Summary, seconds: float) -> None:
-    """A few lines for a person: what was made, how big, how fast."""
-    manifest = summary.manifest
-    if summary.already:
-        print(f"already prepared: {summary.out} (same inputs and options; fingerprint {manifest['fingerprint'][:12]})")
-        return
-    for split, content in manifest["splits"].items():
-        learned = content.get("response_tokens")  # with eos
-        text_tokens = learned - content["documents"] if learned else content["tokens"] - 2 * content["documents"]
-        print(
-            f"{split:<10} {content['tokens']:>15,} tokens  {content['bytes']:>15,} bytes  "
-            f"{content['bytes'] / text_tokens:.2f} bytes/token  "
-            f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
-            + (f"  {learned:,} tokens of responses" if learned else "")
-        )
-    kinds = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow", "tokens": "token ids"}
-    files = [f"{count:,} of {kinds[kind]}" for kind, count in sorted(summary.reading.files.items())]
-    print(f"files      {', '.join(files)}")
-    for line in summary.reading.summary():
-        print(line)
-    print(f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}")
-    print(f"prepared   {summary.out} (fingerprint {manifest['fingerprint'][:12]}) in {seconds:.1f} s")
-
-
 def _stop(work: Path, number: int, _frame: object) -> None:
     for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(again, signal.SIG_IGN)  # let the clean-up finish
-    kept = kept_parts(work)
-    left = f"finished parts kept: {kept}; the same command resumes" if kept else "nothing was written"
+    kept = kept_steps(work)
+    left = f"finished steps kept: {kept}; the same command resumes" if kept else "nothing was written"
     print(f"stopped: {left}", file=sys.stderr)
     sys.exit(128 + number)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,7 @@ from mdmtrain.files import put_in_place, replacing
 
 BATCH = 1 << 18  # characters that a worker gets at once
 SOURCES = "sources.jsonl"  # of a prepared folder: a line for each input, with what came from it
+JOB = "job.json"  # of a folder that jobs of launchers.prepare work in
 SPLITS = ("train", "validation")
 DUPLICATE = "exact duplicates of earlier documents"
 Stage = Literal["tokenizer", "hashes", "duplicates", "parts"]
@@ -49,26 +50,29 @@ class Preparation:
         """work: see `work_folder`; `begin` makes what is in it."""
         self.plan, self.work = plan, work
         self._data, self._done = work / "data", work / "done"
+        self._file = cache(self._file_of)
 
     def refuse_other_options(self) -> None:
-        """Raise ValueError where the folder has finished parts that were made with other options."""
-        file, kept = self.work / "settings", kept_parts(self.work)
-        if kept and file.read_text() != digest(self.plan.settings):
+        """Raise ValueError where the folder has finished steps that were made with other options."""
+        if in_use(self.work) and (self.work / "settings").read_text() != digest(self.plan.settings):
             raise ValueError(
-                f"{self.work} holds finished parts ({kept}) made with other options: give the same options to resume, "
+                f"{self.work} holds finished steps that were made with other options: give the same options to resume, "
                 "or remove it to start anew"
             )
 
     def begin(self) -> None:
-        """Make the folder, or resume in one. What was being written is removed."""
+        """Make the folder, or resume in one."""
         self._data.mkdir(exist_ok=True)
         self._done.mkdir(exist_ok=True)
         with replacing(self.work / "settings") as stream:
             stream.write(digest(self.plan.settings))
-        for leftover in self.work.glob("unfinished-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         if self.plan.model:
             self._commit("tokenizer", 0, self.plan.model)
+
+    def clean(self) -> None:
+        """Remove what killed processes were writing. No process may be at work."""
+        for leftover in self.work.glob("unfinished-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     # ---- what there is to do
 
@@ -100,7 +104,7 @@ class Preparation:
     def _files(self, stage: Stage) -> list[Path]:
         return [self._file(stage, unit) for unit in range(self.units(stage))]
 
-    def _file(self, stage: Stage, unit: int) -> Path:
+    def _file_of(self, stage: Stage, unit: int) -> Path:
         """What a unit is committed as."""
         return self._done / f"{stage}-{unit:05d}-{self._key(stage, unit)[:16]}{_SUFFIX[stage]}"
 
@@ -232,7 +236,7 @@ class Preparation:
 
     @contextmanager
     def _unfinished(self, stage: Stage, unit: int) -> Iterator[Path]:
-        """A folder to write a unit in. It goes at the end; after SIGKILL, `begin` removes it."""
+        """A folder to write a unit in. It goes at the end; after SIGKILL, `clean` removes it."""
         folder = Path(tempfile.mkdtemp(prefix=f"unfinished-{stage}-{unit:05d}-", dir=self.work))
         try:
             yield folder
@@ -301,9 +305,14 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.parts"
 
 
-def kept_parts(work: Path) -> int:
-    """How many finished parts a folder has in which one is made."""
-    return sum(1 for _ in work.glob("done/parts-*.json"))
+def kept_steps(work: Path) -> int:
+    """How many finished units a folder has in which one is made; a tokenizer does not count."""
+    return sum(not file.name.startswith("tokenizer") for file in work.glob("done/*"))
+
+
+def in_use(work: Path) -> bool:
+    """Whether a folder in which one is made is to stay: for its finished units, or for jobs that write more of them."""
+    return kept_steps(work) > 0 or (work / JOB).exists()
 
 
 # ---- tokens

@@ -64,7 +64,7 @@ class Plan:
         given = hashlib.sha256(self.model).hexdigest() if self.model else None
         return [FORMAT, LONGEST_TEXT, self.options.content(given)]
 
-    @property
+    @cached_property
     def made_from(self) -> str:
         """What tells a folder that this plan makes from all others."""
         return digest(*self.settings, list(self.identities))

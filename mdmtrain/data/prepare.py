@@ -14,7 +14,7 @@ from typing import Any
 
 from mdmtrain.data.inputs import Input, open_name
 from mdmtrain.data.options import Options
-from mdmtrain.data.parts import Preparation, Stage, kept_parts, work_folder
+from mdmtrain.data.parts import JOB, Preparation, Stage, in_use, kept_steps, work_folder
 from mdmtrain.data.plan import Plan
 from mdmtrain.data.records import Reading, check_inputs
 from mdmtrain.data.shards import MANIFEST, PreparedSplit, read_manifest
@@ -26,6 +26,7 @@ PHASES: dict[Stage, str] = {  # for a person
     "duplicates": "finding duplicates",
     "parts": "tokenizing",
 }
+_KINDS = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow", "tokens": "token ids"}
 Progress = Callable[[str, int, int], None]  # phase, bytes of the input files done, and in all
 
 
@@ -35,6 +36,30 @@ class Summary:
     manifest: dict[str, Any]
     already: bool  # nothing was done: the folder was there, made from the same inputs and options
     reading: Reading  # what the inputs were, and what was left out of them
+
+    def lines(self, seconds: float) -> list[str]:
+        """What was made, how big, how fast, for a person."""
+        manifest, fingerprint = self.manifest, self.manifest["fingerprint"][:12]
+        if self.already:
+            return [f"already prepared: {self.out} (same inputs and options; fingerprint {fingerprint})"]
+        lines = []
+        for split, content in manifest["splits"].items():
+            learned = content.get("response_tokens")  # with eos
+            text_tokens = learned - content["documents"] if learned else content["tokens"] - 2 * content["documents"]
+            lines.append(
+                f"{split:<10} {content['tokens']:>15,} tokens  {content['bytes']:>15,} bytes  "
+                f"{content['bytes'] / text_tokens:.2f} bytes/token  "
+                f"{content['documents']:>10,} documents  {len(content['shards'])} shards"
+                + (f"  {learned:,} tokens of responses" if learned else "")
+            )
+        files = [f"{count:,} of {_KINDS[kind]}" for kind, count in sorted(self.reading.files.items())]
+        return [
+            *lines,
+            f"files      {', '.join(files)}",
+            *self.reading.summary(),
+            f"vocabulary {manifest['tokenizer']['vocab_size']:,} pieces, {manifest['dtype']}",
+            f"prepared   {self.out} (fingerprint {fingerprint}) in {seconds:.1f} s",
+        ]
 
 
 def prepare(
@@ -83,7 +108,7 @@ def finished(plan: Plan, out: Path) -> Summary | None:
 def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
     """The making of `out`, in a locked folder beside it, begun or resumed. The folder goes at the end.
 
-    It stays where the block does not end well and parts are finished, or after SIGKILL; the next call resumes in it.
+    It stays where the block does not end well and units are finished, or after SIGKILL; the next call resumes in it.
     Raises ValueError: what the block raises, with what is kept, and where another process prepares `out`.
     """
     work = work_folder(out)
@@ -93,13 +118,15 @@ def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
             making.refuse_other_options()
             try:
                 making.begin()
-                if not kept_parts(work):
+                if not (work / JOB).exists():
+                    making.clean()
+                if not in_use(work):
                     check_inputs(plan.inputs, plan.options.reading())
                 yield making
             except ValueError as error:
                 raise ValueError(f"{error}{_kept(work)}") from error
             finally:
-                if (out / MANIFEST).is_file() or not kept_parts(work):
+                if (out / MANIFEST).is_file() or not in_use(work):
                     shutil.rmtree(work, ignore_errors=True)
     except BrokenProcessPool:
         why = "a worker was killed (out of memory?): use fewer --workers"
@@ -110,5 +137,5 @@ def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
 
 
 def _kept(work: Path) -> str:
-    kept = kept_parts(work)
-    return f"; finished parts kept: {kept}; the same command resumes" if kept else ""
+    kept = kept_steps(work)
+    return f"; finished steps kept: {kept}; the same command resumes" if kept else ""

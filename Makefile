@@ -98,6 +98,7 @@ slurm-demo: corpus
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # Build the documentation in build/site. A broken link or a missing page is an error.
 docs: setup

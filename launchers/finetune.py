@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ def compare(planned: list[Planned], scores: dict[Path, Score]) -> list[dict]:
     rows = []
     for (rule, arm), of_seed in cells.items():
         missing = sorted({p.run.seed for p in planned if (p.rule, p.run.cell.arm) == (rule, arm)} - set(of_seed))
-        row = {"rule": rule, "arm": arm, "seeds": sorted(of_seed), "missing_seeds": missing}
+        row: dict[str, Any] = {"rule": rule, "arm": arm, "seeds": sorted(of_seed), "missing_seeds": missing}
         rows.append(row)
         if not of_seed:
             continue

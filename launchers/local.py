@@ -68,7 +68,7 @@ class Ranks:
                     continue
                 how = f"Exited with exit code {process.returncode}"
                 if process.returncode < 0:
-                    how = signal.strsignal(-process.returncode)
+                    how = signal.strsignal(-process.returncode) or how
                 errors.rank_ended(socket.gethostname(), str(rank), how)
                 if status == 0:
                     status = process.returncode

@@ -167,7 +167,14 @@ def partition(name: str, cluster: str = "") -> Partition:
 def most_array_tasks(cluster: str = "") -> int:
     """The largest number of tasks in a job array (MaxArraySize)."""
     text = slurm("scontrol", "show", "config", cluster=cluster)
-    return int(re.search(r"^MaxArraySize\s*=\s*(\d+)", text, re.MULTILINE)[1])
+    return int(_found(r"^MaxArraySize\s*=\s*(\d+)", text))
+
+
+def _found(pattern: str, text: str) -> str:
+    """The group of a pattern in what Slurm has printed."""
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match is not None, f"{pattern} does not match {text[:200]!r}"
+    return match[1]
 
 
 def seconds(limit: str) -> float:
@@ -190,4 +197,4 @@ def expand(host_list: str) -> list[str]:
 def address(node: str) -> str:
     """The address at which Slurm reaches a node. It works also where the node's name does not resolve."""
     text = slurm("scontrol", "show", "node", "-o", node)
-    return re.search(r"\bNodeAddr=(\S+)", text).group(1)
+    return _found(r"\bNodeAddr=(\S+)", text)

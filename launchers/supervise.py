@@ -80,6 +80,7 @@ def run_ranks(run_dir: Path, options: dict) -> Ended:
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as srun:
+        assert srun.stderr is not None  # a pipe, as asked for
         pass_on(srun.stderr, errors)
         return errors.ended(srun.wait())
 
@@ -202,7 +203,9 @@ def one_start(run_dir: Path) -> State:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     log = os.readlink("/proc/self/fd/1")
     show_log_to_submitit(log)
-    state = replace(read_state(run_dir), job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"], log=log)
+    launched = read_state(run_dir)
+    assert launched is not None, "the launcher has written it"
+    state = replace(launched, job=this_job(), submitit=os.environ["SUBMITIT_FOLDER"], log=log)
     state = begin(state, newest_step(run_dir), max_crashes)
     write_state(run_dir, state)
     if state.phase == "failed":

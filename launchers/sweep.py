@@ -78,7 +78,8 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
     survive_terminal()
     waiting = [run for run in runs if not run.finished()]
     stopping = threading.Event()
-    live, lock = set(), threading.Lock()
+    live: set[subprocess.Popen] = set()
+    lock = threading.Lock()
 
     def stop(number: int, frame) -> None:
         stopping.set()
@@ -144,7 +145,9 @@ def train_on_slurm(runs: list[Run], options: str, at_once: int | None, folder: P
     failed = [run for run in waiting if not run.finished()]
     for run in failed:
         state = read_state(run.dir)
-        console.print(f"failed: {run.cell.name} seed {run.seed}: {state.last_error or state.phase}: see {state.log}")
+        if state is not None:
+            problem = f"{state.last_error or state.phase}: see {state.log}"
+            console.print(f"failed: {run.cell.name} seed {run.seed}: {problem}")
     return failed
 
 

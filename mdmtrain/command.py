@@ -94,9 +94,9 @@ def _own_standard_streams() -> None:
 
 def survive_terminal() -> None:
     """Continue when standard output breaks: for commands whose results are files."""
-    buffer = getattr(sys.stdout, "buffer", None)
-    if isinstance(getattr(buffer, "raw", None), _StandardStream):
-        buffer.raw.survive = True
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, _StandardStream):
+        raw.survive = True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from mdmtrain import yaml12
 
@@ -662,16 +663,21 @@ def upgrade(tree: dict) -> dict:
 
 def _field_names(path: tuple) -> list[str]:
     """The valid keys at the level of the last part of a configuration path."""
-    level = Config
+    level: type[BaseModel] = Config
     for part in path[:-1]:
         if isinstance(part, int):
             continue
-        kind = level.model_fields[part].annotation
-        level = {"sources": DataSource, "phases": DataPhase}.get(part, kind)
+        match part:
+            case "sources":
+                level = DataSource
+            case "phases":
+                level = DataPhase
+            case _:
+                level = cast(type[BaseModel], level.model_fields[part].annotation)
     return list(level.model_fields)
 
 
-def _explain(error: dict) -> str:
+def _explain(error: ErrorDetails) -> str:
     """One of pydantic's errors, as a sentence with the key and what to do."""
     path = ".".join(str(part) for part in error["loc"])
     match error["type"]:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -34,7 +34,7 @@ class Key:
 
 def sections() -> dict[str, type[Section]]:
     """The sections of a configuration, in the order of the file."""
-    return {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: cast(type[Section], field.annotation) for name, field in Config.model_fields.items()}
 
 
 def keys(section: str) -> list[Key]:
@@ -48,7 +48,7 @@ def keys(section: str) -> list[Key]:
 def _keys(prefix: str, model: type[Section]) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         default = None if field.is_required() else json.dumps(field.default)
-        yield Key(f"{prefix}.{name}", _kind(field), default, field.description)
+        yield Key(f"{prefix}.{name}", _kind(field), default, field.description or "")
         for inner in get_args(field.annotation):
             if isinstance(inner, type) and issubclass(inner, Section):  # the key is a list of sections
                 yield from _keys(f"{prefix}.{name}[]", inner)
@@ -65,7 +65,7 @@ def _kind(field: FieldInfo) -> str:
     return " ".join([kind, ", ".join(limits)]).strip() + null
 
 
-def _type(annotation: object) -> str:
+def _type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join("null" if one is NoneType else _type(one) for one in inner)
@@ -122,7 +122,7 @@ def markdown() -> str:
 
 
 def _summary(section: str) -> str:
-    return " ".join(sections()[section].__doc__.split())
+    return " ".join((sections()[section].__doc__ or "").split())
 
 
 class HelpAction(argparse.Action):

@@ -248,7 +248,7 @@ def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulat
 def muon_shapes(shape: ModelShape) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of each matrix that Muon takes, in the optimizer's order."""
     with torch.device("meta"):
-        return tuple(tuple(p.shape) for p in muon_matrices(Transformer(shape, 1)).values())
+        return tuple((p.shape[0], p.shape[1]) for p in muon_matrices(Transformer(shape, 1)).values())
 
 
 def muon_parameters(shape: ModelShape) -> int:

@@ -1,10 +1,14 @@
-"""Writing files: each is there whole or not at all, and a failure says where it was. Standard library only."""
+"""Writing files: each is there whole or not at all, and a failure says where it was. Also their checksum.
 
+Standard library only.
+"""
+
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 
 @contextmanager
@@ -43,3 +47,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(stream: BinaryIO) -> str:
+    """The SHA-256 of what is left of a stream (hashlib.file_digest begins with Python 3.11)."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -120,6 +120,7 @@ def fill_batch(
 def as_text(prompt: Prompt, row: MaskedRow, ids: list[int], tokenizer: Tokenizer) -> Filled:
     """The text of a filled row, up to the eos if there is one."""
     generated = (row.ids == tokenizer.mask_id).cpu().numpy()
+    assert row.eos is not None, "made without an eos"
     first = row.eos[1]
     ended = tokenizer.eos_id in ids[first:]
     length = ids.index(tokenizer.eos_id, first) + 1 if ended else len(ids)
@@ -369,7 +370,9 @@ def main(arguments: list[str] | None = None) -> None:
         for start in range(0, len(draws), size):
             batch = draws[start : start + size]
             prompt = batch[0][0]
-            follow = live and partial(show_step, live, layout(prompt.parts, loaded.tokenizer, prompt.gaps), loaded)
+            follow = None
+            if live is not None:
+                follow = partial(show_step, live, layout(prompt.parts, loaded.tokenizer, prompt.gaps), loaded)
             texts = fill_batch(loaded, batch, world, follow)
             if args.output and world.is_main and output is None:  # an earlier error keeps an old file
                 output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
@@ -387,7 +390,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not world.is_main:
         return
     whole = Estimate(
-        *(np.concatenate([getattr(one, name) for one in estimates]) for name in ("nats", "noise", "tokens")),
+        nats=np.concatenate([one.nats for one in estimates]),
+        noise=np.concatenate([one.noise for one in estimates]),
+        tokens=np.concatenate([one.tokens for one in estimates]),
         passes=sum(one.passes for one in estimates),
     )
     overall = {

@@ -124,13 +124,13 @@ class Muon(torch.optim.Optimizer):
             self._group = mesh.get_group(last)
             self.device = torch.device(mesh.device_type)  # for CUDA: the current device
         self.dtype = newton_schulz_dtype(self.device.type)
-        self._exchange = Exchange([tuple(p.shape) for p in matrices], ranks, rank) if ranks > 1 else None
+        self._exchange = Exchange([(p.shape[0], p.shape[1]) for p in matrices], ranks, rank) if ranks > 1 else None
         if self._exchange is not None:
             for p, rows in zip(matrices, self._exchange.rows, strict=True):
                 assert local(p).shape[0] == rows[rank], "FSDP2 does not shard as rows_by_rank assumes"
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override] # no closure
         skip = self.found_inf.bool()
         if self._exchange is None:
             for p in self._matrices:
@@ -155,7 +155,7 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
         """Update the momentum of this rank's rows, and return Nesterov's combination of it with the gradient."""
-        gradient, momentum = local(p.grad), local(self.state[p]["momentum"])
+        gradient, momentum = local_gradient(p), local(self.state[p]["momentum"])
         moved = momentum.lerp(gradient, 1 - MOMENTUM)
         torch.where(skip, momentum, moved, out=momentum)
         return gradient.lerp(moved, MOMENTUM)
@@ -171,7 +171,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize_pieces(pieces: Sequence[Tensor], rows: Sequence[int]) -> None:
     """Orthogonalize a matrix in place. pieces: its consecutive rows as flat tensors; rows: number of rows in each."""
-    result = orthogonalize(torch.cat(pieces).view(sum(rows), -1))
+    result = orthogonalize(torch.cat(list(pieces)).view(sum(rows), -1))
     for piece, part in zip(pieces, result.split(rows), strict=True):
         piece.view_as(part).copy_(part)
 
@@ -179,3 +179,9 @@ def orthogonalize_pieces(pieces: Sequence[Tensor], rows: Sequence[int]) -> None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter's gradient, which a backward pass has filled."""
+    assert parameter.grad is not None, "before any backward pass"
+    return local(parameter.grad)

@@ -29,18 +29,25 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     raise AssertionError(config.schedule)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, with the name by which it takes a flag: where `found_inf` is 1, a step changes nothing."""
+
+    found_inf: Tensor
+
+
 class MuonAndAdamW:
     """Muon for some parameters and AdamW for the others, used as one optimizer."""
 
     found_inf: Tensor
 
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: Muon, adamw: AdamW):
         self.muon, self.adamw = muon, adamw
         self.param_groups = [*adamw.param_groups, *muon.param_groups]
         self.state = {**adamw.state, **muon.state}
 
     def step(self) -> None:
-        for part in (self.adamw, self.muon):
+        parts: tuple[AdamW, Muon] = (self.adamw, self.muon)
+        for part in parts:
             part.found_inf = self.found_inf
             part.step()
 
@@ -49,7 +56,7 @@ class MuonAndAdamW:
             part.zero_grad()
 
 
-Optimizer = torch.optim.AdamW | MuonAndAdamW
+Optimizer = AdamW | MuonAndAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -65,7 +72,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    adamw = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
     for p in others:
         step = torch.zeros((), dtype=torch.float32, device=local(p).device)
         adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

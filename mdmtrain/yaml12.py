@@ -5,7 +5,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -48,7 +48,7 @@ for _name, _pattern, _first in _CORE:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
 # YAML 1.1 reads 010 as an octal number and 1:30 as a number in base 60. The core schema has neither.
-_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor(_TAG + "int", lambda loader, node: int(loader.construct_scalar(cast(yaml.ScalarNode, node))))
 
 
 def dump(tree: dict) -> str:

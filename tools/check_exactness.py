@@ -157,7 +157,8 @@ def outcome(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Losses by step, and the weights at the end."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    raw, tensors = open_checkpoint(run_dir, "raw"), {}
+    raw = open_checkpoint(run_dir, "raw")
+    tensors: dict[str, Tensor] = {}
     with torch.device("meta"):
         names = [name for name, _ in Transformer(raw.shape, 1).named_parameters()]
     for kind in ("raw", "average") if raw.facts["config"]["optim"]["ema_decay"] else ("raw",):
@@ -179,7 +180,7 @@ def difference(run: tuple, reference: tuple) -> tuple[float, float]:
 def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder: Path) -> Iterator[Row]:
     """Every arrangement in every world. The first world is the reference: one rank."""
     assert worlds[0] == "1" and {ARRANGEMENTS[name].plain for name in names} <= set(names)
-    references = {}
+    references: dict[str, tuple] = {}
     for world in worlds:
         ranks, trees = 0, []
         for name in names:

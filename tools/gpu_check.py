@@ -72,6 +72,7 @@ def run_part(name: str, place: Place, limit: float) -> dict:
     process.start()
     process.join(limit)
     if process.is_alive():
+        assert process.pid is not None
         os.killpg(process.pid, signal.SIGKILL)  # the part has its own process group, with its loader processes
         process.join()
         ended = f"did not end within {limit:.0f} s"

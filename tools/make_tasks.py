@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mdmtrain.checkpoint.storage import write_atomically
 from mdmtrain.command import CommandParser, user_errors
-from mdmtrain.data.tasks import KINDS, make_tasks
+from mdmtrain.data.tasks import KINDS, Split, make_tasks
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--pretrain, --train and --test must be at least {len(KINDS)}, one task of each kind")
     if not 0 <= args.seed < 2**63:
         raise ValueError("--seed must be 0 or more and below 2^63")
-    sizes = {"pretrain": args.pretrain, "train": args.train, "test": args.test}
+    sizes: dict[Split, int] = {"pretrain": args.pretrain, "train": args.train, "test": args.test}
     made = {split: make_tasks(split, number, args.seed) for split, number in sizes.items()}
-    records = {split: [asdict(task) for task in tasks] for split, tasks in made.items()}
+    records: dict[str, list[dict]] = {split: [asdict(task) for task in tasks] for split, tasks in made.items()}
     records["text"] = [{"text": f"{task.prompt}{task.response}\n"} for task in made["pretrain"]]
     args.out.mkdir(parents=True, exist_ok=True)
     for name, lines in records.items():

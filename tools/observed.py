@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mdmtrain.config import Config
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.muon import newton_schulz_dtype
-from mdmtrain.optim import build_optimizer
+from mdmtrain.optim import MuonAndAdamW, build_optimizer
 from mdmtrain.parallel.parallelize import build_model, data_mesh
 from mdmtrain.parallel.world import World
 
@@ -45,7 +45,9 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp_shard",))
-        here = World(rank, world, torch.device("cpu"), mesh, dist.group.WORLD)
+        group = dist.group.WORLD
+        assert group is not None
+        here = World(rank, world, torch.device("cpu"), mesh, group)
         data_mesh(config.parallel, here)  # made before tensors are fake
         rows, length = config.run.micro_batch, config.data.sequence_length
         with FakeTensorMode(allow_non_fake_inputs=True), Watch():
@@ -54,7 +56,9 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
             model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
             if config.optim.name == "muon":
                 optimizer = build_optimizer(model, config.optim)
-                optimizer.muon.dtype, optimizer.found_inf = newton_schulz_dtype("cuda"), torch.zeros(())
+                assert isinstance(optimizer, MuonAndAdamW)
+                optimizer.muon.dtype = newton_schulz_dtype("cuda")
+                optimizer.found_inf = torch.zeros(())
                 optimizer.step()
     finally:
         data_mesh.cache_clear()  # its meshes belong to the process group that ends here

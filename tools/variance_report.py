@@ -12,6 +12,7 @@ shuffled epoch. The tool also runs under torchrun: the model is sharded, and rea
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(disable=not world.is_main, transient=True) as bar:
         for name, diffusion in arms.items():
             task = bar.add_task(f"{name}: real steps", total=2 * args.pairs)
-            steps[name] = bench.step_noise(diffusion, args.pairs, lambda task=task: bar.advance(task))
+            steps[name] = bench.step_noise(diffusion, args.pairs, partial(bar.advance, task))
         task = bar.add_task("slots of all arms", total=args.slots)
         noises = bench.slot_noise(arms, args.slots, lambda: bar.advance(task))
         task = bar.add_task("single rows", total=args.single_rows)

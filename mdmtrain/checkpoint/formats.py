@@ -8,6 +8,7 @@ rotation of Llama, so no matrix is permuted.
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -143,7 +144,12 @@ def shape_from(target: str, config: dict) -> tuple[ModelShape, int]:
         raise ValueError(f"its model_type is {config.get('model_type')!r}, but {target} needs {MODEL_TYPES[target]!r}")
     rope = config.get("rope_parameters") or {"rope_theta": 10_000.0}
     head_dim = {"head_dim": 128 if target == "qwen3" else 0}  # the default of transformers
-    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False, "initializer_range": 0.02, **head_dim}
+    defaults: dict[str, Any] = {
+        "num_key_value_heads": None,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        **head_dim,
+    }
     defaults |= {**rope, **config}
     missing = [key for key in [*_sizes(target).values(), LENGTHS[target]] if key not in defaults]
     if missing:

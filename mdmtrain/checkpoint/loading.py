@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -38,7 +39,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
     if world.agree(lambda: is_exported(Path(path)), main_only=True):
         return _load_exported(Path(path), weights, world)
     folder = world.agree(lambda: store.find(path), main_only=True)
-    meta = world.agree(lambda: store.read_meta(folder))
+    meta = world.agree(lambda: store.read_meta(folder), main_only=True)
     source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     file = folder / store.TOKENIZER_FILE
@@ -47,7 +48,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
         raise AgreedError(f"{file}: is not the tokenizer that the model was trained with; use another checkpoint")
     config = _usable_here(config, [Path(path), folder], meta.get("working_directory"))
     model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
-    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
+    store.load(folder, meta, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()
     return LoadedModel(folder, model, tokenizer, config, meta)
 
@@ -65,7 +66,7 @@ def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedMod
     tokenizer = world.agree(lambda: Tokenizer(opened.tokenizer, str(folder)))
     model = build_model(opened.shape, config.parallel, world)
     for name, parameter in model.named_parameters():
-        copy_into(parameter.detach(), world.agree(lambda name=name: opened.read(name)))
+        copy_into(parameter.detach(), world.agree(partial(opened.read, name)))
     model.eval()
     identity = opened.facts.get("identity", {}) | {"model": asdict(opened.shape), "tokenizer": tokenizer.sha256}
     return LoadedModel(folder, model, tokenizer, config, {**opened.facts, "identity": identity})

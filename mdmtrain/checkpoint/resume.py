@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def choose_checkpoint(config: Config, home: Path, identity: dict, world: World) 
     while True:
         folder = world.agree(lambda: find_resume(config, home, identity, damaged), main_only=True)
         problem = store.damage(folder, world) if folder is not None else None
-        if problem is None:
+        if folder is None or problem is None:
             return folder
         if world.is_main:
             log.warning("skipping a damaged checkpoint: %s", problem)
@@ -121,7 +122,7 @@ def step_to_go_back_to(config: Config) -> int | None:
     return wanted if isinstance(wanted, int) and wanted != before else None
 
 
-def named(home: Path, step: int, damaged: list[Path]) -> Path:
+def named(home: Path, step: int, damaged: Sequence[Path]) -> Path:
     """The checkpoint of a step. Raises ValueError if it does not exist or is in `damaged`."""
     folders = {store.step_of(folder): folder for folder in store.complete_checkpoints(home)}
     if step not in folders or folders[step] in damaged:
@@ -173,7 +174,7 @@ def describe_resume(folder: Path, meta: dict, identity: dict, config: Config) ->
 
 def flat(tree: dict, prefix: str = "") -> dict[str, object]:
     """The leaves of a tree by their dotted paths."""
-    leaves = {}
+    leaves: dict[str, object] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def add_to_history(folder: Path, event: str, **facts) -> None:
     file = folder / HISTORY
     with writing(file), open(file, "a+b") as history:
         torn = history.tell() > 0 and os.pread(history.fileno(), 1, history.tell() - 1) != b"\n"  # by a crash
-        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts}
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}
         history.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TEXT_MARK = "\U0010f582"  # keeps text that spells a special token apart from one; private use, and taken out again
 Spans = tuple[tuple[int, int], ...]
@@ -47,9 +48,9 @@ class Template:
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names = {"bos_token": "", "eos_token": self.eos}  # bos is ours to add
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # bos is ours to add
         try:
-            rendered, _ = render_jinja_template(
+            rendered, _ = render_jinja_template(  # type: ignore[str-unpack] # a pair, annotated as a string
                 [messages], chat_template=self.jinja, add_generation_prompt=True, **names
             )
         except Exception as error:  # whatever a template does

@@ -7,6 +7,7 @@ names of its bos, eos, pad and mask tokens. `Tokenizer` takes either kind.
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from mdmtrain.data.lossless import (
     ESCAPE,
@@ -218,7 +219,7 @@ def hub_files(model: bytes) -> dict[str, bytes]:
         if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
             raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
-    settings = {f"{role}_token": name for role, name in pieces.names.items()}
+    settings: dict[str, Any] = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}

@@ -9,7 +9,6 @@ name. To read another compression, give its `Format` a `decompress`.
 import bz2
 import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -24,12 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 from urllib.parse import urlsplit
 
 from mdmtrain.data.remote import exists, is_url
 from mdmtrain.data.remote_inputs import Remote, remote_file, remote_files
 from mdmtrain.data.tokenized import LLM_C, MEGATRON
+from mdmtrain.files import sha256
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -94,7 +94,7 @@ class Input:
         if self.spool is None:
             return [os.path.abspath(self.name), self.size, os.stat(self.name).st_mtime_ns]
         with self.open() as stream:
-            return [self.size, hashlib.file_digest(stream, "sha256").hexdigest()]
+            return [self.size, sha256(stream)]
 
 
 def open_name(name: str | Path) -> Input:
@@ -270,7 +270,7 @@ class _Frames(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # what io gives it
         """Raises EOFError where a frame is cut off or damaged, or where other bytes follow it."""
         content = b""
         while not content:
@@ -314,6 +314,14 @@ class Format:
     kind: Kind | None = None  # how its records are read; neither this nor decompress: recognised, but not read
     offset: int = 0  # of the magic bytes
 
+    def unpack(self, raw: BinaryIO) -> BinaryIO:
+        assert self.decompress is not None, self.name
+        return self.decompress(raw)
+
+
+def _gunzip(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+
 
 _UNPACK = "unpack it, or compress it with gzip instead"
 _CONVERT = "convert it to .jsonl with a 'text' field"
@@ -321,7 +329,7 @@ _EXTRACT = "extract the text from it"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
 _BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
 FORMATS = (
-    Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, lambda raw: gzip.GzipFile(fileobj=raw)),
+    Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, _gunzip),
     Format("a zstandard file", (".zst", ".zstd"), (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), _UNPACK, _frames(_unpack_zstd)),
     Format("an xz file", (".xz",), (b"\xfd7zXZ\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
     Format("an lzma file", (".lzma",), (b"\x5d\0\0",), _UNPACK, _frames(lzma.LZMADecompressor)),
@@ -393,15 +401,17 @@ def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = Fal
                 )
             if head and not head.strip(b"\0"):
                 raise ValueError(f"{source.name}: begins with {len(head):,} zero bytes: damaged, or not text")
-            stream = packed.decompress(raw) if packed else raw
+            stream = packed.unpack(raw) if packed else raw
             if head.startswith(BOM):
                 head = head.removeprefix(BOM)
                 stream.read(len(BOM))
-            kind, by_content = option, False
+            by_content = False
             if option == "auto":
                 by_name = bool(endings) and endings[-1] in RECORD_ENDINGS
                 by_content = not by_name and _JSON_OBJECT.match(head) is not None
-                kind = "jsonl" if by_name or by_content else "text"
+                kind: Literal["text", "jsonl"] = "jsonl" if by_name or by_content else "text"
+            else:
+                kind = option
             if kind == "jsonl":
                 _refuse_one_json_value(source.name, head, by_content)
             yield Opened(kind, by_content, stream, raw)
@@ -442,6 +452,7 @@ def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | Non
         try:
             head = stream.read(HEAD)
         except _DAMAGED as error:
+            assert packed is not None, "nothing is unpacked yet"
             raise _damaged(name, packed, error) from None
         raw.seek(0)
         found, named = _recognise(head), _BY_ENDING.get(endings[-1]) if endings else None
@@ -450,9 +461,9 @@ def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | Non
         format = found or named
         if format is None:
             return packed, None, head
-        if found is None and named.magic:
+        if found is None and format.magic:
             begins = f"it begins with {head[:12]!r}" if head else "it is empty"
-            raise ValueError(f"{name}: named like {named.name}, but {begins}: replace it, or correct its name")
+            raise ValueError(f"{name}: named like {format.name}, but {begins}: replace it, or correct its name")
         if format.decompress is None and format.kind is None:
             inside = f" inside {packed.name}" if packed else ""
             raise ValueError(f"{name}: {format.name}{inside}, which is not read here: {format.instead}")
@@ -461,7 +472,7 @@ def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | Non
         if format.kind:
             return None, format.kind, head
         packed = format
-        stream = packed.decompress(raw)
+        stream = format.unpack(raw)
 
 
 def _recognise(head: bytes) -> Format | None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.shards import Check, PreparedSplit, location, read_manifest
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.sampler import token_table
+
+if TYPE_CHECKING:  # text.py imports this module
+    from mdmtrain.data.text import TextSplit
 
 LENGTHS = 16  # different lengths that a row may be cut to
 MOST_COUNTED = 10_000_000  # documents whose lengths are looked at before training
@@ -96,7 +99,7 @@ def shard_cache(config: DataConfig) -> ShardCache | None:
     return ShardCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir is not None else None
 
 
-def windows(source: PreparedSplit, length: int) -> int:
+def windows(source: "PreparedSplit | TextSplit", length: int) -> int:
     """Rows of a split: windows of `length` tokens (a last, shorter one is left out), or documents, if it has prompts.
 
     Raises ValueError where there is none with anything to train on.
@@ -119,7 +122,7 @@ def windows(source: PreparedSplit, length: int) -> int:
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def read_row(split: PreparedSplit, window: int, length: int, document_mask: bool) -> Row:
+def read_row(split: "PreparedSplit | TextSplit", window: int, length: int, document_mask: bool) -> Row:
     """One window of a split as a row of `length` positions; see `span_row`.
 
     A prompt and its response are a row of their own, from its bos, padded after its eos or cut.
@@ -128,7 +131,7 @@ def read_row(split: PreparedSplit, window: int, length: int, document_mask: bool
     return span_row(split, first, min(tokens, length), length, document_mask)
 
 
-def span_row(split: PreparedSplit, first: int, tokens: int, length: int, document_mask: bool) -> Row:
+def span_row(split: "PreparedSplit | TextSplit", first: int, tokens: int, length: int, document_mask: bool) -> Row:
     """Tokens [first, first + tokens) of a split's stream as a row of `length` positions, padded.
 
     Returns ids int64 [L], eligible bool [L] and the document of each position, int32 [L], -1 at pads.
@@ -255,7 +258,7 @@ class Dataset(torch.utils.data.Dataset):
         if split.prompts:
             return read_row(split, number, L, self._data.document_mask)
         first = number * L
-        if self._by_shard:
+        if self._first_rows is not None:
             rows = self._first_rows[source]
             shard = int(np.searchsorted(rows, number, side="right")) - 1
             first = int(split.first_tokens[shard] + (number - rows[shard]) * L)
@@ -325,6 +328,7 @@ class ReadAhead:
 
     def _run(self) -> None:
         new = self._new
+        assert self._cache is not None, "nothing to fetch into"
         while True:
             new.wait()
             new.clear()
@@ -388,7 +392,7 @@ def _start_worker(_worker: int) -> None:
     follow_parent()
 
 
-def validation_rows(split: PreparedSplit, rows: int, sequence_length: int, document_mask: bool) -> Rows:
+def validation_rows(split: "PreparedSplit | TextSplit", rows: int, sequence_length: int, document_mask: bool) -> Rows:
     """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
 
     One that is cut before its response has nothing to evaluate and is left out. No prompt is eligible, even under SyRM.

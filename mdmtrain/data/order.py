@@ -66,7 +66,7 @@ def permute(
 
 
 @lru_cache(maxsize=1024)
-def _round_keys(seed: int, stream: int, epoch: int, source: int) -> tuple[np.uint64, ...]:
+def _round_keys(seed: int, stream: noise.Stream, epoch: int, source: int) -> tuple[np.uint64, ...]:
     return tuple(noise.philox(seed, stream, epoch, source).random_raw(_ROUNDS))
 
 
@@ -135,6 +135,7 @@ class ShardShuffle(Shuffle):
         if found is None:
             places = np.arange(self._shards)
             shards = permute(places, self._shards, self._seed, epoch, self._source, noise.Stream.SHARDS)
+            assert isinstance(shards, np.ndarray)  # as the places are
             before = np.cumsum([0, *np.diff(self._firsts)[shards]])
             found = shards, before, before[self._edges]
             self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: found}  # two: for reads around an edge

@@ -17,7 +17,9 @@ def follow_parent() -> None:
         signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "not in a helper process"
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

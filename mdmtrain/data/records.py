@@ -470,6 +470,7 @@ def _pair(record: dict[str, Any], fields: Fields, wanted: str) -> Document:
 
 def _conversation(record: dict[str, Any], fields: Fields) -> Document:
     """The last message of a conversation as the response to those before it."""
+    assert fields.messages is not None, "not asked for conversations"
     messages = _value(record, fields.messages)
     wanted = "each must be an object with a 'role' and a 'content', both strings"
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -520,7 +521,7 @@ def read_documents(
 
 def _check_first(source: Input, file: TokenFile, tokenizer: Tokenizer) -> None:
     """Warn where the first document of a file of ids does not come back from its text: these may be ids of another."""
-    ids = next((ids.tolist() for ids in file.documents() if len(ids)), [])
+    ids: list[int] = next((document.tolist() for document in file.documents() if len(document)), [])
     same = Counter(ids) & Counter(tokenizer.encode(tokenizer.decode(ids)))
     if same.total() < 0.8 * len(ids) - 2:  # the first word may have been another piece
         log.warning(

@@ -89,12 +89,15 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
                 problem = no_answer or _one_line(error)
                 raise ValueError(f"{url}: {problem}, {len(PAUSES) + 1} times in a row: check the store") from error
             time.sleep(pause)
+    raise AssertionError("the last attempt has returned or raised")
 
 
 def _reason(error: Exception) -> Exception:
     """Why a request failed: fsspec says of all that fails on the web that no file was found."""
-    web = type(error.__cause__).__module__.startswith("aiohttp")
-    return error.__cause__ if isinstance(error, FileNotFoundError) and web else error
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return cause if type(cause).__module__.startswith("aiohttp") else error
 
 
 def _one_line(error: Exception) -> str:

@@ -51,7 +51,7 @@ class _Bytes(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # what io gives it
         if self._at >= self._size:
             return 0
         if not self._first <= self._at < self._first + len(self._piece):

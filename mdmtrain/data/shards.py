@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 from upath import UPath
@@ -23,11 +23,12 @@ from mdmtrain.data import remote
 from mdmtrain.data.cache import RemoteFile, ShardCache
 from mdmtrain.data.remote import is_url
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
+from mdmtrain.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 AGAIN = "prepare the data again with tools/prepare_data.py"
-Check = Literal["size", "sha256"]
+Check = Literal["size", "sha256"]  # of shards: their sizes only, or all of their content
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -42,7 +43,7 @@ class ShardWriter:
         self._folder, self._split, self._limit = folder, split, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
-        self._bytes = self._response_tokens = 0
+        self._bytes = self._response_tokens = self._tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int, hash: int, response: int | None = None) -> None:
         """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text; hash:
@@ -50,7 +51,7 @@ class ShardWriter:
 
         response: where in a document with a prompt the response starts; text_bytes are then those of the response.
         """
-        if self._file and self._tokens + len(tokens) > self._limit:
+        if self._file is not None and self._tokens + len(tokens) > self._limit:
             self._finish()
         if not self._file:
             name = f"{self._split}-{len(self._shards):05d}.bin"
@@ -67,7 +68,7 @@ class ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}, "response_tokens" with prompts."""
-        if self._file:
+        if self._file is not None:
             self._finish()
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("tokens", "documents")}
         if self._response_tokens:
@@ -75,6 +76,7 @@ class ShardWriter:
         return {**totals, "bytes": self._bytes, "shards": self._shards}
 
     def _finish(self) -> None:
+        assert self._file is not None, "no shard is open"
         self._file.close()
         file, self._file = Path(self._file.name), None
         shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
@@ -109,7 +111,7 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], 
 
 def location(folder: str | Path) -> Path:
     """A folder on a disk, or (a UPath) in an object store: for names; `remote` reads what is in it."""
-    return UPath(folder) if is_url(str(folder)) else Path(folder)
+    return cast(Path, UPath(folder)) if is_url(str(folder)) else Path(folder)
 
 
 def is_prepared(path: str) -> bool:
@@ -484,8 +486,5 @@ def _kept_open() -> Callable[[str, np.dtype, int], _Numbers]:
 
 
 def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256(stream)

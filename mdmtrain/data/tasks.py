@@ -8,7 +8,6 @@ The length of an answer follows from its prompt, so the number of masked positio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from string import ascii_lowercase
 from typing import Literal, get_args
 
@@ -113,9 +112,9 @@ def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
     found: list[Task] = []
     prompts: set[str] = set()
     newest = 0
-    for slot in count():
-        if len(found) == number:
-            return found
+    slot = -1
+    while len(found) < number:
+        slot += 1
         if slot - newest > FUTILE:
             raise ValueError(f"there are fewer than {number:,} {kind} tasks in the {split} split: ask for fewer")
         bits = noise.philox(seed, noise.Stream.TASKS, list(KINDS).index(kind), slot)
@@ -125,3 +124,4 @@ def _of_kind(kind: str, split: Split, number: int, seed: int) -> list[Task]:
         found.append(task)
         prompts.add(task.prompt)
         newest = slot
+    return found

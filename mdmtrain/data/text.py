@@ -108,7 +108,7 @@ def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str) -> tuple[l
     return [tokenizer.bos_id, *given], rest
 
 
-def pad_rows(rows: Sequence[tuple[Sequence[int], np.ndarray]], pad_id: int) -> Rows:
+def pad_rows(rows: Sequence[tuple[Sequence[int] | np.ndarray, np.ndarray]], pad_id: int) -> Rows:
     """(ids, eligible) of each row, padded to the longest; the padding sees nothing of the text and is not seen."""
     shape = len(rows), max(len(ids) for ids, _ in rows)
     ids, segments = np.full(shape, pad_id, dtype=np.int64), np.full(shape, -1, dtype=np.int32)

@@ -103,7 +103,7 @@ def _ranks(file: Path) -> dict[bytes, int]:
             token = base64.b64decode(match[1], validate=True) if match else b""
         except binascii.Error:
             token = b""
-        if not token or token in ranks:
+        if match is None or not token or token in ranks:
             problem = f"the token {token!r} again" if token else "no token in base64 and its rank"
             raise ValueError(f"{file}:{number}: {problem}: get the original file")
         ranks[token] = int(match[2])

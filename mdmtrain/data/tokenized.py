@@ -99,6 +99,7 @@ class TokenFile:
         return ids.astype(np.int64)
 
     def _by_index(self) -> Iterator[np.ndarray]:
+        assert self._lengths is not None, "without an index"
         for length in self._lengths.tolist():
             yield self._take(length)
 

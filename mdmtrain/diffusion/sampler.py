@@ -109,11 +109,10 @@ def token_table(tokens: tuple[str | int, ...], pieces: list[str], key: str) -> T
     """
     if not tokens:
         return None
+    ids = {piece: number for number, piece in enumerate(pieces)}
     table = torch.zeros(len(pieces), dtype=torch.bool)
     for token in tokens:
-        index = token
-        if isinstance(token, str):
-            index = pieces.index(token) if token in pieces else -1
+        index = token if isinstance(token, int) else ids.get(token, -1)
         if not 0 <= index < len(pieces):
             raise ValueError(f"{key}: the tokenizer has no piece {token!r}: give an id or a piece of the tokenizer")
         table[index] = True

@@ -91,8 +91,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if isinstance(mask, BlockMask):
-            # A compiled block has it in its own graph.
-            flex = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+            flex: Callable = flex_attention  # a compiled block has it in its own graph
+            if not torch.compiler.is_compiling():
+                flex = _compiled(flex_attention)
             out = flex(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
             causal = self.causal and mask is None  # a mask says it already

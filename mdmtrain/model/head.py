@@ -25,6 +25,7 @@ class Head(nn.Module):
         targets: int64 [K] -> cross-entropy in nats, float32 [K]; None -> logits, float32 [K, vocab_size].
         """
         weight = self.weight if tied_weight is None else tied_weight
+        assert weight is not None, "tied embeddings: the embedding's weight is missing"
         if targets is None:
             return F.linear(rows, weight).float()
         if self.fused:

@@ -61,7 +61,7 @@ def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
     if config.preset is not None and config.preset not in PRESETS:
         raise ValueError(f"model.preset={config.preset!r} is unknown: there are {', '.join(PRESETS)}")
     given = {name: value for name, value in config.model_dump(exclude={"preset"}).items() if value is not None}
-    values = {"vocab_size": -(-tokenizer_size // 64) * 64, **PRESETS.get(config.preset, {}), **given}
+    values = {"vocab_size": -(-tokenizer_size // 64) * 64, **PRESETS.get(config.preset or "", {}), **given}
     missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")

@@ -4,6 +4,8 @@ Llama's block (RMSNorm, rotary positions, SwiGLU, grouped-query attention, no bi
 told the masking rate: the number of mask tokens that it sees says as much (arXiv 2406.03736).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +53,8 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """The denoiser. Parameter names are part of the checkpoint format."""
+
+    set_requires_all_reduce: Callable[[bool], None]  # FSDPModule's: every model is sharded (parallel/parallelize.py)
 
     def __init__(self, shape: ModelShape, head_chunk: int, fused_head: bool = False):
         super().__init__()

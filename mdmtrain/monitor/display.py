@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from matplotlib.figure import Figure
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -130,11 +130,12 @@ class TensorBoard:
         for file in folder.parent.glob("events.out.*"):  # of an older version of mdmtrain
             file.rename(folder / file.name)
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._events = cast(Any, self._writer.file_writer)  # torch declares it as None
         self._writer.add_custom_scalars(LAYOUT)
         self._writer.add_text("configuration", f"```yaml\n{config.to_yaml()}```", resume_step)
         experiment, start, self._end = hparams(hyperparameters(config), {f"{OVERVIEW}/validation_nelbo": 0.0})
         for summary in (experiment, start):
-            self._writer.file_writer.add_summary(summary)
+            self._events.add_summary(summary)
 
     def show(self, record: dict) -> None:
         step = record["step"]
@@ -144,7 +145,7 @@ class TensorBoard:
             self._writer.add_figure("variance/rate_density", density_figure(record[DENSITY]), step)
         # As one event: thirty of them, as add_scalar makes, take longer than the rest of a step's records.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars_of(record).items()]
-        self._writer.file_writer.add_summary(Summary(value=values), step)
+        self._events.add_summary(Summary(value=values), step)
 
     def show_probe_cost(self, step: int, seconds: float, share: float) -> None:
         self._writer.add_scalar("variance/probe_seconds", seconds, step)
@@ -154,7 +155,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.file_writer.add_summary(self._end)
+        self._events.add_summary(self._end)
         self._writer.close()
 
     def _show_histogram(self, counts: list[int], step: int) -> None:

@@ -23,12 +23,13 @@ def log_to_file(folder: Path, rank: int) -> None:
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
     # A thread that fails (TensorBoard's, on a full disk) tells the one that uses it, and that one the user.
-    threading.excepthook = lambda failure: log.debug("a thread failed", exc_info=failure[:3])
+    threading.excepthook = lambda failure: log.debug("a thread failed", exc_info=failure.exc_value)
     logging.raiseExceptions = False  # a full disk fails the run elsewhere, with one line: no report for each record
     log.propagate = False
     file = logging.FileHandler(folder / f"rank-{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
+    assert file.stream is not None  # open: its handler does not wait for the first record
     faulthandler.enable(file.stream)  # SIGSEGV, SIGBUS, SIGABRT: every thread's stack, in this process and its helpers
     if rank == 0:
         terminal = logging.StreamHandler()

@@ -15,7 +15,9 @@ class Profiler:
 
     def __init__(self, config: MonitorConfig, run_dir: Path, world: World):
         self._first = config.profile_at if world.is_main else None
-        self._steps, self._folder, self._profile = config.profile_steps, run_dir / "profile", None
+        self._steps = config.profile_steps
+        self._folder = run_dir / "profile"
+        self._profile: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         """Call before each iteration."""

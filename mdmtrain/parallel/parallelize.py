@@ -8,17 +8,19 @@ around that, the root last.
 
 import logging
 from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from mdmtrain.config import ParallelConfig
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.model.transformer import Transformer, initial_std
+from mdmtrain.model.transformer import Block, Transformer, initial_std
 from mdmtrain.parallel.world import AgreedError, World
 
 # What activation_checkpointing=ops keeps: products and attention, which take most of the time, little of the memory.
@@ -48,12 +50,13 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    options = {"mesh": data_mesh(config, world), "mp_policy": policy}
+    options: dict[str, Any] = {"mesh": data_mesh(config, world), "mp_policy": policy}
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if config.compile:
         set_up_compiler(config)
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, Block)
         layer.recompute = recompute_options(config, index)
         if config.compile:
             layer.compile(fullgraph=True, dynamic=False)
@@ -154,11 +157,13 @@ def reshard(model: Transformer) -> None:
 def init_weights(model: Transformer, seed: int) -> None:
     """Initial weights as a pure function of (seed, parameter name): the same for any number of ranks, bit for bit."""
     for name, parameter in model.named_parameters():
-        std, flat = initial_std(name, model.shape), parameter.to_local().view(-1)
+        sharded = cast(DTensor, parameter)  # as build_model makes all of them
+        std = initial_std(name, model.shape)
+        flat = sharded.to_local().view(-1)
         if std is None:
             flat.fill_(1.0)
             continue
-        _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        _, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
         first = offset[0] * (parameter.numel() // parameter.shape[0])  # index of the shard's first element in the whole
         for start in range(0, flat.numel(), INIT_CHUNK):
             count = min(INIT_CHUNK, flat.numel() - start)

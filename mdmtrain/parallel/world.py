@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # one dimension, "dp_shard"
-    control: dist.ProcessGroup  # gloo on the CPU, for what must not touch the accelerator
+    control: dist.ProcessGroup  # takes tensors on the CPU (gloo), for what must not touch the accelerator
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +70,7 @@ class World:
 
         If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
         """
-        result = None
+        result: T | None = None
         failure = None
         if self.is_main or not main_only:
             try:
@@ -85,10 +85,10 @@ class World:
             box = [result]
             dist.broadcast_object_list(box, src=0, group=self.control)
             result = box[0]
-        return result
+        return cast(T, result)  # of every rank: one that failed has raised
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """A user's error as one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -114,7 +114,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     if launched and sys.platform == "linux":
         # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        # Gloo has a connection to every rank, in each of three groups: at 1,000 ranks more than the usual soft limit.
+        # Gloo has a connection to every rank in each of two groups, the loop's and the checkpoint writer's: at 1,000
+        # ranks more than the usual soft limit.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         check_launcher()
@@ -139,7 +140,10 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     longest = timedelta(minutes=timeout)
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
-    return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
+    # The default group has a gloo part on CUDA too. Another group would be a connection to every rank once more.
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return World(rank, size, device, mesh, everyone)
 
 
 def check_launcher() -> None:

@@ -33,6 +33,7 @@ from mdmtrain.diffusion.objective import (
 from mdmtrain.diffusion.rates import Density, fit
 from mdmtrain.diffusion.sampler import token_table
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
+from mdmtrain.muon import local, local_gradient
 from mdmtrain.parallel.world import World
 from mdmtrain.variance.probe import Probe
 
@@ -75,7 +76,7 @@ class Bench:
         self._pieces = tokenizer.pieces()
         self._probe = Probe(model, config, tokenizer.mask_id, world)
         self.densities: dict[tuple, Density] = {}
-        self._nothing = torch.cat([torch.zeros_like(p.to_local()).flatten() for p in model.parameters()])
+        self._nothing = torch.cat([torch.zeros_like(local(p)).flatten() for p in model.parameters()])
 
     def step_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> tuple[ArmNoise, np.ndarray]:
         """The reference, from 2 * pairs real steps: half the squared difference of each pair, and its <g, g'>.
@@ -216,7 +217,7 @@ class Bench:
         return masked_batch.to(self.world.device)
 
     def _take_gradient(self) -> Tensor:
-        parts = [p.grad.to_local().flatten() for p in self.model.parameters()]
+        parts = [local_gradient(p).flatten() for p in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)
         return torch.cat(parts)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mdmtrain.optim import local
+from mdmtrain.muon import local_gradient
 
 
 class GradientPair:
@@ -27,13 +27,13 @@ class GradientPair:
 
     def keep(self) -> None:
         """The first step: after its backward pass."""
-        self._first = [local(p.grad).clone() for p in self._parameters]
+        self._first = [local_gradient(p).clone() for p in self._parameters]
 
     def compare(self) -> Tensor:
         """The second step: this rank's part of (|g' - g|^2 / 2, <g, g'>), float64 [2] on the device. No wait."""
         total = torch.zeros(2, dtype=torch.float64, device=self._first[0].device)
         for first, p in zip(self._first, self._parameters, strict=True):
-            second = local(p.grad)
+            second = local_gradient(p)
             total[0] += (second - first).square().sum(dtype=torch.float64) / 2
             total[1] += (second * first).sum(dtype=torch.float64)
         self._first = []

@@ -1,7 +1,7 @@
 """What the engine itself holds, to compare the plan with: memory of a small real run, from the allocator's books."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 
 import torch
@@ -11,29 +11,40 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mdmtrain.config import Config
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.optim import build_optimizer, local
+from mdmtrain.muon import local, local_gradient
+from mdmtrain.optim import build_optimizer
 from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import World
 
+Spans = dict[str, tuple[int, int]]
+Marks = tuple[Callable[[str], None], Spans]
 
-@contextmanager
-def allocations(device: torch.device) -> Iterator[tuple[Callable[[str], None], dict[str, tuple[int, int]]]]:
+
+def allocations(device: torch.device) -> AbstractContextManager[Marks]:
     """(mark, spans): after the block, spans[name] = (bytes in use at mark(name), most of them from there to the next
     mark), both over those in use at the first one. The allocator's own books, exact on the CPU too.
     """
-    spans: dict[str, tuple[int, int]] = {}
-    if device.type == "cuda":
-        levels: list[tuple[str, int, int]] = []  # at a mark, and the most since the one before
+    return _cuda_allocations() if device.type == "cuda" else _cpu_allocations()
 
-        def mark(name: str) -> None:
-            levels.append((name, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
-            torch.cuda.reset_peak_memory_stats()
 
-        yield mark, spans
-        mark("")
-        for (name, level, _), (_, _, most) in pairwise(levels):
-            spans[name] = level - levels[0][1], most - levels[0][1]
-        return
+@contextmanager
+def _cuda_allocations() -> Iterator[Marks]:
+    spans: Spans = {}
+    levels: list[tuple[str, int, int]] = []  # at a mark, and the most since the one before
+
+    def mark(name: str) -> None:
+        levels.append((name, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        torch.cuda.reset_peak_memory_stats()
+
+    yield mark, spans
+    mark("")
+    for (name, level, _), (_, _, most) in pairwise(levels):
+        spans[name] = level - levels[0][1], most - levels[0][1]
+
+
+@contextmanager
+def _cpu_allocations() -> Iterator[Marks]:
+    spans: Spans = {}
 
     def mark(name: str) -> None:
         with record_function(f"mark:{name}"):
@@ -97,7 +108,7 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
     first, last = (spans[name][0] - gathered[name] for name in ("blocks", "head at work"))
     return {
         "parameters": sum(local(p).nbytes for p in parameters),
-        "gradients": sum(local(p.grad).nbytes for p in parameters),
+        "gradients": sum(local_gradient(p).nbytes for p in parameters),
         "optimizer": sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
         "activations": last - first,
         **{kind: spans[kind][1] for kind in ("head at work", "block at work")},

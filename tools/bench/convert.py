@@ -13,19 +13,20 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.checkpoint.layout import divide
+from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
 from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import validate
 from mdmtrain.data.tokenizer import Tokenizer
@@ -46,9 +47,10 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     """Write a checkpoint of zeros and return its bytes."""
     tokenizer = Tokenizer.train([Path(__file__).read_text()], 300, folder.parent / "tokenizer.model")
     tensors = {f"model.{name}": torch.zeros(size) for name, size in tensor_shapes(shape).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP's notes on its own internals
-        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    layout = divide(tensors, (), 1, 1)
+    folder.mkdir()
+    file = folder / layout.file_name(0)
+    files = {file.name: write_file(file, file_blocks(layout.header(0), tensors.__getitem__))}
     shutil.copyfile(folder.parent / "tokenizer.model", folder / store.TOKENIZER_FILE)
     tree = {
         "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
@@ -58,7 +60,7 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     }
     identity = {"model": asdict(shape), "tokenizer": tokenizer.sha256}
     config = validate(tree, "benchmark").model_dump(mode="json")
-    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config}, {})
+    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config}, layout, files)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -98,10 +100,9 @@ def main() -> None:
     try:
         size = synthetic_checkpoint(args.out / "checkpoint", shape)
         largest = max(torch.Size(s).numel() for s in tensor_shapes(shape).values()) * 4 / 2**20
-        rows = {
-            "imports alone": seconds(lambda: watched("imported")),
-            "plain copy": seconds(lambda: copied(args.out / "checkpoint", args.out / "copy")),
-        }
+        imports = seconds(lambda: watched("imported"))
+        copy = partial(copied, args.out / "checkpoint", args.out / "copy")
+        rows: dict[str, tuple[float, float, float | None]] = {"imports alone": imports, "plain copy": seconds(copy)}
         convert = {
             "--to llama": ("checkpoint", "--to", "llama"),
             "--to llama --dtype bfloat16": ("checkpoint", "--to", "llama", "--dtype", "bfloat16"),
@@ -110,16 +111,16 @@ def main() -> None:
         for name, (source, *options) in convert.items():
             arguments = [args.out / source, *options, "--out", args.out / name]
             arguments += ["--no-check"] if "--to" in options else []
-            rows[name] = seconds(lambda arguments=arguments: watched("__main__", *arguments))
+            rows[name] = seconds(partial(watched, "__main__", *arguments))
         shutil.rmtree(args.out / "copy")
-        rows["plain copy again"] = seconds(lambda: copied(args.out / "checkpoint", args.out / "copy"))
+        rows["plain copy again"] = seconds(copy)
         table = Table(
             title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
         )
         for column in ("", "seconds", "of CPU", "peak MiB", "less imports, in largest tensors"):
             table.add_column(column, justify="right" if column else "left")
         for name, (clock, cpu, peak) in rows.items():
-            more = "" if peak is None else f"{(peak - rows['imports alone'][2]) / largest:.2f}"
+            more = "" if peak is None else f"{(peak - imports[2]) / largest:.2f}"
             table.add_row(name, f"{clock:.1f}", f"{cpu:.1f}", "" if peak is None else f"{peak:.0f}", more)
         Console().print(table)
     finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from meter import (
@@ -27,7 +28,7 @@ from mdmtrain.config import Config
 from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
-from mdmtrain.optim import local
+from mdmtrain.muon import local, local_gradient
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World, init_world
 from mdmtrain.train import build_state, open_inputs, train_from
@@ -83,7 +84,7 @@ def the_world() -> World:
 def device(report: Report, place: Place) -> None:
     """What is here, and the ceiling of its matrix products."""
     here = the_world().device
-    numbers = {"torch": torch.__version__, "device": str(here)}
+    numbers: dict[str, Any] = {"torch": torch.__version__, "device": str(here)}
     if here.type == "cuda":
         facts = torch.cuda.get_device_properties(here)
         numbers |= {"name": facts.name, "memory_bytes": facts.total_memory, "cuda": torch.version.cuda}
@@ -126,7 +127,7 @@ def attention(report: Report, place: Place) -> None:
         one, where = ids.to(there), positions.to(there)
         ce = model(one, where, one.flatten()[where], segments.to(there) if documents else None)
         ce.sum().backward()
-        gradients = torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
+        gradients = torch.cat([local_gradient(p).flatten().float().cpu() for p in model.parameters()])
         model.zero_grad()
         return ce.detach().float().cpu(), gradients
 
@@ -275,7 +276,9 @@ def sync_free(report: Report, place: Place) -> None:
 def nan_skip(report: Report, place: Place) -> None:
     """A step whose loss is not a number is skipped on the device: no weight moves, and the next step is sound."""
     config = small_run(place, "nan", steps=12)
-    models, weights, now = [], {}, [0]
+    models: list[Transformer] = []
+    weights: dict[int, torch.Tensor] = {}
+    now = [0]
 
     def begin(step: int) -> None:
         now[0] = step

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class TimedWatchdog(Watchdog):
         super().__init__(world, config.run)
         self._cuda = world.device.type == "cuda"
         self._clock = clock
-        self.steps: list[list[tuple[str, object]]] = []
+        self.steps: list[list[tuple[str, Any]]] = []
 
     def at(self, phase: str, step: int | None = None) -> None:
         super().at(phase, step)

@@ -24,6 +24,8 @@ import json
 import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +100,7 @@ def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) 
     result: dict = {"micro_batch_tokens": masked.noisy.numel(), "masked_positions": len(masked.positions)}
     for what in ("step", "head"):
         works = {
-            name: chunked(name, passes(model, batch) if what == "step" else lambda batch=batch: head_alone(batch))
+            name: chunked(name, passes(model, batch) if what == "step" else partial(head_alone, batch))
             for name, batch in batches.items()
         }
         for work in works.values():
@@ -162,8 +164,9 @@ def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> 
     one = changed(config, "run", dir=folder, steps=steps + 1)
     one = changed(one, "optim", warmup_steps=0)
     seconds = watch(one, world, clock_of(world)).seconds(WARM_UP)
-    plan, total = resolve(one, world.size), sum(seconds.values())
-    model = sum(seconds[part] for part in MODEL)
+    plan = resolve(one, world.size)
+    total = np.sum(list(seconds.values()), axis=0)
+    model = np.sum([seconds[part] for part in MODEL], axis=0)
     dtype = getattr(torch, config.parallel.compute_dtype)
     tokens = config.run.micro_batch * config.data.sequence_length
     ceiling = product_ceiling(world, dtype, shape, tokens)
@@ -288,7 +291,7 @@ def show_balance(console: Console, balance: dict) -> None:
     console.print(table)
 
 
-PARTS = {
+PARTS: dict[str, tuple[Callable[..., dict], Callable[[Console, dict], None]]] = {
     "heads": (compare_heads, show_heads),
     "recompute": (
         compare_recompute,
@@ -325,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--repeat {args.repeat}: at least one measurement")
     config = configuration.load(args.config)
     shape, world, console = shape_of(config), init_world(), Console(width=130)
-    result = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
+    result: dict[str, Any] = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
               "clock": clock_of(world).__name__}  # fmt: skip
     if world.is_main:
         console.print(describe_shape(shape), highlight=False)

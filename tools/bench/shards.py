@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long a run's start takes, and how much memory a rank, on a folder of many shards. Needs no corpus: it makes one.
 
-    python tools/bench_shards.py --out DIR [--shards N] [--ranks N] [--json FILE]
+    python tools/bench/shards.py --out DIR [--shards N] [--ranks N] [--json FILE]
 
 DIR gets a prepared folder of N shards whose files are holes: they take no room. Rank 0 reads the manifest, sends it to
 the others, and each rank checks its part of the sizes, as `mdmtrain.train` does; here one rank after the other.
@@ -14,6 +14,7 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def make_folder(folder: Path, shards: int) -> None:
     for split, count in (("train", shards), ("validation", 1)):
         listed = []
         for number in range(count):
-            shard = {"tokens": SHARD_TOKENS, "documents": SHARD_DOCUMENTS}
+            shard: dict[str, Any] = {"tokens": SHARD_TOKENS, "documents": SHARD_DOCUMENTS}
             for key, suffix, size in (("", "bin", 2 * SHARD_TOKENS), ("documents_", "docs", 8 * SHARD_DOCUMENTS),
                                       ("hashes_", "hashes", 8 * SHARD_DOCUMENTS)):  # fmt: skip
                 name = f"{split}-{number:05d}.{suffix}"
@@ -47,10 +48,10 @@ def make_folder(folder: Path, shards: int) -> None:
             listed.append(shard)
         totals = {"tokens": count * SHARD_TOKENS, "documents": count * SHARD_DOCUMENTS}
         splits[split] = {**totals, "bytes": 4 * count * SHARD_TOKENS, "shards": listed}
-    write_manifest(folder, Tokenizer.load(folder), splits, "tools/bench_shards.py")
+    write_manifest(folder, Tokenizer.load(folder), splits, "tools/bench/shards.py")
 
 
-def measured(act: Callable[[], object]) -> tuple[float, float, object]:
+def measured(act: Callable[[], object]) -> tuple[float, float, Any]:
     """Seconds, megabytes more at the highest, and what `act` returns, in a process of its own. On Linux."""
 
     def child(pipe) -> None:

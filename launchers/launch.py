@@ -162,10 +162,7 @@ def write(launch: Launch, kind: str) -> State:
     before = read_state(launch.run_dir)
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        code = folder / "code"
-        shutil.rmtree(code, ignore_errors=True)
-        for package in ("mdmtrain", "launchers"):
-            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        copy_code(folder / "code")
     write_atomically(folder / "config.yaml", launch.config.to_yaml())
     told = {"options": vars(launch.options), "steps": launch.config.run.steps, "revision": git_revision(),
             "directory": os.getcwd(), "kind": kind}  # fmt: skip
@@ -173,6 +170,13 @@ def write(launch: Launch, kind: str) -> State:
     state = State(kind, starts=before.starts if before else 0)  # a new launch counts crashes from 0
     write_state(launch.run_dir, state)
     return state
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the code for a job, so that later edits do not change what runs. Replaces an older copy."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for package in ("mdmtrain", "launchers"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -124,8 +124,20 @@ def job_parameters(launches: Sequence[Launch], folder: Path | None = None, at_on
     """
     options, config = launches[0].options, launches[0].config
     runs = [str(one.run_dir) for one in launches]
-    folder = folder or launches[0].run_dir
-    log = f"{folder}/logs/job-".replace("%", "%%") + ("%A_%a.log" if len(runs) > 1 else "%j.log")
+    return {
+        **common_parameters(options, folder or launches[0].run_dir, len(runs), runs),
+        "signal_delay_s": options.stop_before,
+        "array_parallelism": at_once or len(runs),
+        "setup": setup_lines(options, runs, max(1, options.cpus - config.data.workers)),
+    }
+
+
+def common_parameters(options: argparse.Namespace, folder: Path, tasks: int, paths: list[str]) -> dict:
+    """submitit's parameters that all our jobs have. folder: holds the logs; paths: what else the script names.
+
+    Raises ValueError for a path or an option that sbatch would not read correctly.
+    """
+    log = f"{folder}/logs/job-".replace("%", "%%") + ("%A_%a.log" if tasks > 1 else "%j.log")
     # nodes and ntasks_per_node are given here because submitit waits for a result of each task that it knows of.
     extra = {"nodes": options.nodes, "ntasks_per_node": options.ranks_per_node, "requeue": True, "output": log}
     if options.clusters:
@@ -139,17 +151,14 @@ def job_parameters(launches: Sequence[Launch], folder: Path | None = None, at_on
         extra["gres"] = f"gpu:{options.gpus_per_node}"
     names = ("mem", "partition", "account", "qos", "constraint", "exclude", "time")
     named = {name: getattr(options, name) for name in names}
-    refuse_what_sbatch_cannot_read([*runs, str(folder)], {**named, **extra})
+    refuse_what_sbatch_cannot_read([*paths, str(folder)], {**named, **extra})
     return {
         "job_name": folder.name,
         "cpus_per_task": options.cpus,
         **named,
-        "signal_delay_s": options.stop_before,
-        "array_parallelism": at_once or len(runs),
         "stderr_to_stdout": True,
         "use_srun": False,  # srun would start a supervisor for each rank
         "wckey": None,
-        "setup": setup_lines(options, runs, max(1, options.cpus - config.data.workers)),
         "additional_parameters": extra,
     }
 
@@ -160,7 +169,7 @@ def refuse_what_sbatch_cannot_read(folders: list[str], options: dict) -> None:
         for mark in ("%j", "%t", "%A", "%a", "\\", "\n", "\r"):
             if mark in folder:
                 raise ValueError(
-                    f"run.dir={folder!r}: sbatch and submitit replace {mark!r} in a path: choose another run.dir"
+                    f"{folder!r}: sbatch and submitit replace {mark!r} in a path: choose another run.dir, or --out"
                 )
     for key, value in options.items():
         if isinstance(value, str) and any(character in value for character in "\\\n\r"):
@@ -169,22 +178,28 @@ def refuse_what_sbatch_cannot_read(folders: list[str], options: dict) -> None:
 
 def setup_lines(options: argparse.Namespace, runs: list[str], threads: int) -> list[str]:
     """The lines of the job script before the supervisor's command. threads: OMP_NUM_THREADS of a rank."""
-    needed = shlex.join([sys.executable, os.getcwd()])
     return [
         "trap '' USR1 USR2 HUP  # until the supervisor installs its own handlers",
         *options.setup,
         f"runs=({shlex.join(runs)})",
         'run="${runs[${SLURM_ARRAY_TASK_ID:-0}]}"',
-        f'for path in "$run/job/code" {needed}; do',
+        *code_lines('"$run/job/code"', environment(threads)),
+    ]
+
+
+def code_lines(code: str, variables: dict[str, str]) -> list[str]:
+    """The lines that check what the node sees, set variables, and enter the copy of the code (quoted for the shell)."""
+    return [
+        f"for path in {code} {shlex.join([sys.executable, os.getcwd()])}; do",
         '  [ -e "$path" ] && continue',
         '  echo "error: $SLURMD_NODENAME does not see $path: it must be on a file system that all nodes share"',
         "  exit 2",
         "done",
-        *(f"export {name}=${{{name}:-{value}}}" for name, value in environment(threads).items()),
+        *(f"export {name}=${{{name}:-{value}}}" for name, value in variables.items()),
         "export PYTHONUNBUFFERED=1 SUBMITIT_LOG_LEVEL=WARNING",
         "export SUBMITIT_PREEMPT_SIGNAL=URG  # submitit's own requeueing must not react to USR2",
         f"export MDMTRAIN_REVISION={shlex.quote(git_revision() or '')}",
-        'cd "$run/job/code"  # python -m imports from here, so edits do not change a queued job',
+        f"cd {code}  # python -m imports from here, so edits do not change a queued job",
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
     ]
 
@@ -201,15 +216,20 @@ def executor(launches: Sequence[Launch], folder: Path, at_once: int | None = Non
 # ---- refusals
 
 
-def refuse_what_the_cluster_lacks(options: argparse.Namespace, tasks: int) -> None:
-    """Raise ValueError if the partition has too few nodes, GPUs or cores, or too short a time limit, for the job."""
+def refuse_what_the_cluster_lacks(
+    options: argparse.Namespace,
+    tasks: int,
+    many: tuple[str, str] = ("runs", "start the sweep in parts, with --arms or --seeds"),
+) -> None:
+    """Raise ValueError if the cluster allows fewer tasks in an array, or if the partition has too few nodes, GPUs or
+    cores, or too short a time limit, for the job.
+    """
     cluster = options.clusters or ""
     if tasks > 1:
         most = slurm_client.most_array_tasks(cluster)
         if tasks > most:
             raise ValueError(
-                f"{tasks} runs: this cluster allows {most} tasks in a job array (MaxArraySize): "
-                "start the sweep in parts, with --arms or --seeds"
+                f"{tasks} {many[0]}: this cluster allows {most} tasks in a job array (MaxArraySize): {many[1]}"
             )
     name = options.partition
     if not name:

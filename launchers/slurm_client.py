@@ -98,6 +98,16 @@ def job_state(job: str, cluster: str = "") -> JobState:
     )
 
 
+def tasks_left(job: str, cluster: str = "") -> int:
+    """How many tasks of a job, or of a job array, are queued or running."""
+    try:
+        return len(slurm("squeue", "-h", "-r", "-j", job, "-o", "%T", cluster=cluster).split())
+    except ValueError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return 0
+
+
 def requeue(job: str) -> None:
     """Requeue a job. A job that is already pending again is not an error."""
     try:

@@ -10,7 +10,7 @@ import torch
 
 from mdmtrain.data.inputs import Input
 from mdmtrain.data.loader import Rows
-from mdmtrain.data.prepare import encode_document
+from mdmtrain.data.parts import encode_document
 from mdmtrain.data.records import Document, Reading, read_documents
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer

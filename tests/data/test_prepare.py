@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mdmtrain import files
 from mdmtrain.command import user_errors
-from mdmtrain.data import prepare as module
+from mdmtrain.data import parts as module
 from mdmtrain.data import records, staging
 from mdmtrain.data.inputs import Input, find_inputs
+from mdmtrain.data.parts import work_folder
 from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Reading, read_documents
 from mdmtrain.data.shards import MANIFEST, PreparedSplit
@@ -168,26 +170,35 @@ def test_a_failing_write_leaves_what_was_there(texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "write_manifest", full)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="No space left on device; nothing was written"):
-        prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), tmp_path / "out", OPTIONS, 1)
-    assert not tree(tmp_path / "out") and {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
+    inputs = find_inputs([str(texts)], *PATTERNS, tmp_path)
+    with pytest.raises(ValueError, match="No space left on device; finished steps kept: 1; the same command resumes"):
+        prepare(inputs, tmp_path / "out", OPTIONS, 1)
+    assert not tree(tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(module.Preparation, "_write_part", None)  # nothing is done again
+    prepare(inputs, tmp_path / "out", OPTIONS, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
 
 
 def test_the_folder_appears_whole_by_one_rename(texts, tmp_path, monkeypatch):
     out, rename, complete = tmp_path / "out", os.replace, []
 
     def watched(source, target):
-        assert not out.exists() and target == out
-        complete.append(tree(source))
+        assert not out.exists()
+        if target == out:
+            complete.append(tree(source))
         rename(source, target)
 
-    monkeypatch.setattr(staging.os, "replace", watched)
+    monkeypatch.setattr(files.os, "replace", watched)
     prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), out, OPTIONS, 1)
     assert complete == [tree(out)] and MANIFEST in complete[0]
 
 
 def test_two_preparations_of_one_folder_do_not_meet(texts, tmp_path):
-    with staging.staging(tmp_path / "out"), pytest.raises(ValueError, match="being prepared by another process"):
+    with (
+        staging.locked(work_folder(tmp_path / "out"), tmp_path / "out"),
+        pytest.raises(ValueError, match="being prepared by another process"),
+    ):
         prepare(find_inputs([str(texts)], *PATTERNS, tmp_path), tmp_path / "out", OPTIONS, 1)
 
 
@@ -351,9 +362,9 @@ def start_until_shards(large: Path, out: Path) -> subprocess.Popen:
     """The tool, caught in the middle of its work."""
     options = ["--vocab-size", "300", "--validation-fraction", "0.1", "--workers", "2", "--out", str(out)]
     process = subprocess.Popen([*TOOL, str(large), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = work_folder(out)
     deadline = time.monotonic() + 60
-    while not any(partial.glob("train-*.bin")):
+    while not any(partial.glob("unfinished-*/train-*.bin")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     return process
@@ -396,7 +407,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_run_cleans
     process.communicate(timeout=60)
     assert not out.exists() and not list(tmp_path.rglob(MANIFEST))
     wait_gone(helpers)
-    (tmp_path / ".out.partial" / "train-00099.bin").write_bytes(b"left over")
+    (work_folder(out) / "data" / "train-00099.bin").write_bytes(b"left over")
     prepare(find_inputs([str(texts)], *PATTERNS, out), out, OPTIONS, 1)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "out"}
     assert len(documents_of(out, "train")) > 0 and not (out / "train-00099.bin").exists()

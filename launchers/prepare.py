@@ -1,0 +1,354 @@
+"""Prepare a corpus in many processes or as a Slurm job array: parts, retries, and one prepared folder at the end.
+
+    python -m launchers.prepare INPUT... --out DIR --tasks 8                                 processes of this machine
+    python -m launchers.prepare INPUT... --out DIR --tasks 100 --slurm '--time 4:00:00'      tasks of a job array
+
+The folder has the same bytes for any number of tasks, and as tools/prepare_data.py makes it. The same command resumes a
+preparation that was stopped or killed. docs/preparing.md is the user's guide.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from launchers import slurm_client
+from launchers.launch import ROOT, copy_code, parse, positive
+from launchers.prepare_task import note, work_on, write_plan
+from launchers.slurm import (
+    PYTHON,
+    RunExecutor,
+    code_lines,
+    common_parameters,
+    no_files_if_refused,
+    refuse_what_slurm_refuses,
+    refuse_what_the_cluster_lacks,
+    slurm_parser,
+)
+from mdmtrain.checkpoint import store
+from mdmtrain.command import CommandParser, survive_terminal, user_errors
+from mdmtrain.data.options import add_options, read_options
+from mdmtrain.data.parts import JOB, Preparation, Stage, work_folder
+from mdmtrain.data.plan import Plan
+from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
+from mdmtrain.files import replacing
+from mdmtrain.parallel.stop import heard
+
+POLL = 2.0  # seconds between two looks at what is done
+MANY = ("tasks", "give fewer --tasks")
+
+
+class Tasks(Protocol):
+    """Where the units of a stage are done."""
+
+    def start(self, stage: Stage, deals: list[list[int]]) -> None:
+        """Start a task for each list of units."""
+
+    def left(self) -> int:
+        """How many of the tasks have not ended."""
+
+    def ended(self, stage: Stage) -> list[list[int]]:
+        """The units of each task of a stage that has ended since this was asked last."""
+
+    def stop(self) -> None:
+        """The launcher ends before the tasks."""
+
+
+class Processes:
+    """Tasks on this machine. They end when the launcher ends, however it does."""
+
+    def __init__(self, work: Path, workers: int):
+        self._work, self._workers = work, workers
+        self._deals: list[list[int]] = []
+        self._processes: list[subprocess.Popen] = []
+
+    def start(self, stage: Stage, deals: list[list[int]]) -> None:
+        logs = self._work / "logs"
+        logs.mkdir(exist_ok=True)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "launchers.prepare_task", str(self._work), stage, str(self._workers)]
+        self._deals = deals
+        for number, units in enumerate(deals):
+            with open(logs / f"{stage}-{number}.log", "a") as log:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
+                    env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
+                    start_new_session=True,  # so that Ctrl-C reaches only this process
+                )  # fmt: skip
+            self._processes.append(process)
+            with suppress(BrokenPipeError):  # it has ended already
+                process.stdin.write(json.dumps(units) + "\n")
+                process.stdin.flush()
+
+    def left(self) -> int:
+        running = sum(process.poll() is None for process in self._processes)
+        if not running:
+            self.stop()
+        return running
+
+    def ended(self, stage: Stage) -> list[list[int]]:
+        deals, self._deals = self._deals, []
+        return deals
+
+    def stop(self) -> None:
+        for process in self._processes:
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # a task ends then
+        for process in self._processes:
+            process.wait()
+        self._processes = []
+
+
+class JobArray:
+    """Tasks of a Slurm job array. They continue when the launcher ends; the next one finds them in the folder."""
+
+    def __init__(self, work: Path, options: argparse.Namespace, workers: int):
+        self._work, self._options, self._workers = work, options, workers
+        self._cluster = options.clusters or ""
+
+    def start(self, stage: Stage, deals: list[list[int]]) -> None:
+        made = executor(self._work, self._options, len(deals))
+        refuse_what_slurm_refuses(made.script(len(deals)), self._cluster)
+        copy_code(self._work / "code")
+        for needed in (made.folder, self._work / "logs"):
+            needed.mkdir(parents=True, exist_ok=True)
+        with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
+            count = len(deals)
+            jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
+        job = jobs[0].job_id.partition("_")[0]
+        with replacing(self._work / JOB) as file:
+            json.dump({"job": job, "cluster": self._cluster, "stage": stage, "deals": deals}, file)
+        print(f"submitted job {job}: {PHASES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
+
+    def left(self) -> int:
+        told = self._told()
+        return slurm_client.patiently(lambda: slurm_client.tasks_left(told["job"], told["cluster"])) if told else 0
+
+    def ended(self, stage: Stage) -> list[list[int]]:
+        told = self._told()
+        (self._work / JOB).unlink(missing_ok=True)
+        return told["deals"] if told and told["stage"] == stage else []
+
+    def _told(self) -> dict | None:
+        """The job that was submitted last, by an earlier launcher too."""
+        file = self._work / JOB
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def stop(self) -> None:
+        pass
+
+
+def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor:
+    """submitit's executor for the tasks of a stage."""
+    made = RunExecutor(work / "submitit", python=PYTHON)
+    setup = [*options.setup, *code_lines(shlex.quote(str(work / "code")), {"OMP_NUM_THREADS": "1"})]
+    made.update_parameters(
+        **{**common_parameters(options, work, tasks, [str(work)]), "job_name": f"prepare-{work.name.strip('.')}"},
+        array_parallelism=tasks,
+        setup=setup,
+    )
+    return made
+
+
+# ---- a stage
+
+
+@dataclass
+class Show:
+    """The live table."""
+
+    making: Preparation
+    console: Console
+    begin: float = 0.0
+    first: int = 0  # bytes that were done when the stage began
+
+    def start(self, stage: Stage) -> None:
+        self.begin, self.first = time.monotonic(), self._bytes(stage)[0]
+
+    def _bytes(self, stage: Stage) -> tuple[int, int, int, int]:
+        """Bytes that are done, all bytes, units that are done, all units."""
+        units = self.making.units(stage)
+        pending = self.making.pending(stage)
+        total = sum(self.making.size(stage, unit) for unit in range(units))
+        done = total - sum(self.making.size(stage, unit) for unit in pending)
+        for unit in pending:
+            try:
+                done += int(note(self.making.work, stage, unit).read_text())
+            except (FileNotFoundError, ValueError):  # not begun, or just being written
+                continue
+        return done, total, units - len(pending), units
+
+    def table(self, stage: Stage, tasks: int, failures: int) -> Table:
+        done, total, units_done, units = self._bytes(stage)
+        speed = (done - self.first) / max(1e-9, time.monotonic() - self.begin)
+        seconds = (total - done) / speed if speed > 0 else None
+        eta = "" if seconds is None else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
+        made = Table("step", "done", "tasks", "failures", "MB/s", "ETA", box=None)
+        rate = f"{speed / 1e6:,.1f}" if stage != "duplicates" else ""
+        made.add_row(PHASES[stage], f"{units_done:,}/{units:,}", str(tasks), str(failures), rate, eta)
+        return made
+
+
+def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attempts: int, show: Show) -> None:
+    """Do all units of a stage, each at most `attempts` times. Raises ValueError with the error line of one that fails.
+
+    Units are dealt to `count` tasks at a time. Those that are left when these have ended are dealt again. A unit has
+    failed once where it was begun and is not done; where a task began none of its units, all of them have.
+    """
+    failures, errors = Counter(), {}
+    show.start(stage)
+    running = making.work / "running"
+    running.mkdir(exist_ok=True)
+    with Live(console=show.console, transient=True, auto_refresh=False) as live:
+        while True:
+            while left := tasks.left():  # also those that an earlier launcher started
+                live.update(show.table(stage, left, failures.total()), refresh=True)
+                time.sleep(POLL)
+            making.clean()
+            pending = set(making.pending(stage))
+            for deal in tasks.ended(stage):
+                open_units = [unit for unit in deal if unit in pending]
+                begun = [unit for unit in open_units if note(making.work, stage, unit).exists()]
+                for unit in begun or open_units:
+                    failures[unit] += 1
+                    errors[unit] = _why(making.work, stage, unit)
+                    again = "tried again" if failures[unit] < attempts else "given up"
+                    show.console.print(
+                        f"failed: {PHASES[stage]}, part {unit}: {escape(errors[unit])}; {again}", soft_wrap=True
+                    )
+            todo = sorted(unit for unit in pending if failures[unit] < attempts)
+            if not todo:
+                break
+            for file in running.iterdir():
+                file.unlink()
+            tasks.start(stage, [todo[first::count] for first in range(min(count, len(todo)))])
+        if pending:
+            first = min(pending)
+            raise ValueError(
+                f"{PHASES[stage]}: {len(pending)} of {making.units(stage)} parts failed {attempts} times; "
+                f"part {first}: {errors[first]}"
+            )
+    show.console.print(show.table(stage, 0, failures.total()))
+
+
+def _why(work: Path, stage: Stage, unit: int) -> str:
+    try:
+        return note(work, stage, unit).with_suffix(".error").read_text()
+    except FileNotFoundError:
+        return f"its task ended without an error line (killed? out of memory or time?): see {work}/logs"
+
+
+# ---- command
+
+
+def parser() -> CommandParser:
+    made = CommandParser(
+        prog="python -m launchers.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(made)
+    made.add_argument("--tasks", type=positive, required=True, metavar="N", help="parts that are prepared at a time")
+    made.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="tokenizing processes of each task (default: 1)"
+    )
+    made.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help="run the tasks as a job array with these options of launchers.slurm, such as '--time 4:00:00 --mem 8G'",
+    )
+    made.add_argument(
+        "--max-attempts",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="a part that failed N times is given up, and the others are finished (default: 3)",
+    )
+    made.add_argument("--dry-run", action="store_true", help="print the plan, and the job script; start nothing")
+    return made
+
+
+def slurm_options(arguments: str, workers: int) -> argparse.Namespace:
+    """The options of --slurm. Raises ValueError for those that a preparation does not have."""
+    options = parse(slurm_parser(), shlex.split(arguments), None)
+    if options.config or options.nodes != 1 or options.gpus_per_node or options.ranks_per_node != 1:
+        raise ValueError(f"--slurm {arguments!r}: a task has one node and no GPU: leave out nodes, GPUs and ranks")
+    options.cpus = options.cpus or workers
+    options.stop_before = -60  # no time is needed to stop, and Slurm may signal 60 s earlier
+    return options
+
+
+def explain(plan: Plan, making: Preparation, tasks: int) -> list[str]:
+    largest = max(plan.bytes_of(part) for part in range(len(plan.parts)))
+    return [
+        f"inputs  {len(plan.inputs):,} files, {sum(plan.sizes) / 1e6:,.1f} MB",
+        f"parts   {len(plan.parts):,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, len(plan.parts)):,} tasks",
+        f"steps   {', '.join(PHASES[stage] for stage in making.stages() if stage != 'tokenizer' or not plan.model)}",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
+    if args.tokenizer and (Path(args.tokenizer) / "checkpoints").is_dir():
+        args.tokenizer = str(store.find(args.tokenizer))
+    inputs, options = read_options(args)
+    plan, out, begin = Plan.of(inputs, options), args.out.absolute(), time.monotonic()
+    work = work_folder(out)
+    if done := finished(plan, out):
+        print(*done.lines(0), sep="\n")
+        return
+    slurm = None if args.slurm is None else slurm_options(args.slurm, args.workers)
+    tasks = JobArray(work, slurm, args.workers) if slurm else Processes(work, args.workers)
+    print(*explain(plan, Preparation(plan, work), args.tasks), sep="\n", flush=True)
+    if args.dry_run:
+        script = f"\n{executor(work, slurm, args.tasks).script(args.tasks)}\n" if slurm else ""
+        print(f"{script}nothing started (--dry-run)")
+        return
+    if slurm:
+        refuse_what_the_cluster_lacks(slurm, args.tasks, MANY)
+    survive_terminal()
+    for number in heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+        signal.signal(number, _stop)
+    try:
+        with preparation(plan, out) as making:
+            write_plan(work, plan)
+            show = Show(making, Console(width=None if sys.stdout.isatty() else 130))
+            try:
+                for stage in making.stages():
+                    if making.pending(stage):
+                        run_stage(making, stage, tasks, args.tasks, args.max_attempts, show)
+            finally:
+                tasks.stop()
+            summary = Summary(out, *_merged(making, out))
+    except KeyboardInterrupt:
+        jobs = "the jobs continue; the same command waits for them again" if slurm else "the same command resumes"
+        raise ValueError(f"interrupted: {jobs}") from None
+    print(*summary.lines(time.monotonic() - begin), sep="\n")
+
+
+def _merged(making: Preparation, out: Path) -> tuple:
+    manifest, reading = making.finish(out)
+    return manifest, False, reading
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

@@ -1,0 +1,96 @@
+"""A task of a preparation: does its share of the units of a stage, inside a job or as a process of this machine.
+
+launchers.prepare starts it. A unit that fails leaves its error line for the launcher, and the next one begins.
+"""
+
+import json
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+
+from mdmtrain.data.parts import Preparation, Stage
+from mdmtrain.data.plan import Plan
+from mdmtrain.files import replacing
+
+BEAT = 1.0  # seconds between two notes of how far a unit is
+
+
+def write_plan(work: Path, plan: Plan) -> None:
+    """Write what tasks need. Raises ValueError where only this process can read an input."""
+    for one in plan.inputs:
+        if one.spool is not None:
+            raise ValueError(
+                f"{one.name}: can be read only once, and not by several tasks: make a file of it, or prepare it with "
+                "tools/prepare_data.py"
+            )
+    content = pickle.dumps((plan, os.getcwd()))
+    temporary = work / "plan.tmp"
+    temporary.write_bytes(content)
+    os.replace(temporary, work / "plan.pickle")
+
+
+def note(work: Path, stage: Stage, unit: int) -> Path:
+    """The file with the bytes that are done of a unit which was begun; with `.error`, why it failed."""
+    return work / "running" / f"{stage}-{unit:05d}"
+
+
+def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
+    """Do those of the units that are not done yet."""
+    plan, directory = pickle.loads((work / "plan.pickle").read_bytes())
+    os.chdir(directory)  # of the names of inputs
+    making = Preparation(plan, work)
+    pending = set(making.pending(stage))
+    with making.doing(stage, workers) as do:
+        for unit in units:
+            if unit in pending and not _do(do, work, stage, unit):
+                return
+
+
+def _do(do, work: Path, stage: Stage, unit: int) -> bool:
+    """Do a unit. Returns whether the next one can be begun."""
+    file, last = note(work, stage, unit), time.monotonic()
+    file.write_text("0")
+
+    def report(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > BEAT:
+            last = time.monotonic()
+            file.write_text(str(done))
+
+    try:
+        do(unit, report)
+    except Exception as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, ValueError):
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {line}"
+        print(f"error: {stage} {unit}: {line}", file=sys.stderr, flush=True)
+        with replacing(file.with_suffix(".error")) as stream:
+            stream.write(line)
+        return not isinstance(error, BrokenProcessPool)
+    with suppress(FileNotFoundError):
+        file.unlink()
+    return True
+
+
+def main() -> None:
+    """WORK STAGE WORKERS, and the units as JSON on a line of standard input, which the launcher closes to end this."""
+    work, stage, workers = sys.argv[1:]
+    units = json.loads(sys.stdin.readline())
+
+    def follow_launcher() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=follow_launcher, daemon=True).start()
+    work_on(Path(work), stage, units, int(workers))
+
+
+if __name__ == "__main__":
+    main()

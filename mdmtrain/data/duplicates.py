@@ -1,0 +1,80 @@
+"""Documents whose text an earlier document has, found without holding all hashes in memory.
+
+Each part writes the hashes of its documents, sorted. A bucket is a range of hashes: the hashes of all parts in it are
+sorted together, which finds the documents after the first one of each text. A part leaves out what the buckets found in
+it. Memory: about 100 bytes for a document of a part, or of a bucket, which has BUCKET documents.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mdmtrain.data.records import Document
+
+BUCKET = 1 << 21  # documents
+_HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4")])
+_FOUND = np.dtype([("part", "<u4"), ("number", "<u4")])
+
+
+def text_hash(document: Document) -> bytes:
+    """16 bytes of exactly what a document says: its text with its prompt, or its ids where they were made elsewhere."""
+    if document.ids is not None:
+        content = document.ids.astype("<i8").tobytes()
+    elif document.prompt is not None:
+        content = f"{len(document.prompt)} {document.prompt}{document.text}".encode()
+    else:
+        content = document.text.encode()
+    return hashlib.sha256(content).digest()[:16]
+
+
+def sorted_hashes(hashes: Iterable[bytes]) -> np.ndarray:
+    """The hashes of a part's documents, which are numbered from 0, in their order: _HASH [documents]."""
+    content = bytearray()
+    for hash in hashes:
+        content += hash
+    columns = np.frombuffer(content, "<u8").reshape(-1, 2)
+    order = np.lexsort((columns[:, 1], columns[:, 0]))
+    made = np.empty(len(columns), _HASH)
+    made["high"], made["low"], made["number"] = columns[order, 0], columns[order, 1], order
+    return made
+
+
+def buckets(documents: int) -> int:
+    return max(1, -(-documents // BUCKET))
+
+
+def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
+    """Which documents in a bucket (of so many) have the text of an earlier one, by part and number: _FOUND, ascending.
+
+    parts: the files with what `sorted_hashes` gave for each part.
+    """
+    lowest, above = (np.uint64(min(-(-number * 2**64 // of), 2**64 - 1)) for number in (bucket, bucket + 1))
+    blocks, origins = [], []
+    for part, file in enumerate(parts):
+        hashes = np.load(file, mmap_mode="r")
+        first = bisect_left(hashes["high"], lowest)
+        end = bisect_left(hashes["high"], above, first) if bucket + 1 < of else len(hashes)
+        blocks.append(np.array(hashes[first:end]))
+        origins.append(np.full(end - first, part, "<u4"))
+    found, origin = np.concatenate(blocks), np.concatenate(origins)
+    del blocks, origins
+    order = np.lexsort((found["low"], found["high"]))  # stable: documents of one text stay in their order
+    high, low = found["high"][order], found["low"][order]
+    again = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
+    again.sort()
+    made = np.empty(len(again), _FOUND)
+    made["part"], made["number"] = origin[again], found["number"][again]
+    made.sort(order=("part", "number"))
+    return made
+
+
+def numbers_in(files: Iterable[Path], part: int) -> np.ndarray:
+    """The numbers of a part's documents that the buckets found, ascending: uint32 [duplicates of the part]."""
+    lists = [np.empty(0, "<u4")]
+    for file in files:
+        found = np.load(file, mmap_mode="r")
+        lists.append(found["number"][slice(*(bisect_left(found["part"], one) for one in (part, part + 1)))])
+    return np.sort(np.concatenate(lists))

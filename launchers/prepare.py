@@ -90,6 +90,7 @@ class Processes:
                     start_new_session=True,  # so that Ctrl-C reaches only this process
                 )  # fmt: skip
             self._processes.append(process)
+            assert process.stdin is not None  # it is a pipe
             with suppress(BrokenPipeError):  # it has ended already
                 process.stdin.write(json.dumps(units) + "\n")
                 process.stdin.flush()
@@ -106,6 +107,7 @@ class Processes:
 
     def stop(self) -> None:
         for process in self._processes:
+            assert process.stdin is not None
             with suppress(BrokenPipeError):
                 process.stdin.close()  # a task ends then
         for process in self._processes:
@@ -209,7 +211,8 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
     Units are dealt to `count` tasks at a time. Those that are left when these have ended are dealt again. A unit has
     failed once where it was begun and is not done; where a task began none of its units, all of them have.
     """
-    failures, errors = Counter(), {}
+    failures: Counter[int] = Counter()
+    errors: dict[int, str] = {}
     show.start(stage)
     running = making.work / "running"
     running.mkdir(exist_ok=True)

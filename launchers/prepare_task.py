@@ -13,6 +13,7 @@ import traceback
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from typing import cast, get_args
 
 from mdmtrain.data.parts import Preparation, Stage
 from mdmtrain.data.plan import Plan
@@ -82,6 +83,7 @@ def _do(do, work: Path, stage: Stage, unit: int) -> bool:
 def main() -> None:
     """WORK STAGE WORKERS, and the units as JSON on a line of standard input, which the launcher closes to end this."""
     work, stage, workers = sys.argv[1:]
+    assert stage in get_args(Stage)
     units = json.loads(sys.stdin.readline())
 
     def follow_launcher() -> None:
@@ -89,7 +91,7 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=follow_launcher, daemon=True).start()
-    work_on(Path(work), stage, units, int(workers))
+    work_on(Path(work), cast(Stage, stage), units, int(workers))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,9 @@ class Preparation:
     def _write_part(self, part: int, encode: "Encode", report: Report) -> None:
         plan, reading = self.plan, self._reading()
         plan.refuse_changes(part)
-        sources = [{"input": plan.inputs[n].name, "size": plan.sizes[n]} for n in range(*plan.parts[part])]
+        sources: list[dict[str, Any]] = [
+            {"input": plan.inputs[n].name, "size": plan.sizes[n]} for n in range(*plan.parts[part])
+        ]
         for source in sources:
             source |= dict.fromkeys(("documents", "bytes", "tokens", "text_tokens"), 0)
         first = plan.parts[part][0]
@@ -260,7 +262,9 @@ class Preparation:
 
         Raises ValueError where a split has no document.
         """
-        splits = {split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for split in SPLITS}
+        splits: dict[str, dict[str, Any]] = {
+            split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for split in SPLITS
+        }
         reading = self._reading()
         sources, draws = [], []
         for file in self._files("parts"):

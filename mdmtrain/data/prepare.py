@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,14 @@ def prepare(
             if todo:
                 with making.doing(stage, workers) as do:
                     for unit in todo:
-                        do(unit, lambda done, stage=stage, b=before, t=total: report(PHASES[stage], b + done, t))
+                        do(unit, partial(_report_unit, report, PHASES[stage], before, total))
                         before += sizes[unit]
         manifest, reading = making.finish(out)
     return Summary(out, manifest, False, reading)
+
+
+def _report_unit(report: Progress, phase: str, before: int, total: int, done: int) -> None:
+    report(phase, before + done, total)
 
 
 def finished(plan: Plan, out: Path) -> Summary | None:

@@ -151,10 +151,10 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
         origin = f"weights of {load_initial_weights(config, identity, tokenizer, model, world)}"
     average = EMA(model, config.optim.ema_decay) if config.optim.ema_decay is not None else None
     if resumed is not None:
-        store.load(resumed, store.training_tensors(model, optimizer, average, sampler), world)
+        meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
+        store.load(resumed, meta, store.training_tensors(model, optimizer, average, sampler), world)
         store.spread_adam_step(optimizer)
         sampler.restored()
-        meta = world.agree(lambda: store.read_meta(resumed), main_only=True)
         step = meta["step"]
         cursor = continued(meta, identity)
         recorder.restore(meta["recorder"], cursor, same_batch=not changes(meta, identity))

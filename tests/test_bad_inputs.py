@@ -186,7 +186,7 @@ def edit_json(file: Path, edit: Callable[[dict], None]) -> Path:
 
 
 def shard(checkpoint: Path) -> Path:
-    return next(checkpoint.glob("*.distcp"))
+    return next(checkpoint.glob("*.safetensors"))
 
 
 # ---- the cases
@@ -443,7 +443,7 @@ def run_without_a_checkpoint(lab):
     return [str(lab.run)]
 
 
-@case("evaluate", ".distcp", "{lab}/checkpoint", "bytes instead of", "use another")
+@case("evaluate", ".safetensors", "{lab}/checkpoint", "bytes instead of", "use another")
 def checkpoint_truncated(lab):
     cut(shard(lab.copy_checkpoint()))
     return [str(lab.folder / "checkpoint")]
@@ -451,7 +451,7 @@ def checkpoint_truncated(lab):
 
 @case("evaluate", "cannot read checkpoint {lab}/checkpoint", "use another")
 def checkpoint_with_a_rubbish_index(lab):
-    blank(lab.copy_checkpoint() / ".metadata")
+    edit_json(lab.copy_checkpoint() / "meta.json", lambda meta: meta["layout"]["tensors"].pop("model.norm.weight"))
     return [str(lab.folder / "checkpoint")]
 
 
@@ -467,7 +467,7 @@ def marker_incomplete(lab):
     return [str(lab.folder / "checkpoint")]
 
 
-@case("generate", "{lab}/checkpoint/meta.json", "format version 99", "reads 1")
+@case("generate", "{lab}/checkpoint/meta.json", "format version 99", "reads 1 and 2")
 def checkpoint_of_another_format(lab):
     edit_json(lab.copy_checkpoint() / "meta.json", lambda meta: meta.update(format_version=99))
     return [str(lab.folder / "checkpoint")]

@@ -81,3 +81,15 @@ def test_gpu_check_needs_a_gpu(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: False)
     with pytest.raises(ValueError, match=r"needs a CUDA GPU, but there is none: .* --cpu-rehearsal"):
         gpu_check.main([])
+
+
+def test_preparation_against_the_tokenizer_library(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("some text of a document\n" * 200)
+    out = tmp_path / "bench.json"
+    done = tool(
+        "bench/prepare.py", str(tmp_path / "a.txt"), "--tokenizer", str(corpus), "--rounds", "1", "--json", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(out.read_text())
+    assert parts["tokenizer library alone"]["ratio"] == 1 and len(parts) == 5
+    assert all(part["megabytes_per_second"] > 0 for part in parts.values())

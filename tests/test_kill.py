@@ -188,7 +188,7 @@ def test_disturbed_runs_end_like_a_calm_one(calm, tmp_path):
 
     def equal(run_dir: Path) -> None:
         assert without(missing, read_metrics(run_dir)) == without(missing, read_metrics(calm_dir))
-        for file in sorted((calm_dir / last).glob("*.distcp")):
+        for file in sorted((calm_dir / last).glob("*.safetensors")):
             assert file.read_bytes() == (run_dir / last / file.name).read_bytes(), "final weights differ"
 
     def nearly(run_dir: Path) -> None:

@@ -10,23 +10,23 @@ import json
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mdmtrain import __version__
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.checkpoint.storage import checksum, storage_of
-from mdmtrain.checkpoint.weights import DTYPES, FACTS_FILE, INDEX_FILE, Weights, open_checkpoint, tensor_bytes
+from mdmtrain.checkpoint.layout import divide
+from mdmtrain.checkpoint.storage import storage_of
+from mdmtrain.checkpoint.tensor_files import file_blocks, tensor_bytes, write_file
+from mdmtrain.checkpoint.weights import FACTS_FILE, INDEX_FILE, Weights, open_checkpoint
 from mdmtrain.config import Config, DiffusionConfig
 from mdmtrain.data.hub import hub_files
 from mdmtrain.data.processes import follow_parent
@@ -89,48 +89,34 @@ def _writing_new(out: Path) -> Iterator[Path]:
 
 
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
-    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns their SHA-256 by target's names.
-
-    The file format (length of the header, header as JSON, data) is written here, because the writer of safetensors
-    needs all tensors of a file in memory.
-    """
-    width = getattr(torch, dtype).itemsize
-    shards: list[dict[str, int]] = []
-    hashes: dict[str, str] = {}
-    places: dict[str, str] = {}
+    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns SHA-256 by target's names."""
+    stored = getattr(torch, dtype)
+    shards, hashes, places = [], {}, {}
     for name, shape in formats.tensor_shapes(weights.shape).items():
-        size = torch.Size(shape).numel() * width
-        if not shards or sum(shards[-1].values()) + size > shard_bytes:
+        promised = torch.empty(shape, dtype=stored, device="meta")
+        if not shards or sum(tensor.nbytes for tensor in shards[-1].values()) + promised.nbytes > shard_bytes:
             shards.append({})
-        shards[-1][name] = size
+        shards[-1][formats.name_in(target, name)] = promised
+    ours = {formats.name_in(target, name): name for name in formats.tensor_shapes(weights.shape)}
 
-    def parts(names: dict[str, int], file_name: str) -> Iterator[bytes | memoryview]:
-        shapes = formats.tensor_shapes(weights.shape)
-        offset = 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for name, size in names.items():
-            entry = {"dtype": DTYPES[dtype], "shape": shapes[name], "data_offsets": [offset, offset + size]}
-            header[formats.name_in(target, name)] = entry
-            offset += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        yield len(text).to_bytes(8, "little") + text
-        for name, size in names.items():
-            content = tensor_bytes(cast(weights.read(name), dtype, name))
-            assert len(content) == size, name
-            theirs = formats.name_in(target, name)
-            hashes[theirs] = hashlib.sha256(content).hexdigest()
-            places[theirs] = file_name
-            yield content
-            del content  # frees the memory before the next tensor is read
-            advance(size // width)
+    def read(theirs: str) -> Tensor:
+        tensor = cast(weights.read(ours[theirs]), dtype, ours[theirs])
+        hashes[theirs] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        advance(tensor.numel())
+        return tensor
 
-    for number, names in enumerate(shards, start=1):
+    for number, tensors in enumerate(shards, start=1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        with open(folder / f"model{of}.safetensors", "wb") as file:
-            file.writelines(parts(names, f"model{of}.safetensors"))
+        file = folder / f"model{of}.safetensors"
+        header = {"__metadata__": {"format": "pt"}, **divide(tensors, (), 1, 1).header(0)}
+        with open(file, "wb") as stream:
+            stream.writelines(file_blocks(header, read))
+        places |= dict.fromkeys(tensors, file.name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sum(names.values()) for names in shards)}, "weight_map": places}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensors in shards for tensor in tensors.values())},
+            "weight_map": places,
+        }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return hashes
 
@@ -193,26 +179,19 @@ def import_checkpoint(weights: Weights, out: Path, advance: Callable[[int], None
 
     def read(name: str) -> Tensor:
         tensor = weights.read(name.removeprefix("model.")).float()
-        assert tensor.shape == promised[name].shape, name
         advance(tensor.numel())
         return tensor
 
     shapes = formats.tensor_shapes(weights.shape)
-    with _writing_new(out) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns about its own internals
-        promised = {f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        # One file for each tensor, because DCP's writer keeps all tensors of a file in memory until it is written.
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
-        try:
-            dcp.save(promised, storage_writer=writer, planner=store.Streaming(read), no_dist=True)
-        except dcp.CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
-        (folder / store.TOKENIZER_FILE).write_bytes(weights.tokenizer)
+    layout = divide({f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}, (), 1, 1)
+    contents = {layout.file_name(0): file_blocks(layout.header(0), read), store.TOKENIZER_FILE: [weights.tokenizer]}
+    with _writing_new(out) as folder:
+        files = {name: write_file(folder / name, blocks) for name, blocks in contents.items()}
         identity = {"model": asdict(weights.shape), "tokenizer": hashlib.sha256(weights.tokenizer).hexdigest()}
         origin = {key: weights.facts[key] for key in ("step", "tokens", "git_revision") if key in weights.facts}
+        origin |= {"imported_from": str(weights.place)}
         meta = {"step": 0, "identity": identity, "has_average": False, "config": weights.facts["config"]}
-        sums = {file.name: checksum(file) for file in folder.iterdir()}
-        store.write_marker(folder, {**meta, "origin": {**origin, "imported_from": str(weights.place)}}, sums)
+        store.write_marker(folder, {**meta, "origin": origin}, layout, files)
 
 
 # ---- exports during a run

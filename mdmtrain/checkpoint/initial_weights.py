@@ -48,7 +48,7 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     by_piece = [name for name in PER_PIECE if name in parameters] if other else []
     old = {name: torch.empty(saved["model"]["vocab_size"], parameters[name].shape[1]) for name in by_piece}
-    store.load(folder, {f"{source}.{name}": tensor for name, tensor in (parameters | old).items()}, world)
+    store.load(folder, meta, {f"{source}.{name}": tensor for name, tensor in (parameters | old).items()}, world)
     if not other:
         return str(folder)
     pieces = world.agree(lambda: Tokenizer.load(folder / store.TOKENIZER_FILE).pieces())

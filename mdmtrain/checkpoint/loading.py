@@ -39,7 +39,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
     if world.agree(lambda: is_exported(Path(path)), main_only=True):
         return _load_exported(Path(path), weights, world)
     folder = world.agree(lambda: store.find(path), main_only=True)
-    meta = world.agree(lambda: store.read_meta(folder))
+    meta = world.agree(lambda: store.read_meta(folder), main_only=True)
     source = chosen_weights(folder, meta, weights)
     config = world.agree(lambda: validate(meta["config"], str(folder / "meta.json")))
     file = folder / store.TOKENIZER_FILE
@@ -48,7 +48,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
         raise AgreedError(f"{file}: is not the tokenizer that the model was trained with; use another checkpoint")
     config = _usable_here(config, [Path(path), folder], meta.get("working_directory"))
     model = build_model(ModelShape(**meta["identity"]["model"]), config.parallel, world)
-    store.load(folder, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
+    store.load(folder, meta, {f"{source}.{name}": p.detach() for name, p in model.named_parameters()}, world)
     model.eval()
     return LoadedModel(folder, model, tokenizer, config, meta)
 

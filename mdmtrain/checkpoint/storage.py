@@ -5,6 +5,7 @@ A place on a disk is a Path, any other a UPath, which has the same methods. What
 """
 
 import fcntl
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Protocol, cast
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from upath import UPath
 
 from mdmtrain.files import replacing, writing
@@ -65,29 +64,6 @@ def checksum(file: Path) -> str:
     return f"{value:08x}"
 
 
-# ---- DCP's files
-
-
-class _OwnErrors:
-    """Brings out what the system said: torch's archive writer covers a failed write with an error of its own."""
-
-    def write_data(self, plan, planner):
-        try:
-            return super().write_data(plan, planner)  # type: ignore[misc] # of the class that follows
-        except Exception as error:
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            # It goes to the other ranks, and what a library raises may not survive pickling.
-            raise cause if isinstance(cause, OSError) else OSError(describe_error(cause)) from None
-
-
-class _DiskWriter(_OwnErrors, dcp.FileSystemWriter):
-    pass
-
-
-class _FsspecWriter(_OwnErrors, FsspecWriter):
-    pass
-
-
 # ---- a disk and an object store
 
 
@@ -106,11 +82,8 @@ class Storage(Protocol):
     def held(self, folder: Path) -> bool:
         """Does any process hold a checkpoint?"""
 
-    def writer(self, folder: Path) -> dcp.StorageWriter:
-        """DCP's writer for a folder. It gets tensors on the CPU, so that copying them ahead gains nothing."""
-
-    def reader(self, folder: Path) -> dcp.StorageReader:
-        """DCP's reader for a folder."""
+    def sync(self, file: IO) -> None:
+        """Bring what was written into an open file to the disk itself."""
 
 
 class LocalDisk:
@@ -136,11 +109,9 @@ class LocalDisk:
             return False
         return False
 
-    def writer(self, folder: Path) -> dcp.StorageWriter:
-        return _DiskWriter(folder, per_thread_copy_ahead=0)
-
-    def reader(self, folder: Path) -> dcp.StorageReader:
-        return dcp.FileSystemReader(folder)
+    def sync(self, file: IO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class ObjectStore:
@@ -158,11 +129,8 @@ class ObjectStore:
     def held(self, folder: Path) -> bool:
         return False
 
-    def writer(self, folder: Path) -> dcp.StorageWriter:
-        return _FsspecWriter(str(folder), per_thread_copy_ahead=0)
-
-    def reader(self, folder: Path) -> dcp.StorageReader:
-        return FsspecReader(str(folder))
+    def sync(self, file: IO) -> None:
+        pass  # an object is there when it is closed
 
 
 def on_disk(path: Path) -> bool:

@@ -1,10 +1,9 @@
 """The checkpoint format: writing and reading.
 
-A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with files of torch.distributed.checkpoint (DCP) and `meta.json`.
-That file is written last: a folder without it is not complete and is ignored. The tokenizer is in the folder too, so
-the folder can be used without others. Nothing in it is keyed by rank, so any number of ranks can read it. Tensors are
-named `model.*`, `exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See
-docs/checkpoints.md.
+A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with one safetensors file from each rank, the tokenizer, and
+`meta.json`. That file is written last: a folder without it is not complete and is ignored. It says where the rows of
+each tensor are (layout.py), so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
+`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See docs/checkpoints.md.
 """
 
 import json
@@ -12,7 +11,6 @@ import logging
 import math
 import textwrap
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
@@ -20,11 +18,12 @@ from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
 
 from mdmtrain import yaml12
+from mdmtrain.checkpoint import version1
+from mdmtrain.checkpoint.layout import Layout, divide
 from mdmtrain.checkpoint.storage import (
     checksum,
     place,
@@ -33,22 +32,20 @@ from mdmtrain.checkpoint.storage import (
     storage_of,
     write_atomically,
 )
+from mdmtrain.checkpoint.tensor_files import TensorReader, file_blocks, write_file
 from mdmtrain.config import CheckpointConfig, Config, DiffusionConfig, upgrade
 from mdmtrain.diffusion.sampler import RateSampler
-from mdmtrain.files import writing
 from mdmtrain.model.presets import ModelShape
-from mdmtrain.optim import EMA, Optimizer
-from mdmtrain.parallel.world import AgreedError, World, describe_error
+from mdmtrain.optim import EMA, Optimizer, local
+from mdmtrain.parallel.world import AgreedError, T, World, describe_error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENIZER_FILE = "tokenizer.model"
 FOLDERS = "step-" + 8 * "[0-9]"
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # pauses before the second and later attempts to write a checkpoint
 NO_SCORES: Mapping[int, float] = {}
 HOPELESS = (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, ENOTDIR)  # errors that a retry does not fix
 log = logging.getLogger("mdmtrain")
-# DCP warns about its own internals. The filter is for the whole process, because `catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
 def training_tensors(
@@ -82,15 +79,11 @@ def adam_steps(optimizer: Optimizer) -> list[Tensor]:
 # ---- writing
 
 
-class Streaming(DefaultSavePlanner):
-    """A planner that reads each tensor when DCP writes it. read(name): the whole tensor, or this rank's part of it."""
-
-    def __init__(self, read: Callable[[str], Tensor]):
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index) -> Tensor:
-        return self._read(index.fqn)
+def layout_of(tensors: Mapping[str, Tensor], world: World) -> Layout:
+    """Which rank writes which rows: every rank about as many bytes."""
+    sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    shards = next(iter(sharded.values())).device_mesh.size(-1) if sharded else 1
+    return divide(tensors, sharded, world.size // shards, shards)
 
 
 def save(
@@ -99,15 +92,17 @@ def save(
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove checkpoints that are not kept. A collective.
 
-    copies: this rank's part of each tensor; `tensors` then only give the shapes and the sharding. scores: the
-    validation NELBO by step, for checkpoint.keep_best; needed on rank 0. A failed attempt is repeated, except after an
-    error that a retry does not fix (a full disk). Raises AgreedError on every rank if the last attempt failed on any
-    rank. A failure does not change earlier checkpoints.
+    copies: this rank's part of each tensor that it writes, on the CPU; without copies the live tensors are written.
+    scores: the validation NELBO by step, for checkpoint.keep_best; needed on rank 0. A failed attempt is repeated,
+    except after an error that a retry does not fix (a full disk). Raises AgreedError on every rank if the last attempt
+    failed on any rank. A failure does not change earlier checkpoints.
     """
     folder = home / f"step-{step:08d}"
+    layout = layout_of(tensors, world)
+    read = (lambda name: local(tensors[name]).cpu()) if copies is None else copies.__getitem__
     for pause in (*RETRY_SECONDS, None):
         try:
-            _write(folder, tensors, {"step": step, **meta}, tokenizer, world, copies)
+            _write(folder, layout, read, {"step": step, **meta}, tokenizer, world)
             break
         except AgreedError as error:
             with suppress(AgreedError):  # a rest without meta.json is removed after the next checkpoint
@@ -126,36 +121,47 @@ class _Hopeless(AgreedError):
     """An error that a retry does not fix."""
 
 
-def _write(folder: Path, tensors: dict, meta: dict, tokenizer: bytes, world: World, copies: dict | None) -> None:
-    world.agree(lambda: remove(folder), main_only=True)
-    planner = Streaming(copies.__getitem__) if copies is not None else DefaultSavePlanner()
-    try:
-        writer = storage_of(folder).writer(folder)
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=world.control)
-    except (dcp.CheckpointException, RuntimeError, OSError) as error:
-        cause = _root_cause(error)  # of the first rank that failed, so it is the same on all ranks
-        number = cause.errno if isinstance(cause, OSError) else None
-        remedy = "free disk space" if number in (ENOSPC, EDQUOT) else "check the storage"
-        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(str(cause), 120)}: {remedy} and start again"
-        raise (_Hopeless if number in HOPELESS else AgreedError)(problem) from None
-
-    def add_tokenizer() -> list[str]:
-        with writing(folder), storage_errors(folder):
-            (folder / TOKENIZER_FILE).write_bytes(tokenizer)
-            return [file.name for file in folder.iterdir()]
+def _write(
+    folder: Path, layout: Layout, read: Callable[[str], Tensor], meta: dict, tokenizer: bytes, world: World
+) -> None:
+    def prepare() -> None:
+        remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def commit() -> None:
-        with writing(folder), storage_errors(folder):
-            write_marker(folder, meta, sums)
+        names = map(layout.file_name, range(layout.files))
+        files = dict(zip(names, written, strict=True))
+        files[TOKENIZER_FILE] = write_file(folder / TOKENIZER_FILE, [tokenizer])
+        write_marker(folder, meta, layout, files)
 
-    sums = _checksums(folder, world.agree(add_tokenizer, main_only=True), world)
-    world.agree(commit, main_only=True)
+    _write_together(prepare, folder, world, main_only=True)
+    blocks = file_blocks(layout.header(world.rank), read)
+    written = _write_together(lambda: write_file(folder / layout.file_name(world.rank), blocks), folder, world)
+    _write_together(commit, folder, world, main_only=True)
 
 
-def write_marker(folder: Path, meta: dict, sums: dict[str, str]) -> None:
-    """Write meta.json, which marks the checkpoint in `folder` as complete. sums: checksums by file name."""
-    files = {f.name: f.stat().st_size for f in sorted(folder.iterdir(), key=str)}
-    whole = {"format_version": FORMAT_VERSION, **meta, "files": files, "crc32": sums}
+def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
+    """What `act` returns on each rank, or on rank 0 alone. A collective. If it fails anywhere, all ranks raise it."""
+    result, failure = None, None
+    if world.is_main or not main_only:
+        try:
+            with storage_errors(folder):
+                result = act()
+        except (OSError, ValueError) as error:
+            failure = str(error), getattr(error, "errno", None)
+    outcomes = world.gather((result, failure))
+    if failures := [failure for _, failure in outcomes if failure]:
+        text, number = failures[0]
+        remedy = "free disk space" if number in (ENOSPC, EDQUOT) else "check the storage"
+        problem = f"cannot write checkpoint {folder}: {textwrap.shorten(text, 120)}: {remedy} and start again"
+        raise (_Hopeless if number in HOPELESS else AgreedError)(problem)
+    return [result for result, _ in outcomes]
+
+
+def write_marker(folder: Path, meta: dict, layout: Layout, files: Mapping[str, tuple[int, str]]) -> None:
+    """Write meta.json, which makes a complete checkpoint of a folder. files: the size and checksum of each."""
+    sizes, sums = ({name: both[part] for name, both in files.items()} for part in (0, 1))
+    whole = {"format_version": FORMAT_VERSION, **meta, "layout": layout.to_json(), "files": sizes, "crc32": sums}
     whole["own_crc32"] = _own_checksum(whole)
     write_atomically(folder / "meta.json", json.dumps(whole, indent=1) + "\n")
 
@@ -193,27 +199,7 @@ def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
     return sorted(scored, key=lambda folder: (scores[step_of(folder)], step_of(folder)))
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
 # ---- checksums
-
-
-def _checksums(folder: Path, names: list[str], world: World) -> dict[str, str]:
-    """The checksums of a checkpoint's files. A collective. Each rank reads the files that it wrote (page cache)."""
-
-    def reader(name: str) -> int:
-        rank = name.removeprefix("__").split("_")[0]  # DCP names files __RANK_NUMBER.distcp
-        return int(rank) % world.size if rank.isdigit() else 0
-
-    def mine() -> dict[str, str]:
-        with storage_errors(folder):
-            return {name: checksum(folder / name) for name in names if reader(name) == world.rank}
-
-    return {name: value for part in world.gather(world.agree(mine)) for name, value in part.items()}
 
 
 def damage(folder: Path, world: World) -> str | None:
@@ -222,9 +208,14 @@ def damage(folder: Path, world: World) -> str | None:
     All files are read once, each rank reads its share. Older checkpoints without checksums are assumed to be intact.
     """
     stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
-    found = _checksums(folder, list(stated), world)
-    changed = [name for name in stated if found[name] != stated[name]]
-    return f"{folder / changed[0]}: its content has changed (checksum)" if changed else None
+
+    def changed() -> list[str]:
+        with storage_errors(folder):
+            mine = list(stated)[world.rank :: world.size]  # the file that it wrote, on as many ranks
+            return [name for name in mine if checksum(folder / name) != stated[name]]
+
+    found = sorted(name for part in world.gather(world.agree(changed)) for name in part)
+    return f"{folder / found[0]}: its content has changed (checksum)" if found else None
 
 
 # ---- reading
@@ -322,11 +313,11 @@ def read_meta(folder: Path) -> dict:
         version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{marker}: has format version {version}, but this mdmtrain reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(f"{marker}: has format version {version}, but this mdmtrain reads 1 and {FORMAT_VERSION}")
     if stated is not None and stated != _own_checksum(meta):
         raise ValueError(f"{marker}: its content has changed (checksum); use another checkpoint")
-    if not {"step", "identity", "has_average", "config"} <= meta.keys():
+    if not {"step", "identity", "has_average", "config"} | ({"layout"} if version > 1 else set()) <= meta.keys():
         raise ValueError(f"{marker}: incomplete; use another checkpoint")
     for name, size in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -348,12 +339,23 @@ def _today(meta: dict) -> dict:
     return {**meta, "config": config, "identity": identity}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Read tensors from a checkpoint, by name, into the given tensors, on any number of ranks. A collective."""
-    try:
-        dcp.load(tensors, storage_reader=storage_of(folder).reader(folder), process_group=world.control)
-    except (dcp.CheckpointException, OSError) as error:  # not RuntimeError, which means that a rank has died
-        raise AgreedError(
-            f"cannot read checkpoint {folder}: {textwrap.shorten(str(_root_cause(error)), 120)}: use another one; "
-            "if you remove this one, its run resumes from the one before it"
-        ) from None
+def load(folder: Path, meta: dict, tensors: dict[str, Tensor], world: World) -> None:
+    """Read tensors from a checkpoint, by name, into the given tensors, on any number of ranks. A collective.
+
+    meta: the content of its meta.json. Raises AgreedError.
+    """
+
+    def read() -> None:
+        try:
+            if meta["format_version"] == 1:
+                version1.load(folder, tensors, world.control)
+            else:
+                TensorReader(folder, Layout.from_json(meta["layout"])).read(tensors)
+        # A RuntimeError means that a rank has died.
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"cannot read checkpoint {folder}: {textwrap.shorten(describe_error(error), 120)}: use another one; "
+                "if you remove this one, its run resumes from the one before it"
+            ) from None
+
+    world.agree(read)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mdmtrain.checkpoint import formats, store
+from mdmtrain.checkpoint import formats, store, version1
+from mdmtrain.checkpoint.layout import Layout
 from mdmtrain.checkpoint.storage import storage_of
+from mdmtrain.checkpoint.tensor_files import TensorReader, tensor_bytes
 from mdmtrain.config import Config, validate
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer, read_folder
 from mdmtrain.model.presets import ModelShape, model_shape
@@ -40,11 +39,6 @@ class Weights:
     changes: tuple[str, ...] = ()  # changes that made a causal model bidirectional
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as safetensors stores them."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
 # ---- checkpoints
 
 
@@ -60,20 +54,15 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Weights:
     source = chosen_weights(folder, meta, weights)
     tokenizer = (folder / store.TOKENIZER_FILE).read_bytes()
     _check_tokenizer(tokenizer, meta["identity"]["tokenizer"], folder / store.TOKENIZER_FILE)
-    reader = storage_of(folder).reader(folder)
     with _unreadable(folder):
-        index = reader.read_metadata()
-        reader.set_up_storage_reader(index, True)
+        if meta["format_version"] == 1:
+            tensor = version1.open_tensors(folder)
+        else:
+            tensor = TensorReader(folder, Layout.from_json(meta["layout"])).whole
 
     def read(name: str, _held=held) -> Tensor:
-        key, planner = f"{source}.{name}", DefaultLoadPlanner()
         with _unreadable(folder):
-            entry = index.state_dict_metadata[key]
-            assert isinstance(entry, TensorStorageMetadata)
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            planner.set_up_planner({key: tensor}, index, True)
-            reader.read_data(planner.create_local_plan(), planner).wait()
-        return tensor
+            return tensor(f"{source}.{name}")
 
     known = {key: meta[key] for key in ("identity", "config", "step", "tokens") if key in meta}
     facts = {"weights": "average" if source == "average" else "raw", **known, **_run_facts(folder, meta["step"])}
@@ -94,10 +83,8 @@ def chosen_weights(folder: Path, meta: dict, weights: str | None) -> str:
 def _unreadable(folder: Path) -> Iterator[None]:
     """Raise ValueError, one line, for any error while a checkpoint is read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns about its own internals
-            yield
-    except Exception as error:  # unpickling a damaged file may raise any error
+        yield
+    except Exception as error:  # unpickling a damaged file of format version 1 may raise any error
         raise ValueError(f"cannot read checkpoint {folder}: {describe_error(error)[:120]}: use another one") from None
 
 

@@ -78,9 +78,9 @@ class CheckpointWriter:
         return saving.result() if saving is not None else None
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        """This rank's part of each tensor, in memory that the loop does not write to."""
-        for name, tensor in tensors.items():
-            part = local(tensor)
+        """This rank's part of each tensor that it writes, in memory that the loop does not write to."""
+        for name in store.layout_of(tensors, self._world).header(self._world.rank):
+            part = local(tensors[name])
             if name not in self._copies:
                 self._copies[name] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
             self._copies[name].copy_(part, non_blocking=True)

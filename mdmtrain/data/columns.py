@@ -30,7 +30,7 @@ class Table:
         self.name, self._kind, self._raw = name, kind, raw
         with self._readable():
             if kind == "parquet":
-                self._file = pq.ParquetFile(raw, buffer_size=PAGES, page_checksum_verification=True)
+                self._file = pq.ParquetFile(raw, buffer_size=PAGES, pre_buffer=False, page_checksum_verification=True)
                 self.schema: pa.Schema = self._file.schema_arrow
             else:
                 raw.seek(0)

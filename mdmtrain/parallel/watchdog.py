@@ -29,6 +29,7 @@ from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting
 
 POLL = 1.0  # seconds between two looks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
+DEPUTIES = 64  # ranks for each one that asks when rank 0 does not
 UNLIMITED = "export"  # all is saved, and rank 0 waits for a process beside it
 SLOW = ("preparation", "evaluation", "probe", "checkpoint", UNLIMITED)
 FROZEN = 300.0  # seconds after which a thread that cannot look on (the store's host is frozen) ends the process
@@ -86,7 +87,7 @@ class Watchdog:
         signal.set_wakeup_fd(-1)
         self._woken.send(b"\0")
         if error is not None:  # this rank will say why itself
-            self._tell(f"left {self._world.rank}", describe_error(error) if str(error) else repr(error))
+            self._answer({"left": describe_error(error) if str(error) else repr(error)})
         self._thread.join()
 
     def _look_on(self) -> None:
@@ -141,9 +142,10 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         size = self._world.size
         rank = self._world.rank
-        self._tell(f"at {rank}", json.dumps(self._report()))
-        # Rank 0 asks everybody. Where it is the one that does not answer, nobody does, and each asks for itself.
-        deadline = time.monotonic() + (0.0 if rank == 0 or self._lost else 2 * PATIENCE)
+        self._answer(self._report())
+        # Rank 0 reads the answers. Where it is silent, one rank of every node or so does, in the end each for itself.
+        turn = 0 if rank == 0 or self._lost else 2 if rank % DEPUTIES == 1 else 4
+        deadline = time.monotonic() + turn * PATIENCE
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:
@@ -160,17 +162,21 @@ class Watchdog:
             (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
         time.sleep(POLL / 4 if rank in named else POLL)  # whose process ends first is taken for the culprit
 
+    def _answer(self, answer: dict) -> None:
+        """All answers are lines of one key: at 1,024 ranks, a question for each would take longer than PATIENCE."""
+        try:
+            self._store.append("answers", json.dumps({"rank": self._world.rank, **answer}) + "\n")
+        except RuntimeError:  # the store has gone, with the rank or launcher that held it
+            self._lost = self._lost or "the connection to the store broke"
+
     def _answers(self) -> dict[int, dict]:
-        """Where each rank stands, of those that answer."""
+        """Where each rank stands, of those that answer; its last words where it has left."""
         answers: dict[int, dict] = {}
         deadline = time.monotonic() + PATIENCE
         while len(answers) < self._world.size and time.monotonic() < deadline:
-            for rank in set(range(self._world.size)) - answers.keys():
-                if text := self._told(f"left {rank}"):
-                    answers[rank] = {"left": text}
-                elif text := self._told(f"at {rank}"):
-                    answers[rank] = json.loads(text)
             time.sleep(0.1)
+            lines = [json.loads(line) for line in self._told("answers").splitlines()]
+            answers = {line.pop("rank"): line for line in sorted(lines, key=lambda line: "left" in line)}
         return answers
 
     def _report(self) -> dict:

@@ -34,7 +34,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # one dimension, "dp_shard"
-    control: dist.ProcessGroup  # gloo on the CPU, for what must not touch the accelerator
+    control: dist.ProcessGroup  # takes tensors on the CPU (gloo), for what must not touch the accelerator
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +114,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     if launched and sys.platform == "linux":
         # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        # Gloo has a connection to every rank, in each of three groups: at 1,000 ranks more than the usual soft limit.
+        # Gloo has a connection to every rank in each of two groups, the loop's and the checkpoint writer's: at 1,000
+        # ranks more than the usual soft limit.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         check_launcher()
@@ -139,7 +140,8 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     longest = timedelta(minutes=timeout)
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
-    return World(rank, size, device, mesh, dist.new_group(backend="gloo", timeout=longest))
+    # The default group has a gloo part on CUDA too. Another group would be a connection to every rank once more.
+    return World(rank, size, device, mesh, dist.group.WORLD)
 
 
 def check_launcher() -> None:

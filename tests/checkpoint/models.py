@@ -1,14 +1,19 @@
 """Small models to convert: shapes, weights as a function of their names, checkpoints with and without ranks."""
 
+import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint import storage, store
 from mdmtrain.checkpoint.export import import_checkpoint
 from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.checkpoint.layout import Layout
+from mdmtrain.checkpoint.tensor_files import TensorReader
 from mdmtrain.checkpoint.weights import Weights
 from mdmtrain.config import CheckpointConfig, ParallelConfig
 from mdmtrain.data.tokenizer import Tokenizer
@@ -90,3 +95,20 @@ def save_on_ranks(world: World, folder: Path, corpus: Path) -> None:
         }
         home, tokenizer = folder / name / "checkpoints", (corpus / "tokenizer.model").read_bytes()
         store.save(home, 10, tensors, meta, tokenizer, CheckpointConfig(), world)
+
+
+def as_version1(folder: Path) -> None:
+    """Write a checkpoint anew as mdmtrain wrote them before format version 2: tensors by DCP, an index by pickle."""
+    meta = json.loads((folder / "meta.json").read_text())
+    layout = Layout.from_json(meta.pop("layout"))
+    tensors = {name: TensorReader(folder, layout).whole(name) for name in layout.tensors}
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    (folder / "meta.json").unlink()
+    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    meta["files"] = {file.name: file.stat().st_size for file in folder.iterdir()}
+    meta["crc32"] = {name: storage.checksum(folder / name) for name in meta["files"]}
+    meta["format_version"] = 1
+    del meta["own_crc32"]
+    meta["own_crc32"] = f"{zlib.crc32(json.dumps(meta).encode()):08x}"
+    (folder / "meta.json").write_text(json.dumps(meta))

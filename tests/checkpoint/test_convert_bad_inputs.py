@@ -140,9 +140,8 @@ def values_too_large_for_float16(lab):
 
 @case("{lab}/checkpoint", "cannot read checkpoint", "use another")
 def checkpoint_with_a_rubbish_index(lab):
-    index = lab.copy("checkpoint") / ".metadata"
-    index.write_bytes(bytes(index.stat().st_size))
-    return [index.parent, "--to", "native"]
+    edit_json(lab.copy("checkpoint") / "meta.json", lambda meta: meta["layout"]["tensors"].clear())
+    return [lab.folder / "checkpoint", "--to", "native"]
 
 
 @case("{lab}/checkpoint/tokenizer.model", "not the tokenizer")

@@ -15,6 +15,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint import storage, store
 from mdmtrain.checkpoint.loading import load_model
 from mdmtrain.data.loader import Dataset, open_sources
+from tests.checkpoint.models import as_version1
 from tests.conftest import read_metrics
 from tests.spawn import run_world
 from tests.test_worlds import close
@@ -44,7 +45,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
     from mdmtrain.parallel.world import AgreedError
 
     store.RETRY_SECONDS = (0.05, 0.05)
-    write, read, step = storage._DiskWriter.write_data, Dataset.__getitems__, module.optimizer_step
+    write, read, step = store.write_file, Dataset.__getitems__, module.optimizer_step
     seen = []
     for tree, fault in runs:
         if fault == "disturb":
@@ -53,12 +54,12 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
         failures = {"once": 1, "for good": 1 << 30}.get(fault, 0)
         saw = {"steps": 0, "order": {}, "error": ""}
 
-        def write_data(writer, *arguments):
+        def write_file(file, blocks):
             nonlocal failures
-            if world.rank == world.size - 1 and failures and "step-00000006" in str(writer.path):
+            if world.rank == world.size - 1 and failures and "step-00000006" in str(file):
                 failures -= 1
                 raise OSError(errno.EIO, "Input/output error")
-            return write(writer, *arguments)
+            return write(file, blocks)
 
         def getitems(dataset, wanted, saw=saw):
             batch = read(dataset, wanted)
@@ -70,7 +71,7 @@ def train_with(world, runs: list[tuple[dict, str | None]]) -> list[dict]:
             saw["steps"] += 1
             return step(*arguments)
 
-        storage._DiskWriter.write_data, Dataset.__getitems__ = write_data, getitems
+        store.write_file, Dataset.__getitems__ = write_file, getitems
         module.optimizer_step = optimizer_step
         try:
             module.train(configuration.validate(tree, "test"), world)
@@ -115,14 +116,15 @@ def flip(file: Path) -> None:
 
 
 def disturb(folder: Path) -> None:
-    """Runs in the middle of the calm one; a flipped bit in two checkpoints."""
-    for name, newest in (("flipped", 9), ("hsdp", 6), ("dtype", 6), ("batch", 6)):
+    """Runs in the middle of the calm one; a flipped bit in two checkpoints; one as an older version wrote it."""
+    for name, newest in (("flipped", 9), ("hsdp", 6), ("dtype", 6), ("batch", 6), ("old", 6)):
         shutil.copytree(folder / "calm", folder / name)
         for step in (9, 12):
             if step > newest:
                 shutil.rmtree(folder / name / f"checkpoints/step-{step:08d}")
-    for file in ("flipped/checkpoints/step-00000009/__1_0.distcp", "elsewhere/step-00000012/.metadata"):
-        flip(folder / file)
+    for number, checkpoint in ((2, "flipped/checkpoints/step-00000009"), (1, "elsewhere/step-00000012")):
+        flip(folder / checkpoint / f"shard-0000{number}-of-00002.safetensors")
+    as_version1(folder / "old/checkpoints/step-00000006")
 
 
 def log_of(run: Path) -> str:
@@ -159,6 +161,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
         (tree_of("batch", on), None),
         (tree_of("batch", batch), None),
         (tree_of("batch", on), None),
+        (tree_of("old"), None),
     ]
     ranks = run_world(train_with, 2, [*first, (str(tmp_path), "disturb"), *second])
     _, _, healed, failed, again, killed, _, flipped, elsewhere, *_ = ranks[0]
@@ -180,6 +183,7 @@ def test_faults_of_storage_and_changes_on_resuming(tree_of, tmp_path):
     assert (flipped["steps"], elsewhere["steps"]) == (6, 3)  # from the checkpoint before
     for name in ("flipped", "elsewhere"):
         assert "skipping a damaged checkpoint: " in log_of(tmp_path / name)
+    assert read_metrics(tmp_path / "old") == calm
     close(calm, read_metrics(tmp_path / "hsdp"), 1e-4)
     losses, rounded = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("calm", "dtype"))
     assert rounded != losses and rounded == pytest.approx(losses, rel=2e-2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mdmtrain.checkpoint import storage, store
+from mdmtrain.checkpoint.layout import Layout
 from mdmtrain.config import CheckpointConfig
 from tests.spawn import fake_world
 
@@ -13,11 +14,10 @@ from tests.spawn import fake_world
 def folder(home: Path, step: int, complete: bool = True) -> Path:
     made = home / f"step-{step:08d}"
     made.mkdir(parents=True)
-    (made / "weights.distcp").write_bytes(b"0" * step)
+    (made / "weights").write_bytes(b"0" * step)
     if complete:
         meta = {"step": step, "identity": {}, "has_average": False, "config": {}}
-        sums = {"weights.distcp": storage.checksum(made / "weights.distcp")}
-        store.write_marker(made, meta, sums)
+        store.write_marker(made, meta, Layout({}, 1), {"weights": (step, storage.checksum(made / "weights"))})
     return made
 
 
@@ -71,8 +71,8 @@ def test_a_flipped_byte_is_found(home, caplog):
         folder(home, step)
     world = fake_world()
     assert store.damage(home / "step-00000006", world) is None
-    (home / "step-00000006/weights.distcp").write_bytes(b"000100")
-    assert "weights.distcp: its content has changed" in store.damage(home / "step-00000006", world)
+    (home / "step-00000006/weights").write_bytes(b"000100")
+    assert "weights: its content has changed" in store.damage(home / "step-00000006", world)
     marker = home / "step-00000004/meta.json"
     marker.write_text(marker.read_text().replace('"step": 4', '"step": 5'))
     assert store.newest(home, [home / "step-00000006"]) == home / "step-00000002"

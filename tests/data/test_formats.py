@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import random
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,20 @@ def test_frames_end_to_end(tmp_path):
     far = zstd.compress(b"far", options={zstd.CompressionParameter.window_log: 27})
     packed = io.BytesIO(skippable + one + two + bytes(5) + skippable + far + one + bytes(1 << 18))
     assert _frames(_unpack_zstd)(packed).read() == b"onefarone"
+
+
+def test_memory_is_bounded_by_a_batch(tmp_path):
+    """Not by the file, which is a single row group of 40 MB."""
+    texts = [
+        letters * 100 for letters in ("".join(random.Random(i).choices(ascii_letters, k=200)) for i in range(2000))
+    ]
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 16}  # pages of 1 MB
+    pq.write_table(table(texts), tmp_path / "a.parquet", **options)
+    tracemalloc.start()
+    assert sum(len(d.text) for d, _ in read_documents(open_name(tmp_path / "a.parquet"), Reading())) == 40_000_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12e6
 
 
 # ---- fields

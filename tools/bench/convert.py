@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -21,12 +20,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.checkpoint.layout import divide
+from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
 from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import validate
 from mdmtrain.data.tokenizer import Tokenizer
@@ -47,9 +47,10 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     """Write a checkpoint of zeros and return its bytes."""
     tokenizer = Tokenizer.train([Path(__file__).read_text()], 300, folder.parent / "tokenizer.model")
     tensors = {f"model.{name}": torch.zeros(size) for name, size in tensor_shapes(shape).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP's notes on its own internals
-        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    layout = divide(tensors, (), 1, 1)
+    folder.mkdir()
+    file = folder / layout.file_name(0)
+    files = {file.name: write_file(file, file_blocks(layout.header(0), tensors.__getitem__))}
     shutil.copyfile(folder.parent / "tokenizer.model", folder / store.TOKENIZER_FILE)
     tree = {
         "run": {"dir": "run", "steps": 1, "global_batch": 1, "micro_batch": 1},
@@ -59,7 +60,7 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
     }
     identity = {"model": asdict(shape), "tokenizer": tokenizer.sha256}
     config = validate(tree, "benchmark").model_dump(mode="json")
-    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config}, {})
+    store.write_marker(folder, {"step": 1, "identity": identity, "has_average": False, "config": config}, layout, files)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,7 +63,7 @@ def measure_saves(
             alone += [slowest(step) for _ in range(3)]
             writer.finish()
             start = time.monotonic()
-            stalls[kind].append(slowest(partial(writer.save, number, tensors, META, {})))
+            stalls[kind].append(slowest(lambda w=writer, n=number: w.save(n, tensors, META, {})))
             if kind == "beside":
                 times = []
                 while writer.poll() is None:

@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""What grows with the number of ranks, measured on one machine.
+
+    python tools/bench/scale.py --only checkpoint --ranks 64 256 1024
+    python tools/bench/scale.py --only groups --ranks 16 32 64 96
+    python tools/bench/scale.py --only roll-call --ranks 64 256 1024
+
+checkpoint: processor seconds of rank 0's thread for one save of 8B with both moments, and for a resume on as many
+ranks and on half as many. The other ranks' messages and files are there, but sending is not part of the time. Rows are
+cut to 1/1024 of their width, because copying bytes does not hold Python's lock; everything else is as it would be.
+
+groups: what a gloo group over all ranks costs (real processes, connected over the loopback device): connections of a
+process, and traffic.
+
+roll-call: seconds until the watchdog has every rank's answer: from one key, and as it was, from a key for each rank.
+Where rank 0 is silent, others ask, and the store answers one after the other: their number times the time of one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mdmtrain.checkpoint import store
+from mdmtrain.checkpoint.formats import tensor_shapes
+from mdmtrain.checkpoint.layout import Layout, chunk
+from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
+from mdmtrain.command import CommandParser, user_errors
+from mdmtrain.config import CheckpointConfig, RunConfig
+from mdmtrain.model.presets import PRESETS, ModelShape
+from mdmtrain.parallel.watchdog import DEPUTIES, Watchdog
+from mdmtrain.parallel.world import World
+
+PARTS = ("checkpoint", "groups", "roll-call")
+CUT = 1024
+
+
+class Simulated(World):
+    """Rank 0 of many. What the others would send is made when it asks for it; `apart` counts that time."""
+
+    apart = 0.0
+    folder: Path
+    layout: Layout
+
+    def gather(self, value) -> list:
+        start, values = time.thread_time(), [value] * self.size
+        if isinstance(value, tuple) and isinstance(value[0], tuple):  # the size and checksum of the file it wrote
+            values = [value, *((self._write(number), None) for number in range(1, self.size))]
+        messages = [pickle.dumps(one) for one in values]
+        type(self).apart += time.thread_time() - start
+        return [pickle.loads(message) for message in messages]
+
+    def _write(self, number: int) -> tuple[int, str]:
+        header = self.layout.header(number)
+        shapes = {name: entry["shape"] for name, entry in header.items()}
+        return write_file(
+            self.folder / self.layout.file_name(number), file_blocks(header, lambda name: torch.zeros(shapes[name]))
+        )
+
+
+def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
+    """What rank 0 of `ranks` has of 8B's parameters and moments."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    mesh, tensors = init_device_mesh("cpu", (ranks,)), {}
+    for name, (rows, *columns) in tensor_shapes(ModelShape(vocab_size=126_464, **PRESETS["8b"])).items():
+        columns = [max(1, width // CUT) for width in columns]
+        for kind in ("model", "exp_avg", "exp_avg_sq"):
+            part = torch.zeros(len(chunk(rows, ranks, 0)), *columns)
+            whole = torch.empty(rows, *columns, device="meta")
+            tensors[f"{kind}.{name}"] = DTensor.from_local(
+                part, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, None)
+
+
+def measure_checkpoint(ranks: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        tensors, world = shards(ranks)
+        folder = Path(scratch) / "step-00000001"
+        Simulated.folder, Simulated.layout, Simulated.apart = folder, store.layout_of(tensors, world), 0.0
+        copies = {name: tensor.to_local() for name, tensor in tensors.items()}
+        meta = {"identity": {}, "has_average": False, "config": {}}
+        start = time.thread_time()
+        store.save(Path(scratch), 1, tensors, meta, bytes(500_000), CheckpointConfig(), world, copies)
+        found = {
+            "tensors": len(tensors),
+            "save, s": time.thread_time() - start - Simulated.apart,
+            "meta.json, kB": (folder / "meta.json").stat().st_size / 1e3,
+        }
+        for name, readers in (("resume, s", ranks), ("resume on half, s", ranks // 2)):
+            tensors, world = shards(readers)
+            start, Simulated.apart = time.thread_time(), 0.0
+            meta = pickle.loads(pickle.dumps(store.read_meta(folder)))  # read by rank 0 and sent to the others
+            found["of this the index, s"] = time.thread_time() - start
+            store.load(folder, meta, tensors, world)
+            found[name] = time.thread_time() - start - Simulated.apart
+    return found
+
+
+# ---- gloo groups
+
+
+def measure_groups(ranks: int) -> dict[str, float]:
+    """Makes three groups one after the other: a run had three, and has two."""
+    context = multiprocessing.get_context("fork")  # torch is imported once
+    found, port = context.SimpleQueue(), free_port()
+    processes = [context.Process(target=open_groups, args=(n, ranks, port, found)) for n in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return found.get()
+
+
+def open_groups(rank: int, ranks: int, port: int, found) -> None:
+    meeting = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    result = {}
+
+    def counted(group: str, make: Callable[[], object]) -> None:
+        before = traffic()
+        dist.barrier(make())
+        meeting.add(group, 1)
+        while meeting.add(group, 0) < ranks:
+            time.sleep(0.05)
+        result[f"connections, {group}"] = sockets()
+        result[f"MB sent, {group}"] = (traffic() - before) / 1e6
+
+    arguments = {"store": meeting, "rank": rank, "world_size": ranks, "timeout": timedelta(minutes=5)}
+    counted("1 group", lambda: dist.init_process_group("gloo", **arguments))
+    counted("2 groups", lambda: dist.new_group(backend="gloo"))
+    counted("3 groups", lambda: dist.new_group(backend="gloo"))
+    if rank == 1:  # rank 0 has the connections of the store too
+        found.put(result)
+    meeting.add("left", 1)
+    while rank == 0 and meeting.add("left", 0) < ranks:  # it keeps the store for the others
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sockets() -> int:
+    return sum(os.readlink(f).startswith("socket:") for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
+
+
+def traffic() -> int:
+    """Bytes that the loopback device has sent."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
+
+
+# ---- the roll call
+
+
+def measure_roll_call(ranks: int) -> dict[str, float]:
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    reader = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", meeting.port, is_master=False))
+    config = RunConfig(dir="run", steps=1, global_batch=1, micro_batch=1)
+    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), None, None), config)
+    watch._store, report = reader, watch._report()
+    for rank in range(ranks):
+        reader.append("answers", json.dumps({"rank": rank, **report}) + "\n")
+        reader.set(f"at {rank}", json.dumps(report))
+    start = time.monotonic()
+    assert len(watch._answers()) == ranks
+    now = time.monotonic() - start - 0.1  # the pause before it looks
+    start = time.monotonic()
+    for rank in range(ranks):
+        assert not reader.check([f"left {rank}"]) and reader.check([f"at {rank}"])
+        json.loads(reader.get(f"at {rank}"))
+    before = time.monotonic() - start
+    return {
+        "rank 0 asks, s": now,
+        "rank 0 is silent, s": now * -(-ranks // DEPUTIES),
+        "rank 0 asks, a key for each, s": before,
+        "rank 0 is silent, all ask, s": before * (ranks - 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = CommandParser(
+        prog="tools/bench/scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, default=PARTS[0], help="what to measure (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256], help="default: 64 256")
+    args = parser.parse_args(arguments)
+    measure = {"checkpoint": measure_checkpoint, "groups": measure_groups, "roll-call": measure_roll_call}[args.only]
+    rows = {ranks: measure(ranks) for ranks in args.ranks}
+    table = Table("ranks", *next(iter(rows.values())), title=args.only)
+    for ranks, found in rows.items():
+        table.add_row(str(ranks), *(f"{value:,.3f}".rstrip("0").rstrip(".") for value in found.values()))
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

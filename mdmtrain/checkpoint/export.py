@@ -91,7 +91,9 @@ def _writing_new(out: Path) -> Iterator[Path]:
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
     """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns SHA-256 by target's names."""
     stored = getattr(torch, dtype)
-    shards, hashes, places = [], {}, {}
+    shards: list[dict[str, Tensor]] = []
+    hashes: dict[str, str] = {}
+    places: dict[str, str] = {}
     for name, shape in formats.tensor_shapes(weights.shape).items():
         promised = torch.empty(shape, dtype=stored, device="meta")
         if not shards or sum(tensor.nbytes for tensor in shards[-1].values()) + promised.nbytes > shard_bytes:

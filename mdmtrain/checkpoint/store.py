@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -142,7 +143,8 @@ def _write(
 
 def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
     """What `act` returns on each rank, or on rank 0 alone. A collective. If it fails anywhere, all ranks raise it."""
-    result, failure = None, None
+    result: T | None = None
+    failure = None
     if world.is_main or not main_only:
         try:
             with storage_errors(folder):
@@ -155,7 +157,7 @@ def _write_together(act: Callable[[], T], folder: Path, world: World, main_only:
         remedy = "free disk space" if number in (ENOSPC, EDQUOT) else "check the storage"
         problem = f"cannot write checkpoint {folder}: {textwrap.shorten(text, 120)}: {remedy} and start again"
         raise (_Hopeless if number in HOPELESS else AgreedError)(problem)
-    return [result for result, _ in outcomes]
+    return [cast(T, result) for result, _ in outcomes]
 
 
 def write_marker(folder: Path, meta: dict, layout: Layout, files: Mapping[str, tuple[int, str]]) -> None:

@@ -7,8 +7,8 @@ library's own writer wants all tensors of a file at once, and its reader a file 
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mdmtrain.optim import local
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's values as safetensors stores them."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def file_blocks(header: dict, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
@@ -92,7 +92,7 @@ class TensorReader:
         self.read({name: tensor})
         return tensor
 
-    def _header(self, number: int, stream: IO) -> tuple[dict, int]:
+    def _header(self, number: int, stream: BufferedReader) -> tuple[dict, int]:
         """A file's header, and where its data begins. It says what the index of the checkpoint says."""
         if number not in self._headers:
             expected = self._layout.header(number)
@@ -108,7 +108,7 @@ class TensorReader:
             self._headers[number] = expected, 8 + length
         return self._headers[number]
 
-    def _values(self, number: int, stream: IO, dtype: str, like: Tensor) -> Tensor:
+    def _values(self, number: int, stream: BufferedReader, dtype: str, like: Tensor) -> Tensor:
         """The next values of a file, in the shape of `like`."""
         values = torch.empty(like.shape, dtype=TORCH_DTYPES[dtype])
         if stream.readinto(tensor_bytes(values)) != values.nbytes:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mdmtrain.checkpoint.storage import on_disk
 
@@ -40,7 +41,9 @@ def open_tensors(folder: Path) -> Callable[[str], Tensor]:
     reader.set_up_storage_reader(index, True)
 
     def read(name: str) -> Tensor:
-        entry, planner = index.state_dict_metadata[name], DefaultLoadPlanner()
+        entry = index.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        planner = DefaultLoadPlanner()
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         planner.set_up_planner({name: tensor}, index, True)
         reader.read_data(planner.create_local_plan(), planner).wait()

@@ -165,7 +165,8 @@ class Watchdog:
     def _answer(self, answer: dict) -> None:
         """All answers are lines of one key: at 1,024 ranks, a question for each would take longer than PATIENCE."""
         try:
-            self._store.append("answers", json.dumps({"rank": self._world.rank, **answer}) + "\n")
+            line = json.dumps({"rank": self._world.rank, **answer}) + "\n"
+            self._store.append("answers", line)  # type: ignore[attr-defined] # left out of torch's annotations
         except RuntimeError:  # the store has gone, with the rank or launcher that held it
             self._lost = self._lost or "the connection to the store broke"
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def measure_saves(
             alone += [slowest(step) for _ in range(3)]
             writer.finish()
             start = time.monotonic()
-            stalls[kind].append(slowest(lambda w=writer, n=number: w.save(n, tensors, META, {})))
+            stalls[kind].append(slowest(partial(writer.save, number, tensors, META, {})))
             if kind == "beside":
                 times = []
                 while writer.poll() is None:

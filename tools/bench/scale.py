@@ -27,11 +27,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -43,11 +45,13 @@ from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
 from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import CheckpointConfig, RunConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
+from mdmtrain.optim import local
 from mdmtrain.parallel.watchdog import DEPUTIES, Watchdog
 from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")
 CUT = 1024
+NOTHING: Any = None  # in place of a mesh or a group that is never asked
 
 
 class Simulated(World):
@@ -73,12 +77,13 @@ class Simulated(World):
         )
 
 
-def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
+def shards(ranks: int) -> tuple[dict[str, Tensor], Simulated]:
     """What rank 0 of `ranks` has of 8B's parameters and moments."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mesh, tensors = init_device_mesh("cpu", (ranks,)), {}
+    mesh = init_device_mesh("cpu", (ranks,))
+    tensors: dict[str, Tensor] = {}
     for name, (rows, *columns) in tensor_shapes(ModelShape(vocab_size=126_464, **PRESETS["8b"])).items():
         columns = [max(1, width // CUT) for width in columns]
         for kind in ("model", "exp_avg", "exp_avg_sq"):
@@ -87,7 +92,7 @@ def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
             tensors[f"{kind}.{name}"] = DTensor.from_local(
                 part, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride()
             )
-    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, None)
+    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, NOTHING)
 
 
 def measure_checkpoint(ranks: int) -> dict[str, float]:
@@ -95,7 +100,7 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
         tensors, world = shards(ranks)
         folder = Path(scratch) / "step-00000001"
         Simulated.folder, Simulated.layout, Simulated.apart = folder, store.layout_of(tensors, world), 0.0
-        copies = {name: tensor.to_local() for name, tensor in tensors.items()}
+        copies = {name: local(tensor) for name, tensor in tensors.items()}
         meta = {"identity": {}, "has_average": False, "config": {}}
         start = time.thread_time()
         store.save(Path(scratch), 1, tensors, meta, bytes(500_000), CheckpointConfig(), world, copies)
@@ -131,9 +136,9 @@ def measure_groups(ranks: int) -> dict[str, float]:
 
 def open_groups(rank: int, ranks: int, port: int, found) -> None:
     meeting = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    result = {}
+    result: dict[str, float] = {}
 
-    def counted(group: str, make: Callable[[], object]) -> None:
+    def counted(group: str, make: Callable[[], Any]) -> None:
         before = traffic()
         dist.barrier(make())
         meeting.add(group, 1)
@@ -142,7 +147,7 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
         result[f"connections, {group}"] = sockets()
         result[f"MB sent, {group}"] = (traffic() - before) / 1e6
 
-    arguments = {"store": meeting, "rank": rank, "world_size": ranks, "timeout": timedelta(minutes=5)}
+    arguments: dict[str, Any] = {"store": meeting, "rank": rank, "world_size": ranks, "timeout": timedelta(minutes=5)}
     counted("1 group", lambda: dist.init_process_group("gloo", **arguments))
     counted("2 groups", lambda: dist.new_group(backend="gloo"))
     counted("3 groups", lambda: dist.new_group(backend="gloo"))
@@ -177,10 +182,11 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reader = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", meeting.port, is_master=False))
     config = RunConfig(dir="run", steps=1, global_batch=1, micro_batch=1)
-    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), None, None), config)
+    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), NOTHING, NOTHING), config)
     watch._store, report = reader, watch._report()
     for rank in range(ranks):
-        reader.append("answers", json.dumps({"rank": rank, **report}) + "\n")
+        line = json.dumps({"rank": rank, **report}) + "\n"
+        reader.append("answers", line)  # type: ignore[attr-defined] # left out of torch's annotations
         reader.set(f"at {rank}", json.dumps(report))
     start = time.monotonic()
     assert len(watch._answers()) == ranks

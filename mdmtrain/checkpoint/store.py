@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from errno import EACCES, EDQUOT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -88,7 +87,7 @@ def layout_of(tensors: Mapping[str, Tensor], world: World) -> Layout:
 
 
 def save(
-    home: Path, step: int, tensors: dict[str, Tensor], meta: dict, tokenizer: bytes, config: CheckpointConfig,
+    home: Path, step: int, tensors: Mapping[str, Tensor], meta: dict, tokenizer: bytes, config: CheckpointConfig,
     world: World, copies: dict[str, Tensor] | None = None, scores: Mapping[int, float] = NO_SCORES,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step` into `home`, then remove checkpoints that are not kept. A collective.
@@ -142,13 +141,16 @@ def _write(
 
 
 def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
-    """What `act` returns on each rank, or on rank 0 alone. A collective. If it fails anywhere, all ranks raise it."""
-    result: T | None = None
+    """What `act` returns on each rank; with main_only on rank 0 alone. A collective.
+
+    If it fails on any rank, all ranks raise the same AgreedError.
+    """
+    result: list[T] = []
     failure = None
     if world.is_main or not main_only:
         try:
             with storage_errors(folder):
-                result = act()
+                result.append(act())
         except (OSError, ValueError) as error:
             failure = str(error), getattr(error, "errno", None)
     outcomes = world.gather((result, failure))
@@ -157,7 +159,7 @@ def _write_together(act: Callable[[], T], folder: Path, world: World, main_only:
         remedy = "free disk space" if number in (ENOSPC, EDQUOT) else "check the storage"
         problem = f"cannot write checkpoint {folder}: {textwrap.shorten(text, 120)}: {remedy} and start again"
         raise (_Hopeless if number in HOPELESS else AgreedError)(problem)
-    return [cast(T, result) for result, _ in outcomes]
+    return [value for result, _ in outcomes for value in result]
 
 
 def write_marker(folder: Path, meta: dict, layout: Layout, files: Mapping[str, tuple[int, str]]) -> None:
@@ -341,7 +343,7 @@ def _today(meta: dict) -> dict:
     return {**meta, "config": config, "identity": identity}
 
 
-def load(folder: Path, meta: dict, tensors: dict[str, Tensor], world: World) -> None:
+def load(folder: Path, meta: dict, tensors: Mapping[str, Tensor], world: World) -> None:
     """Read tensors from a checkpoint, by name, into the given tensors, on any number of ranks. A collective.
 
     meta: the content of its meta.json. Raises AgreedError.
@@ -350,7 +352,7 @@ def load(folder: Path, meta: dict, tensors: dict[str, Tensor], world: World) -> 
     def read() -> None:
         try:
             if meta["format_version"] == 1:
-                version1.load(folder, tensors, world.control)
+                version1.load(folder, dict(tensors), world.control)
             else:
                 TensorReader(folder, Layout.from_json(meta["layout"])).read(tensors)
         # A RuntimeError means that a rank has died.

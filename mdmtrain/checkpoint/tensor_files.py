@@ -7,8 +7,9 @@ library's own writer wants all tensors of a file at once, and its reader a file 
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedIOBase
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class TensorReader:
         self.read({name: tensor})
         return tensor
 
-    def _header(self, number: int, stream: BufferedReader) -> tuple[dict, int]:
+    def _header(self, number: int, stream: IO) -> tuple[dict, int]:
         """A file's header, and where its data begins. It says what the index of the checkpoint says."""
         if number not in self._headers:
             expected = self._layout.header(number)
@@ -108,7 +109,7 @@ class TensorReader:
             self._headers[number] = expected, 8 + length
         return self._headers[number]
 
-    def _values(self, number: int, stream: BufferedReader, dtype: str, like: Tensor) -> Tensor:
+    def _values(self, number: int, stream: BufferedIOBase, dtype: str, like: Tensor) -> Tensor:
         """The next values of a file, in the shape of `like`."""
         values = torch.empty(like.shape, dtype=TORCH_DTYPES[dtype])
         if stream.readinto(tensor_bytes(values)) != values.nbytes:

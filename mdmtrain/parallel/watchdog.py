@@ -166,7 +166,7 @@ class Watchdog:
         """All answers are lines of one key: at 1,024 ranks, a question for each would take longer than PATIENCE."""
         try:
             line = json.dumps({"rank": self._world.rank, **answer}) + "\n"
-            self._store.append("answers", line)  # type: ignore[attr-defined] # left out of torch's annotations
+            self._store.append("answers", line)  # type: ignore[attr-defined] # torch's stubs lack it
         except RuntimeError:  # the store has gone, with the rank or launcher that held it
             self._lost = self._lost or "the connection to the store broke"
 

@@ -141,9 +141,9 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     dist.init_process_group(backend, store=meeting_point("ranks"), rank=rank, world_size=size, timeout=longest)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("dp_shard",))
     # The default group has a gloo part on CUDA too. Another group would be a connection to every rank once more.
-    group = dist.group.WORLD
-    assert group is not None
-    return World(rank, size, device, mesh, group)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    return World(rank, size, device, mesh, everyone)
 
 
 def check_launcher() -> None:

@@ -27,14 +27,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -45,13 +44,12 @@ from mdmtrain.checkpoint.tensor_files import file_blocks, write_file
 from mdmtrain.command import CommandParser, user_errors
 from mdmtrain.config import CheckpointConfig, RunConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
-from mdmtrain.optim import local
 from mdmtrain.parallel.watchdog import DEPUTIES, Watchdog
 from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")
 CUT = 1024
-NOTHING: Any = None  # in place of a mesh or a group that is never asked
+NO_GROUP = cast(dist.ProcessGroup, None)  # a simulated rank talks to nobody
 
 
 class Simulated(World):
@@ -63,8 +61,8 @@ class Simulated(World):
 
     def gather(self, value) -> list:
         start, values = time.thread_time(), [value] * self.size
-        if isinstance(value, tuple) and isinstance(value[0], tuple):  # the size and checksum of the file it wrote
-            values = [value, *((self._write(number), None) for number in range(1, self.size))]
+        if isinstance(value, tuple) and value[0] and isinstance(value[0][0], tuple):  # size and checksum of its file
+            values = [value, *(([self._write(number)], None) for number in range(1, self.size))]
         messages = [pickle.dumps(one) for one in values]
         type(self).apart += time.thread_time() - start
         return [pickle.loads(message) for message in messages]
@@ -77,13 +75,12 @@ class Simulated(World):
         )
 
 
-def shards(ranks: int) -> tuple[dict[str, Tensor], Simulated]:
+def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
     """What rank 0 of `ranks` has of 8B's parameters and moments."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,))
-    tensors: dict[str, Tensor] = {}
+    mesh, tensors = init_device_mesh("cpu", (ranks,)), {}
     for name, (rows, *columns) in tensor_shapes(ModelShape(vocab_size=126_464, **PRESETS["8b"])).items():
         columns = [max(1, width // CUT) for width in columns]
         for kind in ("model", "exp_avg", "exp_avg_sq"):
@@ -92,7 +89,7 @@ def shards(ranks: int) -> tuple[dict[str, Tensor], Simulated]:
             tensors[f"{kind}.{name}"] = DTensor.from_local(
                 part, mesh, (Shard(0),), run_check=False, shape=whole.shape, stride=whole.stride()
             )
-    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, NOTHING)
+    return tensors, Simulated(0, ranks, torch.device("cpu"), mesh, NO_GROUP)
 
 
 def measure_checkpoint(ranks: int) -> dict[str, float]:
@@ -100,7 +97,7 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
         tensors, world = shards(ranks)
         folder = Path(scratch) / "step-00000001"
         Simulated.folder, Simulated.layout, Simulated.apart = folder, store.layout_of(tensors, world), 0.0
-        copies = {name: local(tensor) for name, tensor in tensors.items()}
+        copies = {name: tensor.to_local() for name, tensor in tensors.items()}
         meta = {"identity": {}, "has_average": False, "config": {}}
         start = time.thread_time()
         store.save(Path(scratch), 1, tensors, meta, bytes(500_000), CheckpointConfig(), world, copies)
@@ -147,8 +144,11 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
         result[f"connections, {group}"] = sockets()
         result[f"MB sent, {group}"] = (traffic() - before) / 1e6
 
-    arguments: dict[str, Any] = {"store": meeting, "rank": rank, "world_size": ranks, "timeout": timedelta(minutes=5)}
-    counted("1 group", lambda: dist.init_process_group("gloo", **arguments))
+    def first() -> None:
+        limit = timedelta(minutes=5)
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=limit)
+
+    counted("1 group", first)
     counted("2 groups", lambda: dist.new_group(backend="gloo"))
     counted("3 groups", lambda: dist.new_group(backend="gloo"))
     if rank == 1:  # rank 0 has the connections of the store too
@@ -182,11 +182,12 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     reader = dist.PrefixStore("watchdog/0", dist.TCPStore("127.0.0.1", meeting.port, is_master=False))
     config = RunConfig(dir="run", steps=1, global_batch=1, micro_batch=1)
-    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), NOTHING, NOTHING), config)
-    watch._store, report = reader, watch._report()
+    watch = Watchdog(Simulated(0, ranks, torch.device("cpu"), cast(DeviceMesh, None), NO_GROUP), config)
+    watch._store = reader
+    report = watch._report()
     for rank in range(ranks):
         line = json.dumps({"rank": rank, **report}) + "\n"
-        reader.append("answers", line)  # type: ignore[attr-defined] # left out of torch's annotations
+        reader.append("answers", line)  # type: ignore[attr-defined] # torch's stubs lack it
         reader.set(f"at {rank}", json.dumps(report))
     start = time.monotonic()
     assert len(watch._answers()) == ranks

@@ -118,10 +118,11 @@ T3_ARMS = {
 }
 
 
-def test_each_arm_has_the_density_of_its_own_rates(monkeypatch):
+def test_each_arm_has_the_density_of_its_own_rates():
     """P-POTS on all rates and on a window, in one report: a density of other rates would draw outside the window."""
     bench = CountBench()
-    monkeypatch.setattr(bench, "_fit", lambda diffusion: uniform_density(*rate_range(diffusion), 8))
+    bench.sources = []
+    bench._probe = SimpleNamespace(fit=lambda process, _: uniform_density(*rate_range(process.config), 8))
     for low, high in ((None, None), (0.3, 0.8), (0.4, 0.6)):
         arm = DiffusionConfig(sampler="ppots", rate_low=low, rate_high=high)
         assert bench._process(arm).density.edges[[0, -1]].tolist() == [low or arm.eps, high or 1.0]

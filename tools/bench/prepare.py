@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mdmtrain.data.inputs import find_inputs
-from mdmtrain.data.prepare import encode_document
+from mdmtrain.data.parts import encode_document
 from mdmtrain.data.records import Document, Fields, Reading, read_documents
 from mdmtrain.data.shards import ShardWriter, dtype_for
 from mdmtrain.data.tokenizer import Tokenizer

@@ -64,14 +64,14 @@ def show(report: dict, console: Console) -> None:
 
 
 def draw(lengths: dict[str, np.ndarray], path: Path) -> None:
-    """Draw how many documents have which length, a curve for each split."""
+    """Draw which share of a split's documents has which length."""
     longest = max(int(one.max()) for one in lengths.values())
     edges = np.unique(np.geomspace(1, longest + 1, 60).astype(int))
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for split, one in lengths.items():
-        axes.stairs(np.histogram(one, edges)[0], edges, label=split, fill=split == "train", alpha=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a document, with bos and eos", ylabel="documents")
+        axes.stairs(np.histogram(one, edges)[0] / len(one), edges, label=split, fill=split == "train", alpha=0.8)
+    axes.set(xscale="log", xlabel="tokens of a document, with bos and eos", ylabel="share of the documents")
     axes.legend()
     figure.savefig(path, dpi=120)
 

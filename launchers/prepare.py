@@ -90,7 +90,7 @@ class Processes:
                     start_new_session=True,  # so that Ctrl-C reaches only this process
                 )  # fmt: skip
             self._processes.append(process)
-            assert process.stdin is not None  # it is a pipe
+            assert process.stdin
             with suppress(BrokenPipeError):  # it has ended already
                 process.stdin.write(json.dumps(units) + "\n")
                 process.stdin.flush()
@@ -107,7 +107,7 @@ class Processes:
 
     def stop(self) -> None:
         for process in self._processes:
-            assert process.stdin is not None
+            assert process.stdin
             with suppress(BrokenPipeError):
                 process.stdin.close()  # a task ends then
         for process in self._processes:
@@ -211,8 +211,7 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
     Units are dealt to `count` tasks at a time. Those that are left when these have ended are dealt again. A unit has
     failed once where it was begun and is not done; where a task began none of its units, all of them have.
     """
-    failures: Counter[int] = Counter()
-    errors: dict[int, str] = {}
+    failures, errors = Counter[int](), dict[int, str]()
     show.start(stage)
     running = making.work / "running"
     running.mkdir(exist_ok=True)
@@ -230,9 +229,8 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
                     failures[unit] += 1
                     errors[unit] = _why(making.work, stage, unit)
                     again = "tried again" if failures[unit] < attempts else "given up"
-                    show.console.print(
-                        f"failed: {PHASES[stage]}, part {unit}: {escape(errors[unit])}; {again}", soft_wrap=True
-                    )
+                    line = f"failed: {PHASES[stage]}, part {unit}: {escape(errors[unit])}; {again}"
+                    show.console.print(line, soft_wrap=True)
             todo = sorted(unit for unit in pending if failures[unit] < attempts)
             if not todo:
                 break
@@ -317,8 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
     slurm = None if args.slurm is None else slurm_options(args.slurm, args.workers)
     tasks = JobArray(work, slurm, args.workers) if slurm else Processes(work, args.workers)
     print(*explain(plan, Preparation(plan, work), args.tasks), sep="\n", flush=True)
+    script = f"\n{executor(work, slurm, args.tasks).script(args.tasks)}\n" if slurm else ""
     if args.dry_run:
-        script = f"\n{executor(work, slurm, args.tasks).script(args.tasks)}\n" if slurm else ""
         print(f"{script}nothing started (--dry-run)")
         return
     if slurm:

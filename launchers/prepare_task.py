@@ -13,9 +13,9 @@ import traceback
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
-from mdmtrain.data.parts import Preparation, Stage
+from mdmtrain.data.parts import Do, Preparation, Stage
 from mdmtrain.data.plan import Plan
 from mdmtrain.files import replacing
 
@@ -53,7 +53,7 @@ def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
                 return
 
 
-def _do(do, work: Path, stage: Stage, unit: int) -> bool:
+def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
     """Do a unit. Returns whether the next one can be begun."""
     file, last = note(work, stage, unit), time.monotonic()
     file.write_text("0")
@@ -82,8 +82,8 @@ def _do(do, work: Path, stage: Stage, unit: int) -> bool:
 
 def main() -> None:
     """WORK STAGE WORKERS, and the units as JSON on a line of standard input, which the launcher closes to end this."""
-    work, stage, workers = sys.argv[1:]
-    assert stage in get_args(Stage)
+    work, workers = sys.argv[1], int(sys.argv[3])
+    stage = cast(Stage, sys.argv[2])
     units = json.loads(sys.stdin.readline())
 
     def follow_launcher() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=follow_launcher, daemon=True).start()
-    work_on(Path(work), cast(Stage, stage), units, int(workers))
+    work_on(Path(work), stage, units, workers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Started inside a job and not by a person: their one argument is the run that the launcher has prepared.
-INSIDE_JOBS = {"launchers.rank", "launchers.supervise"}
+INSIDE_JOBS = {"launchers.rank", "launchers.supervise", "launchers.prepare_task"}
 COMMAND = re.compile(r"(?:-m )?((?<=-m )(?:mdmtrain|launchers|tests)\.[\w.]+|tools/[\w/]+\.py)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 REPOSITORY_FILE = re.compile(r"(?<![\w/.-])(?:mdmtrain|launchers|tools|configs|tests|docs)/[\w/.-]+\.(?:py|yaml|md)\b")

@@ -29,7 +29,7 @@ from mdmtrain.data.duplicates import buckets, duplicates, numbers_in, sorted_has
 from mdmtrain.data.plan import Plan, digest, draw
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.records import Document, Reading
-from mdmtrain.data.shards import MANIFEST, ShardWriter, dtype_for, write_manifest
+from mdmtrain.data.shards import MANIFEST, PreparedSplit, ShardWriter, dtype_for, write_manifest
 from mdmtrain.data.tokenizer import MODEL_FILE, TextChanged, Tokenizer
 from mdmtrain.files import put_in_place, replacing
 
@@ -40,6 +40,7 @@ SPLITS = ("train", "validation")
 DUPLICATE = "exact duplicates of earlier documents"
 Stage = Literal["tokenizer", "hashes", "duplicates", "parts"]
 Report = Callable[[int], None]  # bytes of the unit that are done
+Do = Callable[[int, Report], None]  # a unit
 _SUFFIX = {"tokenizer": ".model", "hashes": ".npy", "duplicates": ".npy", "parts": ".json"}
 
 
@@ -125,7 +126,7 @@ class Preparation:
     # ---- doing it
 
     @contextmanager
-    def doing(self, stage: Stage, workers: int) -> Iterator[Callable[[int, Report], None]]:
+    def doing(self, stage: Stage, workers: int) -> Iterator[Do]:
         """A function that does a unit of a stage and commits it, with so many processes that tokenize.
 
         It raises ValueError (bad input, one line), OSError, or BrokenProcessPool where one of its processes was killed;
@@ -186,12 +187,7 @@ class Preparation:
     def _write_part(self, part: int, encode: "Encode", report: Report) -> None:
         plan, reading = self.plan, self._reading()
         plan.refuse_changes(part)
-        sources: list[dict[str, Any]] = [
-            {"input": plan.inputs[n].name, "size": plan.sizes[n]} for n in range(*plan.parts[part])
-        ]
-        for source in sources:
-            source |= dict.fromkeys(("documents", "bytes", "tokens", "text_tokens"), 0)
-        first = plan.parts[part][0]
+        counts = {number: Counter[str]() for number in range(*plan.parts[part])}
         lowest, highest = 1.0, 0.0
         with self._unfinished("parts", part) as folder:
             suffix = "" if len(plan.parts) == 1 else f"-{part:05d}"
@@ -202,14 +198,19 @@ class Preparation:
                     split = "validation" if drawn < plan.options.validation_fraction else "train"
                     writers[split].add(tokens, size, hash, response)
                     lowest, highest = min(lowest, drawn), max(highest, drawn)
-                    source, text_tokens = sources[number - first], len(tokens) - (response or 1) - 1
-                    for name, more in (("documents", 1), ("bytes", size), ("tokens", len(tokens)),
-                                       ("text_tokens", text_tokens)):  # fmt: skip
-                        source[name] += more
+                    count = counts[number]
+                    count["documents"] += 1
+                    count["bytes"] += size
+                    count["tokens"] += len(tokens)
+                    count["text_tokens"] += len(tokens) - (response or 1) - 1  # those that the bytes became
                 report(position)
             record = {
                 "splits": {split: writer.close() for split, writer in writers.items()},
-                "sources": sources,
+                "sources": [
+                    {"input": plan.inputs[number].name, "size": plan.sizes[number]}
+                    | {name: count[name] for name in ("documents", "bytes", "tokens", "text_tokens")}
+                    for number, count in counts.items()
+                ],
                 "left_out": reading.left_out,
                 "files": reading.files,
                 "draws": [lowest, highest],
@@ -262,16 +263,15 @@ class Preparation:
 
         Raises ValueError where a split has no document.
         """
-        splits: dict[str, dict[str, Any]] = {
-            split: {"tokens": 0, "documents": 0, "bytes": 0, "shards": []} for split in SPLITS
-        }
+        splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         reading = self._reading()
         sources, draws = [], []
         for file in self._files("parts"):
             record = json.loads(file.read_text())
             for split, content in record["splits"].items():
+                splits[split].setdefault("shards", []).extend(content.pop("shards"))
                 for key, more in content.items():
-                    splits[split][key] = splits[split].get(key, type(more)()) + more
+                    splits[split][key] = splits[split].get(key, 0) + more
             sources += record["sources"]
             draws.append(record["draws"])
             reading.left_out += Counter(record["left_out"])
@@ -286,6 +286,8 @@ class Preparation:
         for file in self._data.iterdir():
             if file.name not in {*named, MODEL_FILE, SOURCES, MANIFEST}:
                 file.unlink()  # of a part that was cut in another way before the inputs changed
+        for split in splits:
+            PreparedSplit(self._data, split)
         put_in_place(self._data, out)
         return manifest, reading
 

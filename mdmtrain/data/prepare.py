@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +73,27 @@ def prepare(
     plan = Plan.of([one if isinstance(one, Input) else open_name(one) for one in inputs], options)
     if done := finished(plan, out):
         return done
-    report = progress or (lambda phase, done, total: None)
     with preparation(plan, out) as making:
         for stage in making.stages():
-            sizes = [making.size(stage, unit) for unit in range(making.units(stage))]
-            todo = making.pending(stage)
-            before, total = sum(sizes) - sum(sizes[unit] for unit in todo), sum(sizes)
-            if todo:
-                with making.doing(stage, workers) as do:
-                    for unit in todo:
-                        do(unit, partial(_report_unit, report, PHASES[stage], before, total))
-                        before += sizes[unit]
+            _do_stage(making, stage, workers, progress or (lambda phase, done, total: None))
         manifest, reading = making.finish(out)
     return Summary(out, manifest, False, reading)
 
 
-def _report_unit(report: Progress, phase: str, before: int, total: int, done: int) -> None:
-    report(phase, before + done, total)
+def _do_stage(making: Preparation, stage: Stage, workers: int, progress: Progress) -> None:
+    todo = making.pending(stage)
+    if not todo:
+        return
+    total = sum(making.size(stage, unit) for unit in range(making.units(stage)))
+    before = total - sum(making.size(stage, unit) for unit in todo)
+
+    def report(done: int) -> None:
+        progress(PHASES[stage], before + done, total)
+
+    with making.doing(stage, workers) as do:
+        for unit in todo:
+            do(unit, report)
+            before += making.size(stage, unit)
 
 
 def finished(plan: Plan, out: Path) -> Summary | None:

@@ -341,9 +341,16 @@ class PreparedSplit:
 
     def _lengths(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.prompts
-        starts, responses = self._all("documents", shard), self._all("responses", shard)
+        return self._all("responses", shard) - self._all("documents", shard), self.lengths_in(shard)
+
+    def lengths_in(self, shard: int) -> np.ndarray:
+        """Tokens of each document of a shard, bos and eos included: int64 [documents of the shard]."""
         tokens = self.first_tokens[shard + 1] - self.first_tokens[shard]
-        return responses - starts, np.diff(starts, append=tokens)
+        return np.diff(self._all("documents", shard), append=tokens)
+
+    def hashes_in(self, shard: int) -> np.ndarray:
+        """The hashes of a shard's documents, normalised: int64 [documents of the shard]; empty in older folders."""
+        return self._all("hashes", shard) if "hashes" in self._kinds(shard) else np.empty(0, np.int64)
 
     def document_starts(self) -> np.ndarray:
         """Where each document starts in the stream, ascending: int64 [documents]."""
@@ -354,7 +361,7 @@ class PreparedSplit:
 
         most: see `document_lengths`.
         """
-        return (self._all("hashes", n) for n in self.some_shards(most) if "hashes" in self._kinds(n))
+        return (self.hashes_in(n) for n in self.some_shards(most))
 
     def some_shards(self, most: int | None) -> Sequence[int]:
         """All shards, or so many, spread evenly, that they have about `most` documents (at least one)."""

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from launchers import prepare as launcher
 from mdmtrain.data.inputs import find_inputs
 from mdmtrain.data.parts import JOB, work_folder
@@ -18,6 +20,9 @@ def test_a_job_array_makes_the_same_folder(cluster, corpus, tmp_path, monkeypatc
     monkeypatch.setattr(launcher, "POLL", 0.5)
     monkeypatch.chdir(tmp_path)  # inputs are named from here, in the jobs too
     command = ["corpus", *ARGUMENTS, "--out", "out", "--tasks", "2", "--slurm", "--time 10 --mem 1000"]
+    with pytest.raises(ValueError, match=r"9 tasks: this cluster allows 8 tasks in a job array .*: give fewer --tasks"):
+        launcher.main([*command, "--tasks", "9"])
+    assert not work.exists()
     pid = start(command)
     cluster.wait_for(lambda: (work / JOB).exists(), "a job")
     os.kill(pid, signal.SIGKILL)

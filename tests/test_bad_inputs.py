@@ -508,7 +508,7 @@ def unknown_split(lab):
     return [str(lab.finished), "--split", "tset"]
 
 
-@case("evaluate", "the validation split has", "not one row of data.sequence_length=200000", "prepare more text")
+@case("evaluate", "the validation split has", "less than one row of data.sequence_length=200000", "prepare more text")
 def rows_longer_than_the_split_to_evaluate(lab):
     def lengthen(meta):
         meta["config"]["data"]["sequence_length"] = 200_000
@@ -550,7 +550,7 @@ def text_that_is_no_text(lab):
     return [str(lab.finished), "--data", str(file)]
 
 
-@case("evaluate", "{lab}/short.txt", "not one row of data.sequence_length=32", "--wrap no")
+@case("evaluate", "{lab}/short.txt", "less than one row of data.sequence_length=32", "--wrap no")
 def text_shorter_than_a_row(lab):
     return [str(lab.finished), "--data", str(lab.file("short.txt", "short"))]
 
@@ -601,7 +601,7 @@ def prefix_too_long(lab):
     return [str(lab.finished), "--prefix", "\x01" * 39, "--gen-length", "8"]
 
 
-@case("generate", "--gen-length must be at least 1")
+@case("generate", "--gen-length must be a whole number of at least 1")
 def nothing_to_generate(lab):
     return [str(lab.finished), "--gen-length", "0"]
 

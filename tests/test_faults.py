@@ -108,7 +108,7 @@ def watched(world, trees: dict[str, dict]) -> dict:
     seen["stops"] += [store.newest(Path(trees["stopped"]["run"]["dir"])).name]
     seen["stops"] += [read_metrics(trees["stopped"]["run"]["dir"])[-1] if world.is_main else {}]
     seen["stops"] += [run("stopped", **signal_at(8 + 2)), run("stopped")]  # in that after step 6, then not at all
-    seen["late"], seen["slow"] = run("late"), run("slow", wait_for=spin)
+    seen["late"], seen["profiled"], seen["slow"] = run("late"), run("profiled"), run("slow", wait_for=spin)
     return {**seen, "said": said.getvalue()}
 
 
@@ -132,7 +132,9 @@ def two_ranks(corpus, tmp_path_factory) -> tuple[Path, list[dict]]:
     trees["abort"] = tree(folder / "abort", corpus, max_skips=3)
     trees |= {"late": tree(folder / "late", corpus, time_limit=1e-6), "slow": tree(folder / "slow", corpus)}
     trees["late"]["monitor"] |= {"log_every": 1, "probe_every": 2}
-    trees["slow"]["monitor"] |= {"log_every": 1, "profile_at": 1, "profile_steps": 2}
+    trees["slow"]["monitor"] |= {"log_every": 1}
+    trees["profiled"] = tree(folder / "profiled", corpus)
+    trees["profiled"]["monitor"] |= {"profile_at": 1, "profile_steps": 2}
     return folder, run_world(watched, 2, trees)
 
 
@@ -183,6 +185,7 @@ def test_the_time_left_counts_steps_alone(capsys, monkeypatch):
     progress = TrainingProgress(0, 10, bits_per_nat=1.0, visible=True)
     progress.start()
     record = {"step": 2, "loss": 1.0, "nelbo": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
+    record |= {"mfu": None, "memory_gib": 0.0}
     progress.update(record)
     assert capsys.readouterr().out.rstrip().endswith("ETA 0:16")
 
@@ -215,7 +218,7 @@ def test_a_slow_rank_is_named_and_the_wait_of_the_others_is_not_counted(two_rank
 
 def test_a_profile_of_the_steps_that_were_asked_for(two_ranks):
     folder, _ = two_ranks
-    trace = json.loads((folder / "slow/profile/step-1.json").read_text())
+    trace = json.loads((folder / "profiled/profile/step-1.json").read_text())
     steps = [event for event in trace["traceEvents"] if event.get("name", "").startswith("Optimizer.step")]
     assert len(steps) == 2 and not (folder / "calm/profile").exists()
 

@@ -43,5 +43,5 @@ def test_training_from_a_bucket_is_training_from_a_disk(s3, corpus, small_run, t
     assert list((tmp_path / "cache").glob("*.bin")) and not list((tmp_path / "cache").glob("*.part"))
     folders = [store.newest(tmp_path / name / "checkpoints") for name in runs]
     sums = [store.read_meta(folder)["crc32"] for folder in folders]
-    tensors = [{name: crc for name, crc in one.items() if name.endswith(".distcp")} for one in sums]
+    tensors = [{name: crc for name, crc in one.items() if name.endswith(".safetensors")} for one in sums]
     assert tensors[0] == tensors[1] and len(tensors[0]) == 2

@@ -445,7 +445,7 @@ def test_tokens_beyond_the_embedding_get_the_rows_that_are_promised(tmp_path, ca
     new = found.read("embed.weight")
     assert found.shape.vocab_size == len(new) == -(-pieces // 64) * 64 and len(old) == 430 < pieces
     assert torch.equal(new[:430], old) and torch.allclose(new[430:], old.mean(dim=0), atol=1e-6)
-    assert "but the embedding 430 rows" in caplog.text
+    assert "but the embedding has 430 rows" in caplog.text
 
 
 def test_a_masked_model_whose_pad_is_its_eos_gets_a_pad_of_its_own_and_keeps_its_rows(tmp_path):

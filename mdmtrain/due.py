@@ -1,4 +1,4 @@
-"""What follows a step of training: one answer, with its reasons."""
+"""What is due after a training step (probe, evaluation, checkpoint, log), and why."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from mdmtrain.config import Config
 
 @dataclass(frozen=True)
 class Due:
-    """Each field is the reason why this follows the step, or "" where it does not."""
+    """Each field is the reason why this is due after the step, or "" if it is not due."""
 
     probe: str
     evaluation: str
@@ -16,7 +16,7 @@ class Due:
 
     @property
     def interrupts(self) -> bool:
-        """Does an evaluation or a checkpoint come between this step and the next one?"""
+        """Is there an evaluation or a checkpoint between this step and the next one?"""
         return bool(self.evaluation or self.save)
 
     def __str__(self) -> str:
@@ -24,9 +24,9 @@ class Due:
 
 
 def due_after(config: Config, step: int, stop: str = "") -> Due:
-    """What is due after `step` steps. stop: the reason why the run stops here, "" where it does not.
+    """What is due after `step` steps. stop: the reason why the run stops here, or "" if it does not stop.
 
-    A run that stops saves at once: it leaves the evaluation to its next start, and the probe out.
+    A stopping run saves at once. It skips the probe, and the evaluation is done when the run is resumed.
     """
     probe = ""
     evaluation = ""

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -m mdmtrain.train CONFIG... [section.key=value ...]
     python -m mdmtrain.train CONFIG... [section.key=value ...]            one process
 
-Read `take_steps` from top to bottom: that is the training loop. To change what a step does, change it there. What the
-loop works on is opened in `open_inputs` and built, or loaded, in `build_state`.
+`take_steps` is the training loop. To change what a step does, change it there. `open_inputs` opens the data, and
+`build_state` builds or loads the model, the optimizer and the rest of the training state.
 """
 
 import gc
@@ -62,19 +62,19 @@ from mdmtrain.parallel.world import World, init_world, set_timeout
 from mdmtrain.variance.pair import GradientPair
 from mdmtrain.variance.probe import Probe
 
-LATE = 5.0  # minutes after the watchdog, in which torch's own timeouts end a run that even the watchdog could not
-GARBAGE_EVERY = 50  # steps: when Python looks for young cycles, on all ranks together; for old ones, at a save
+LATE = 5.0  # minutes by which torch's timeouts are longer than the watchdog's: they end a run if the watchdog cannot
+GARBAGE_EVERY = 50  # steps between collections of young garbage; old garbage is collected after a save
 
 
-# ---- what a run reads, what it is made of, and where it writes
+# ---- inputs, state and outputs of a run
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, checked."""
+    """What a run reads. All of it is validated."""
 
     plan: RunPlan
-    lock: RunLock | None  # on rank 0: the run folder is this run's until this goes
+    lock: RunLock | None  # only on rank 0; the run folder is locked as long as this object exists
     sources: list[PreparedSplit]
     validation: list[PreparedSplit]
     tokenizer: Tokenizer
@@ -90,7 +90,7 @@ class Outputs:
 
 @dataclass
 class State:
-    """A run between two steps: what a checkpoint keeps, and where it came from."""
+    """The state of a run between two steps: what a checkpoint saves, and where it was loaded from."""
 
     shape: ModelShape
     model: Transformer
@@ -98,17 +98,17 @@ class State:
     average: EMA | None
     sampler: RateSampler
     recorder: StepRecorder
-    step: int  # iterations done
+    step: int  # number of steps done
     cursor: Cursor
     identity: dict  # see run_identity
-    home: Path  # where the checkpoints are
-    resumed: Path | None  # the checkpoint that this start resumes from
-    origin: str  # where the weights come from, for a person
-    owes_evaluation: bool  # a stop came before the evaluation that was due after `step`
+    home: Path  # the folder of the checkpoints
+    resumed: Path | None  # the checkpoint that the run was resumed from
+    origin: str  # where the weights come from, as text for the terminal
+    owes_evaluation: bool  # the evaluation after `step` is still to be done, because the run was stopped before it
 
 
 def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
-    """Lock the run folder, and open and check what the run reads. A collective. Raises AgreedError."""
+    """Lock the run folder, then open and validate what the run reads. A collective. Raises AgreedError."""
     run_dir = Path(config.run.dir)
     plan = world.agree(lambda: resolve(config, world.size))
     world.agree(lambda: check_displays(config), main_only=True)
@@ -125,8 +125,10 @@ def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
 
 
 def build_state(inputs: Inputs, config: Config, world: World) -> State:
-    """Build the model and all that trains it, and fill them: from a checkpoint of this run, from another run's weights,
-    or with fresh weights. A collective. Raises AgreedError.
+    """Build the model, the optimizer and the rest of the training state. A collective. Raises AgreedError.
+
+    The values come from a checkpoint of this run. Without one, the weights are those of checkpoint.init_from, or are
+    newly initialised.
     """
     tokenizer = inputs.tokenizer
     shape = world.agree(lambda: model_shape(config.model, tokenizer.vocab_size))
@@ -167,10 +169,7 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
 
 
 def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> Outputs:
-    """Begin to write into the run folder, and say what a person should know before the first step. A collective.
-
-    Raises AgreedError.
-    """
+    """Open what the run writes, and print the notes that precede the first step. A collective. Raises AgreedError."""
     run_dir = Path(config.run.dir)
     data = (inputs.sources, inputs.validation)
     facts = world.agree(lambda: describe_data(config, *data, state.cursor), main_only=True)
@@ -189,7 +188,7 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
     notes += inputs.plan.reasons
     notes.append(disk_use(config))
     if config.parallel.offload and world.device.type == "cpu":
-        notes.append("parallel.offload=true makes no difference here: there is no GPU, all is in host memory already")
+        notes.append("parallel.offload=true has no effect without a GPU: everything is in host memory already")
     for line in notes:
         say(world, line)
     return Outputs(run_log, saver)
@@ -199,7 +198,10 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
 
 
 def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
-    """One run, from where its folder stands to its last step, or to an agreed stop. Raises as `train_from` does."""
+    """Start or resume the run in run.dir and train to its last step, or until it is stopped.
+
+    A collective. Raises what `open_inputs`, `build_state` and `train_from` raise.
+    """
     watch = watch or Watchdog(world, config.run)
     inputs = open_inputs(config, world, watch)
     state = build_state(inputs, config, world)
@@ -207,13 +209,13 @@ def train(config: Config, world: World, watch: Watchdog | None = None) -> None:
 
 
 def train_from(state: State, inputs: Inputs, config: Config, world: World, watch: Watchdog) -> None:
-    """The steps that are left, with all that a run writes.
+    """Train the remaining steps, and write all outputs of the run. A collective.
 
-    Raises ValueError; Interrupted where a stop left the evaluation after the last step undone.
+    Raises ValueError. Raises Interrupted if the run was stopped before the evaluation after the last step.
     """
     run = config.run
     if state.step >= run.steps and not state.owes_evaluation:
-        SideExports(config, state.resumed, world.is_main).finish()  # one that went with the process that made it
+        SideExports(config, state.resumed, world.is_main).finish()  # an export that was interrupted earlier
         say(world, nothing_to_do(run.dir, state.step, run.steps))
         return
     where = (state.step, world.device.type == "cuda", state.cursor, inputs.validation)
@@ -228,9 +230,9 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
     if best := outputs.saver.best():
         say(world, best)
     if stopped:
-        left = " but for its evaluation" if config.evaluates(state.step) else ""
+        left = " before its evaluation" if config.evaluates(state.step) else ""
         what = f"stopped by {reason(stopped)} after step {state.step}{left}, checkpoint saved"
-        say(world, f"{what}; the same command resumes from there")
+        say(world, f"{what}; run the same command again to resume")
     if stopped and state.step == run.steps:
         raise Interrupted(stopped)
 
@@ -244,9 +246,10 @@ def take_steps(
     world: World,
     watch: Watchdog,
 ) -> int:
-    """Every step that is left, and what is due after each. Returns the stop that ended them early, or 0. A collective.
+    """The training loop: all remaining steps, with the evaluations, checkpoints and records that are due after them.
 
-    Raises AgreedError.
+    Returns 0, or the number of the stop that ended the loop early (see AgreedStop.poll). A collective. Raises
+    AgreedError.
     """
     run = config.run
     plan = inputs.plan
@@ -275,7 +278,7 @@ def take_steps(
         draws = process.draw(run.seed, state.step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
         for micro_step in range(plan.accumulation):
-            model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: copies add up once a step
+            model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: one all-reduce per step
             watch.at("data")
             batch = recorder.wait_for(batches)
             watch.at("masking")
@@ -285,16 +288,16 @@ def take_steps(
             ce = masked_cross_entropy(model, masked_batch, batch.segments, plan.rows_per_slot)
             losses = row_losses(ce, masked_batch)
             watch.at("backward")
-            (losses.sum() / plan.tokens_per_step).backward()  # over the whole global batch: FSDP adds the ranks up
+            (losses.sum() / plan.tokens_per_step).backward()  # divided by the global batch: FSDP sums over ranks
             watch.at("statistics")
             statistics = row_statistics(ce.detach(), masked_batch, config.diffusion.target)
             eligible = int(batch.eligible.sum()) * plan.rows_per_slot
             recorder.add_micro_step(sums, losses.detach(), statistics, process.row_cells(drawn), len(ce), eligible)
             recorder.add_sources(sums, losses.detach(), batch.samples[:, 0])
         if pair.half:
-            recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # each copy adds the same
+            recorder.add_pair(sums, pair.compare() / config.parallel.replicate)  # every replica adds the same value
         elif due_after(config, state.step + 2).probe and not due_after(config, state.step + 1).interrupts:
-            pair.keep()  # no pair across an evaluation or a checkpoint
+            pair.keep()  # the two steps of a pair must not have an evaluation or a checkpoint between them
         watch.at("sums")
         recorder.add_own(sums)
         world.sum(sums)
@@ -309,14 +312,14 @@ def take_steps(
         sampler.add(recorder.statistics(sums), row_counts, skipped)
         recorder.add_step(state.step, process, draws, row_counts, sums, norm, skipped, lr)
         if sampler.due(state.step):
-            sampler.use(world.agree(sampler.fitted, main_only=True))  # rank 0 fits, so that all have the same bits
+            sampler.use(world.agree(sampler.fitted, main_only=True))  # only rank 0 fits, so all ranks have equal bits
 
-        stopped = watch.stop.poll()  # a pair that is half done ends with the run
+        stopped = watch.stop.poll()  # a stop discards the first half of a gradient pair
         due = due_after(config, state.step, reason(stopped))
         if due.log:
             watch.at("log")
             log.debug("after step %d: %s", state.step, due)
-            records = recorder.flush()  # the only place where the host waits for the device
+            records = recorder.flush()  # only here the host waits for the device
             graphs.report(state.step)
             if due.probe:
                 watch.at("probe")
@@ -329,7 +332,7 @@ def take_steps(
             stopped = evaluation(state, inputs, outputs, config, world, watch)
         if due.save or stopped:
             watch.at("checkpoint")
-            outputs.log.checkpoint(outputs.saver.finish())  # the one before may still be written
+            outputs.log.checkpoint(outputs.saver.finish())  # the previous checkpoint may not be complete yet
             outputs.log.sync()
             tensors = store.training_tensors(model, state.optimizer, state.average, sampler)
             outputs.saver.save(state.step, tensors, recorder.state())
@@ -341,13 +344,13 @@ def take_steps(
     return stopped
 
 
-# ---- what the run calls
+# ---- parts of a run
 
 
 def evaluation(state: State, inputs: Inputs, outputs: Outputs, config: Config, world: World, watch: Watchdog) -> int:
-    """Evaluate the weights that count (the average where the run keeps one) and record it. A collective.
+    """Evaluate the weights (their EMA if optim.ema_decay is set) and record the result. A collective.
 
-    Returns 0, or the stop that came first: then nothing is recorded.
+    Returns 0. If a stop is requested during the evaluation, returns its number and records nothing.
     """
     names = split_names(inputs.validation, [source.path for source in config.data.sources])
     settings = (config.eval, config.data.sequence_length, config.data.document_mask, inputs.tokenizer.mask_id)
@@ -374,41 +377,44 @@ def fit_rates(probe: Probe, state: State, inputs: Inputs, config: Config, world:
     size = f"{fit.fit_rates} rates x {fit.fit_sequences} sequences x {fit.fit_masks} masks"
     say(world, f"fitting p(t) to {size}")
     fitted = probe.fit(state.sampler.process(0.0), inputs.sources)
-    state.sampler.use(world.agree(lambda: fitted.p, main_only=True))  # the same bits everywhere
+    state.sampler.use(world.agree(lambda: fitted.p, main_only=True))  # equal bits on all ranks
 
 
 def bits_per_nat(validation: list[PreparedSplit]) -> float:
-    """Bits per byte of one nat per eligible token, on this data."""
+    """The factor that converts nats per eligible token to bits per byte, for these validation splits."""
     tokens = sum(split.eligible_tokens for split in validation)
     return tokens / sum(split.bytes for split in validation) / math.log(2)
 
 
 def nothing_to_do(run_dir: str, done: int, wanted: int) -> str:
-    """Why a run that has done at least `wanted` steps does not train."""
+    """The message for a run that has already done at least `wanted` steps."""
     if done > wanted:
         return (
             f"{run_dir} has done {done} steps, more than run.steps={wanted}: nothing to train; raise run.steps to "
             "continue, or go back to an older checkpoint with checkpoint.resume=STEP"
         )
-    return f"{run_dir} is complete: {done} of {wanted} steps; raise run.steps to train further, or evaluate it"
+    return f"{run_dir} is complete: {done} of {wanted} steps; raise run.steps to train more steps, or evaluate it"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m mdmtrain.train",
         description="Pretrain a masked diffusion language model; run under torchrun for several ranks. "
-        "Started again with the same arguments, a run resumes from its newest checkpoint.",
+        "The same command given again resumes the run from its newest checkpoint.",
         add_help=False,
     )
     parser.add_argument("-h", "--help", action=HelpAction)
     parser.add_argument(
-        "config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, later ones on top, then overrides"
+        "config",
+        nargs="+",
+        metavar="CONFIG | section.key=value",
+        help="YAML files (a later file overrides earlier ones), then single settings",
     )
     config = configuration.load(parser.parse_args(arguments).config)
-    survive_terminal()  # what is printed is in the run folder too
+    survive_terminal()  # everything printed is also in the run folder
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
-    gc.freeze()  # what imports have left
-    gc.disable()  # `train` does it at the same steps on all ranks: they would wait for each other's otherwise
+    gc.freeze()  # objects that imports made are never garbage
+    gc.disable()  # take_steps collects on all ranks at the same step, so no rank waits for another rank's collection
     folder = removed_if_refused(Path(config.run.dir)) if world.is_main else nullcontext()
     with folder, Watchdog(world, config.run) as watch, out_of_memory(config, world), loader_errors():
         train(config, world, watch)

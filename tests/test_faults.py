@@ -165,7 +165,7 @@ def test_a_stop_in_an_evaluation_is_agreed_and_the_evaluation_made_up(two_ranks)
         assert second == "Interrupted: 15" and third == ""
         assert batches == seen[0]["stops"][1], "the ranks left at different batches"
     assert seen[0]["stops"][3]["step"] == 3 and "split" not in seen[0]["stops"][3]
-    assert "stopped by SIGTERM after step 3 but for its evaluation, checkpoint saved" in seen[0]["said"]
+    assert "stopped by SIGTERM after step 3 before its evaluation, checkpoint saved" in seen[0]["said"]
     assert read_metrics(folder / "stopped") == read_metrics(folder / "calm")
     for file in (folder / "calm/checkpoints/step-00000006").glob("*.safetensors"):
         assert file.read_bytes() == (folder / "stopped/checkpoints/step-00000006" / file.name).read_bytes()

@@ -146,7 +146,7 @@ def check_start(ended: Start, run_dir: Path) -> None:
     if "run folder" in output:
         origin = f"resumed from {run_dir}/checkpoints/step-{ended.began_at:08d}" if ended.began_at else "fresh weights"
         assert origin in output, output
-    if "checkpoint saved; the same command resumes" in output:
+    if "checkpoint saved; run the same command again" in output:
         assert newest_step(run_dir) == last_record(run_dir)["step"], output
     assert "]: Traceback (most recent call last)" not in output, output  # of a rank; torchrun has its own
 

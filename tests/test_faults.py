@@ -339,13 +339,13 @@ def test_a_hung_rank_is_named_with_its_stack(broken):
     assert (zero.status, one.status) == (1, 1)
     assert zero.err.startswith("error: no progress for 0.05 minutes: ") and zero.err.count("\n") == 1, zero.err
     assert "rank 1 is behind, in data (step 4) for " in zero.err
-    assert "the others wait in forward (step 4), in gloo:" in zero.err
+    assert "the other ranks wait in forward (step 4), in gloo:" in zero.err
     assert one.err == ""
     assert "stuck_in_a_lock" in (folder / "logs/rank-1.log").read_text()
     assert "in all_gather" in (folder / "logs/rank-0.log").read_text()  # a collective of torch's
 
 
-@pytest.mark.parametrize(("victim", "said"), [(0, "rank 0 is gone"), (1, "rank 1 is silent: the process is gone")])
+@pytest.mark.parametrize(("victim", "said"), [(0, "rank 0 has died"), (1, "rank 1 is not responding")])
 def test_a_dead_rank_is_named(broken, victim, said):
     """Rank 0 holds the store where the others would ask."""
     _, outcomes = broken(f"die {victim}")
@@ -359,7 +359,7 @@ def test_a_dead_rank_is_named(broken, victim, said):
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
     folder, (zero, one) = broken("stop")
     assert (zero.status, one.status) == (STOPPED_EARLY, STOPPED_EARLY)
-    assert zero.out == "stopped by SIGTERM in preparation, before any step: the same command begins again\n"
+    assert zero.out == "stopped by SIGTERM in preparation, before any step: run the same command to start again\n"
     assert zero.err == one.err == one.out == ""
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
 
@@ -394,7 +394,7 @@ def test_a_launcher_that_has_gone_is_missed_at_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as store_of_torchrun:
         monkeypatch.setenv("MASTER_PORT", str(store_of_torchrun.getsockname()[1]))
         parallel.check_launcher()
-    with pytest.raises(ValueError, match=r"nobody at .*, where torchrun was"):
+    with pytest.raises(ValueError, match=r"torchrun at .* has ended"):
         parallel.check_launcher()
 
 
@@ -413,7 +413,7 @@ def test_the_verdict():
     named, _ = judge("no progress", {0: ahead, 1: place([40, 9, 9], ahead["place"])}, 2)
     assert named == [1]
     named, line = judge("lost", {0: ahead, 3: ahead}, 4)
-    assert named == [1, 2] and "ranks 1, 2 are silent" in line
+    assert named == [1, 2] and "ranks 1, 2 are not responding" in line
     assert judge("no progress", {0: ahead, 1: ahead}, 2)[0] == []
     assert judge("lost", {0: ahead, 1: {"left": "out of memory"}}, 2) == ([1], "")  # it has said so itself
 

@@ -1,9 +1,9 @@
-"""One model on many ranks: FSDP2, as one page to read and change.
+"""Shard a model over many ranks with FSDP2.
 
-Parameters live in float32, sharded over dimension 0. A block's parameters are gathered in the compute dtype just before
-they are used. Gradients are reduced in float32 by SUM: the loss is already divided by the global constant N L, and
-averaging over ranks would divide twice. The order matters: recomputation inside a block, compilation around it, FSDP
-around that, the root last.
+Parameters are stored in float32, sharded over dimension 0. The parameters of a block are gathered in the compute dtype
+just before they are used. Gradients are reduced in float32 with SUM, because the loss is already divided by the global
+constant N L, and an average over ranks would divide it again. The order matters: first activation checkpointing inside
+a block, then compilation of the block, then FSDP around it. The root module comes last.
 """
 
 import logging
@@ -23,7 +23,8 @@ from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Block, Transformer, initial_std
 from mdmtrain.parallel.world import AgreedError, World
 
-# What activation_checkpointing=ops keeps: products and attention, which take most of the time, little of the memory.
+# The ops whose outputs activation_checkpointing=ops keeps: matrix products and attention. They take most of the time
+# but little of the memory.
 _aten = torch.ops.aten
 KEPT = [
     _aten.mm.default,
@@ -31,20 +32,22 @@ KEPT = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch._higher_order_ops.flex_attention,  # as part of a compiled block; by itself it runs again
+    torch._higher_order_ops.flex_attention,  # only in a compiled block; outside of one it is recomputed
 ]
-INIT_CHUNK = 1 << 22  # initial values drawn at once: bounds the host memory of a start
-MOST_GRAPHS = 64  # of a block: evaluations of several sources have their own shapes, and so has each one's last batch
+INIT_CHUNK = 1 << 22  # initial values drawn at once; limits the host memory
+MOST_GRAPHS = 64  # of a block; each evaluated source may have shapes of its own, and its last batch another one
 log = logging.getLogger("mdmtrain")
 
 
 def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Transformer:
-    """The sharded model with uninitialised parameters: call init_weights, or load a checkpoint into it.
+    """The sharded model with uninitialised parameters. Call init_weights or load a checkpoint afterwards.
 
-    Raises AgreedError where this torch lacks what the configuration asks for.
+    Raises AgreedError if this version of torch lacks a configured feature.
     """
     if config.fused_head and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        raise AgreedError(f"parallel.fused_head=true needs torch 2.13, this is {torch.__version__}: leave it out")
+        raise AgreedError(
+            f"parallel.fused_head=true needs torch 2.13, but this is {torch.__version__}: remove the setting"
+        )
     with torch.device("meta"):
         model = Transformer(shape, config.head_chunk, config.fused_head)
     policy = MixedPrecisionPolicy(
@@ -61,9 +64,9 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
         if config.compile:
             layer.compile(fullgraph=True, dynamic=False)
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
-    if not shape.tied_embeddings:  # a tied matrix is used at both ends: it stays with the root, gathered throughout
+    if not shape.tied_embeddings:  # a tied matrix is used first and last, so it stays gathered as part of the root
         fully_shard(model.embed, reshard_after_forward=config.reshard_after_forward, **options)
-        # The backward pass starts here: freeing these between would only gather them twice.
+        # The backward pass starts with these parameters. If they were freed, they would be gathered again at once.
         fully_shard([model.norm, model.head], reshard_after_forward=False, **options)
     fully_shard(model, **options)
     for module in model.modules():
@@ -74,20 +77,20 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
 
 
 def set_up_compiler(config: ParallelConfig) -> None:
-    """For the whole process: torch takes both from its own configuration when it compiles."""
+    """Set torch's compiler options, which are global to the process."""
     import torch._dynamo.config
     import torch._functorch.config
 
     budget = config.recompute_budget if config.activation_checkpointing == "budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # at 8, its default, a block compiled as one graph raises
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # more than 8, the default, would be an error
 
 
 @cache
 def data_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
-    """All ranks in one row; or, for HSDP, a row a copy: parameters are sharded along rows, copied along columns.
+    """The device mesh. With FSDP it has one dimension. With HSDP it is [replicas, ranks of a replica].
 
-    Made once: it makes process groups.
+    Cached, because each new mesh would create process groups.
     """
     if config.replicate == 1:
         return world.mesh
@@ -96,10 +99,10 @@ def data_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
 
 
 def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
-    """Options of torch.utils.checkpoint for a block, or None where it keeps its activations."""
-    plain = {"preserve_rng_state": False}  # nothing in a block is random
+    """Options of torch.utils.checkpoint for a block, or None if the block keeps its activations."""
+    plain = {"preserve_rng_state": False}  # a block uses no random numbers
     match config.activation_checkpointing:
-        case "none" | "budget":  # the compiler's partition of a block's graph follows the budget
+        case "none" | "budget":  # for the budget, the compiler decides what to recompute
             return None
         case "full":
             return plain
@@ -111,29 +114,31 @@ def recompute_options(config: ParallelConfig, layer: int) -> dict | None:
 
 
 class GraphCount:
-    """Reports the graphs that torch.compile makes. In steady training there are no new ones.
+    """Reports how many graphs torch.compile makes. After the first steps, training should make no new ones.
 
-    Rows with masks and without, training, evaluation and the probe have graphs of their own. The number of masked
-    positions is not a shape of any: the head, the only part that sees it, is not compiled.
+    Training, evaluation and the probe have separate graphs, and so have rows with and without an attention mask. The
+    number of masked positions does not change any shape in a graph, because only the head uses it, and the head is not
+    compiled.
     """
 
     def __init__(self, compiling: bool):
         self._compiling, self._seen, self._steady = compiling, 0, False
 
     def report(self, step: int) -> None:
-        """Call when steps of training have been read: how many graphs, then a warning for each time they grew."""
+        """Log the number of graphs at the first call. Later calls warn if training steps have made more graphs."""
         if self._compiling and not self._steady:
             log.info("torch.compile made %d graphs by step %d", self._made(), step)
         elif self._compiling and self._made() > self._seen:
             log.warning(
-                "torch.compile made %d more graphs by step %d, %d in all: once, for the first rows with or without a "
-                "mask, is no harm; if it goes on, shapes change from step to step and each costs minutes",
+                "torch.compile made %d more graphs by step %d, %d in all: harmless if it happens once, for the first "
+                "rows with (or without) an attention mask; if it happens often, shapes change between steps, and "
+                "each compilation takes minutes",
                 self._made() - self._seen, step, self._made(),
             )  # fmt: skip
         self._seen, self._steady = self._made(), True
 
     def resume(self) -> None:
-        """Call before training goes on after something else: what that compiled is its own."""
+        """Call when training continues after an evaluation or a probe, so that their graphs are not reported."""
         self._seen = self._made()
 
     def _made(self) -> int:
@@ -145,8 +150,9 @@ class GraphCount:
 def reshard(model: Transformer) -> None:
     """Free gathered parameters after a forward pass without a backward pass.
 
-    FSDP keeps the head's and the root's parameters gathered until the backward pass. Without one they would be what
-    `named_parameters` shows, and what the next forward pass uses, whatever happened to the shards in between.
+    FSDP keeps the parameters of the head and the root gathered until the backward pass. Without a backward pass,
+    `named_parameters` would return the gathered parameters, and the next forward pass would use them even if the shards
+    have changed.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -155,7 +161,7 @@ def reshard(model: Transformer) -> None:
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Initial weights as a pure function of (seed, parameter name): the same for any number of ranks, bit for bit."""
+    """Initialise the weights as a pure function of (seed, parameter name): bit for bit equal on any number of ranks."""
     for name, parameter in model.named_parameters():
         sharded = cast(DTensor, parameter)  # as build_model makes all of them
         std = initial_std(name, model.shape)

@@ -1,4 +1,4 @@
-"""A stop on request that all ranks take at the same step."""
+"""Stop on request: all ranks stop after the same step."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from mdmtrain.parallel.world import World
 
 
 class Interrupted(Exception):
-    """A stop that all ranks take in the middle of something, which is given up. number: see AgreedStop.poll."""
+    """All ranks stop in the middle of an operation and discard its result. number: see AgreedStop.poll."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -19,16 +19,16 @@ class Interrupted(Exception):
 
 
 class AgreedStop:
-    """A stop that all ranks take at the same step.
+    """Lets all ranks stop after the same step.
 
-    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set a flag on the rank that gets them, and so does the time limit
-    (minutes from now). SIGHUP stays ignored where the process was started so (nohup). Each step sends the flag round
-    without waiting, and the next step reads what arrived, so agreement costs no stall and comes one step late. A second
-    Ctrl-C takes its default course; the others may come twice (Slurm does that), with SIGKILL to follow.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 set a flag on the rank that receives them. The time limit (minutes from
+    now) sets it too. SIGHUP stays ignored if the process was started that way (nohup). Each step starts an asynchronous
+    all-reduce of the flags, and the next step reads its result. So no step waits, and the stop comes one step later. A
+    second Ctrl-C has its default effect. The other signals may be repeated, as Slurm does before it sends SIGKILL.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    TIME_LIMIT = 1000  # the flag where it was no signal
+    TIME_LIMIT = 1000  # the flag of the time limit, larger than any signal number
 
     def __init__(self, world: World, time_limit: float | None = None):
         self._world = world
@@ -45,14 +45,15 @@ class AgreedStop:
 
     @property
     def requested(self) -> int:
-        """What this rank knows by itself: the number of a signal, TIME_LIMIT, or 0."""
+        """The stop requested on this rank: the number of a signal, TIME_LIMIT, or 0."""
         return self._requested or (self.TIME_LIMIT if time.monotonic() > self._deadline else 0)
 
     def poll(self) -> int:
-        """Call once a step on every rank. What some rank had been told by the step before: a signal's number,
-        TIME_LIMIT, or 0.
+        """The stop requested on any rank by the previous call: a signal's number, TIME_LIMIT, or 0.
+
+        Every rank calls it once per step.
         """
-        if self._world.size == 1:  # nobody to agree with
+        if self._world.size == 1:
             return self.requested
         agreed = 0
         if self._in_flight is not None:
@@ -64,24 +65,24 @@ class AgreedStop:
         return agreed
 
     def check(self) -> None:
-        """The same in the middle of something: raises Interrupted."""
+        """The same inside a longer operation, such as an evaluation. Raises Interrupted if a stop was requested."""
         if number := self.poll():
             raise Interrupted(number)
 
     def drain(self) -> None:
-        """Wait for the last exchange, before the process group goes away."""
+        """Wait for the last all-reduce, before the process group is destroyed."""
         if self._in_flight is not None:
             self._in_flight[0].wait()
             self._in_flight = None
 
 
 def reason(number: int) -> str:
-    """Why a run stops, as AgreedStop numbers it; "" for 0, no stop."""
+    """The text for a number of AgreedStop.poll: "" for 0."""
     if number == 0:
         return ""
     return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else signal.Signals(number).name
 
 
 def heard(numbers: Iterable[int]) -> list[int]:
-    """The signals among these that the process may handle: all but a SIGHUP that it was told to ignore (nohup)."""
+    """The signals among these that the process may handle: all of them, except SIGHUP if it is ignored (nohup)."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]

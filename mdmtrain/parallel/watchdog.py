@@ -1,10 +1,11 @@
-"""Which rank is it? Noticing that a run gets nowhere, or that a rank is gone, and saying which one and where it stands.
+"""Detect hangs and dead ranks, and report which rank is at fault and what it was doing.
 
-The main thread of each rank stamps what it does; a thread beside it looks on. When a rank has stood still for too long,
-or has lost the connection to another, it calls the roll: collectives are stuck then, so the threads talk through a key
-value store, write every thread's stack into the rank's log, and agree on one line for the terminal. The processes end
-with status 1, so that whoever started them can start them again. The thread also ends a run that is told to stop while
-it prepares: the main thread may be in a collective then, where no signal handler of Python's runs.
+The main thread of each rank records the phase that it is in, and a second thread checks it. If a rank makes no progress
+for too long, or loses the connection to another rank, the watchdog threads of all ranks exchange reports (the roll
+call). They use a key value store, because collectives hang at this point. Each thread writes the stacks of its process
+to the rank's log, and all agree on one error line for the terminal. Then all processes exit with status 1, so that
+torchrun or a launcher can restart them. The watchdog also ends a run that is stopped during preparation: the main
+thread may be in a collective then, and Python runs no signal handlers there.
 """
 
 import faulthandler
@@ -27,19 +28,19 @@ from mdmtrain.exit_status import STOPPED_EARLY
 from mdmtrain.parallel.stop import AgreedStop, reason
 from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting_point
 
-POLL = 1.0  # seconds between two looks
+POLL = 1.0  # seconds between two checks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
 DEPUTIES = 64  # ranks for each one that asks when rank 0 does not
 UNLIMITED = "export"  # all is saved, and rank 0 waits for a process beside it
 SLOW = ("preparation", "evaluation", "probe", "checkpoint", UNLIMITED)
-FROZEN = 300.0  # seconds after which a thread that cannot look on (the store's host is frozen) ends the process
-# What gloo and NCCL say when the process at the other end is gone.
+FROZEN = 300.0  # seconds after which the process exits if the watchdog itself hangs (the store's host is frozen)
+# Parts of the error messages of gloo and NCCL when the other process has died.
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL error", "connectFullMesh", "Socket")
 log = logging.getLogger("mdmtrain")
 
 
 class Watchdog:
-    """`at` costs less than a microsecond, and is all there is without the `with` block, which starts the thread."""
+    """Watches one rank. The `with` block starts the thread; without it, `at` only records. `at` takes less than 1 us."""
 
     def __init__(self, world: World, config: RunConfig):
         self.stop = AgreedStop(world, config.time_limit)
@@ -55,7 +56,7 @@ class Watchdog:
         self._deaf = False
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """The main thread begins with `phase`; step: of the loop, from 0, where it is a new one."""
+        """Record that the main thread begins `phase`. step: the step, from 0, if a new one begins."""
         if step is not None:
             if self._first is None:
                 self._first = step
@@ -63,7 +64,7 @@ class Watchdog:
         self._count += 1  # the ranks run the same program, so these counts can be compared
         slow = phase in SLOW or self._first is None or self._step < self._first + 2
         since = float("inf") if phase == UNLIMITED else time.monotonic()
-        self._place = (phase, self._step, slow, since)  # as one, because the thread reads it
+        self._place = (phase, self._step, slow, since)  # one assignment, because the other thread reads it
 
     # ---- the thread
 
@@ -72,7 +73,7 @@ class Watchdog:
         woken.setblocking(False)
         self._woken = woken  # keeps it open
         signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-        self._store = meeting_point("watchdog")  # not the main thread's, which may be waiting there
+        self._store = meeting_point("watchdog")  # a connection of its own: the main thread's may be blocked
         self._thread = threading.Thread(target=self._look_on, daemon=True)
         self._thread.start()
         return self
@@ -82,7 +83,7 @@ class Watchdog:
         if lost and self._world.size > 1:
             log.debug("a collective failed", exc_info=error)
             self._tell("news", "a connection broke")
-            self._thread.join()  # ends this process, as a rule
+            self._thread.join()  # usually does not return, because the thread ends this process
         self._closed.set()
         signal.set_wakeup_fd(-1)
         self._woken.send(b"\0")
@@ -108,23 +109,24 @@ class Watchdog:
                 try:
                     self._roll_call(news or self._lost)
                 except Exception as error:
-                    print(f"error: {news or self._lost}; who it was cannot be said: {error!r}", file=sys.stderr)
+                    print(f"error: {news or self._lost}; cannot find the rank at fault: {error!r}", file=sys.stderr)
                 finally:
                     exit_at_once(1)
         faulthandler.cancel_dump_traceback_later()
 
     def _tell(self, key: str, text: str) -> None:
-        """The first to write a key is heard."""
+        """Write a key of the store, unless it has a value already."""
         try:
             self._store.compare_set(key, "", text)
-        except RuntimeError:  # the store has gone, with the rank or launcher that held it
+        except RuntimeError:  # the rank or launcher that hosted the store has died
             self._lost = self._lost or text
 
     def _told(self, key: str) -> str:
+        """The value of a key of the store, or "" if it has none."""
         try:
             if not self._deaf and self._store.check([key]):
                 return self._store.get(key).decode()
-        except RuntimeError:  # at the end of a run that is no fault
+        except RuntimeError:  # the store's host has ended, which is normal at the end of a run
             self._deaf = True
         return ""
 
@@ -132,7 +134,7 @@ class Watchdog:
 
     def _leave_early(self, number: int) -> None:
         if self._world.is_main:
-            print(f"stopped by {reason(number)} in preparation, before any step: the same command begins again")
+            print(f"stopped by {reason(number)} in preparation, before any step: run the same command to start again")
         exit_at_once(STOPPED_EARLY)
 
     def _roll_call(self, why: str) -> None:
@@ -149,12 +151,12 @@ class Watchdog:
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:
-            named, line = judge(why, self._answers(), size) if not self._lost else ([0], f"{why}: rank 0 is gone")
+            named, line = judge(why, self._answers(), size) if not self._lost else ([0], f"{why}: rank 0 has died")
             mine = verdict = json.dumps([named, line, rank])
             self._tell("verdict", mine)
             verdict = self._told("verdict") or mine
         named, line, by = json.loads(verdict)
-        log.info("%s", line or f"ranks {named} left, and said why")
+        log.info("%s", line or f"ranks {named} ended with an error of their own")
         if by == rank and line:
             print(f"error: {line}: stacks are in {self._log.parent}; the same command goes on from the last checkpoint",
                   file=sys.stderr)  # fmt: skip
@@ -188,25 +190,25 @@ class Watchdog:
 
 
 def judge(why: str, answers: dict[int, dict], size: int) -> tuple[list[int], str]:
-    """Which ranks hold the others up, and a sentence about it; none where a rank has said itself why it left.
+    """The ranks at fault, and a sentence about them ("" if a rank ended with an error message of its own).
 
-    answers: of each rank that answered, {"left": its last words}, or its place, the seconds it has been there, its
-    progress (numbers that only grow, to be compared one after the other) and its last collective.
+    why: what was noticed. answers: the report of each rank that answered: {"left": its error message}, or its place,
+    the seconds it has been there, its progress (a list of counters, compared in order) and its last collective.
     """
     if left := [rank for rank, answer in answers.items() if "left" in answer]:
         return left, ""
     common = Counter(answer["place"] for answer in answers.values()).most_common(1)
     if missing := [rank for rank in range(size) if rank not in answers]:
-        line = f"{why}: {ranks(missing)} silent: the process is gone or frozen, or the node is"
-        return missing, line + (f"; the others stand in {common[0][0]}" if common else "")
+        line = f"{why}: {ranks(missing)} not responding: the process or its node has died or is frozen"
+        return missing, line + (f"; the other ranks are in {common[0][0]}" if common else "")
     least = min(answer["progress"] for answer in answers.values())
     behind = [rank for rank in range(size) if answers[rank]["progress"] == least]
     one = answers[behind[0]]
     stand = f"in {one['place']} for {one['seconds']:.0f} s, after {one['last']}"
     if len(behind) == size:
-        return [], f"{why}: all ranks stand {stand}"
+        return [], f"{why}: all ranks have been {stand}"
     ahead = next(answers[rank] for rank in range(size) if rank not in behind)
-    line = f"{why}: {ranks(behind)} behind, {stand}; the others wait in {ahead['place']}, in {ahead['last']}"
+    line = f"{why}: {ranks(behind)} behind, {stand}; the other ranks wait in {ahead['place']}, in {ahead['last']}"
     return behind, line
 
 
@@ -216,7 +218,10 @@ def ranks(numbers: list[int]) -> str:
 
 
 def collectives() -> tuple[list[int], str]:
-    """How many collectives this process has begun, and ended, and its newest one, from torch's flight recorder."""
+    """The numbers of collectives that this process has begun and completed, and its newest one.
+
+    From torch's flight recorder.
+    """
     entries = []
     counts = [0, 0]
     for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where torch has it

@@ -1,4 +1,4 @@
-"""One process among many: start-up, and what the ranks agree on."""
+"""A rank and its process group: start-up, agreement between ranks, and collectives on Python objects."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
-WRITER_THREAD = "checkpoint writer"  # a process that ends in good order lets it finish
+WRITER_THREAD = "checkpoint writer"  # a process that ends normally waits for this thread
 
 
 class AgreedError(ValueError):
@@ -28,7 +28,7 @@ class AgreedError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks."""
+    """The rank of this process, and what it shares with the other ranks."""
 
     rank: int
     size: int
@@ -41,22 +41,22 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over the ranks, in place."""
+        """Sum a tensor over the ranks, in place. A collective."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's picklable value, in the order of the ranks. A collective."""
+        """The values of all ranks (picklable objects), in rank order. A collective."""
         values: list = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def deal(self, count: int, compute: Callable[[int], T]) -> list[T]:
-        """compute(0) .. compute(count - 1), dealt to the ranks in turn; every rank gets all of them. A collective.
+        """compute(0) .. compute(count - 1), distributed round-robin over the ranks. A collective.
 
-        `compute` may be one too (a forward pass of FSDP): a rank left over in the last round repeats the last one, and
-        its result is dropped.
+        Every rank gets all results. `compute` may be a collective too (a forward pass of FSDP), so all ranks call it
+        equally often: ranks without work in the last round compute the last number again, and the result is dropped.
         """
         mine = {}
         for first in range(0, count, self.size):
@@ -66,9 +66,10 @@ class World:
         return [gathered[number] for number in range(count)]
 
     def agree(self, act: Callable[[], T], main_only: bool = False) -> T:
-        """Run `act` on every rank, or on rank 0 alone, whose result then goes to all. A collective.
+        """Run `act` on every rank, or on rank 0 only and broadcast its result. A collective.
 
-        If it raises ValueError or OSError anywhere, every rank raises the same AgreedError, so none is left waiting.
+        If `act` raises ValueError or OSError on any rank, all ranks raise the same AgreedError, so no rank waits for
+        another one that has failed.
         """
         result: T | None = None
         failure = None
@@ -96,23 +97,24 @@ def describe_error(error: BaseException) -> str:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End the process without the interpreter's shutdown, which may wait for threads and ranks that are gone."""
+    """End the process without the interpreter's shutdown, which may wait for threads or for ranks that have died."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody may be reading it any more
+        with suppress(OSError):  # the reader of the stream may have ended
             stream.flush()
     os._exit(status)
 
 
 def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
-    """Join the process group that torchrun describes, or a group of one when started as plain `python`.
+    """Join the process group that torchrun describes, or make a group of one rank when started with plain `python`.
 
-    timeout: minutes after which a collective fails; logs: the folder for what NCCL's flight recorder has to say then.
+    timeout: minutes after which a collective fails. logs: folder for the dumps of NCCL's flight recorder. Raises
+    ValueError.
     """
     launched = "RANK" in os.environ
     rank, size = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     if launched and sys.platform == "linux":
-        # Let this rank be killed with its launcher: an orphan would go on writing into the run folder.
+        # Kill this rank when its launcher dies: an orphan would still write into the run folder.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
         # Gloo has a connection to every rank in each of two groups, the loop's and the checkpoint writer's: at 1,000
         # ranks more than the usual soft limit.
@@ -129,7 +131,7 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
         if logs is not None:
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
-            dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # + the rank
+            dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # NCCL appends the rank
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", dump)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -147,9 +149,10 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
 
 
 def check_launcher() -> None:
-    """Has torchrun gone while this rank was starting, before it could be killed with it? Raises ValueError.
+    """Check that torchrun still runs. Raises ValueError if it has ended while this rank was starting.
 
-    torchrun's store is there before the ranks are; without it they would look for it until the timeout, as orphans.
+    torchrun may end before `init_world` arranges that this rank is killed with it. The orphan would then try to reach
+    torchrun's store until the timeout. torchrun opens the store before it starts the ranks.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -157,20 +160,20 @@ def check_launcher() -> None:
             socket.create_connection(place, timeout=60).close()
         except OSError as error:
             where = f"{place[0]}:{place[1]}"
-            raise ValueError(f"nobody at {where}, where torchrun was ({describe_error(error)}): start again") from None
+            raise ValueError(f"torchrun at {where} has ended ({describe_error(error)}): start it again") from None
 
 
 def set_timeout(mesh: DeviceMesh, minutes: float) -> None:
-    """When a collective of a mesh fails: groups that are made later do not have init_world's timeout."""
+    """Set the time after which a collective of the mesh fails. New groups do not inherit init_world's timeout."""
     for group in mesh.get_all_groups():
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def meeting_point(name: str) -> dist.Store:
-    """A key value store of all ranks, over a connection of its own; keys of the same name are the same.
+    """A new connection to the key value store that all ranks share. name: a prefix for its keys.
 
-    torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone in it: each
-    attempt has its own part.
+    torchrun keeps its store when it restarts the ranks, and the store still has the addresses of the old processes. So
+    each attempt has its own prefix.
     """
     if "RANK" not in os.environ:
         return dist.HashStore()

@@ -195,7 +195,10 @@ def test_disturbed_runs_end_like_a_calm_one(calm, tmp_path):
         close(without(DIAGNOSTICS, read_metrics(calm_dir)), without(DIAGNOSTICS, read_metrics(run_dir)), 1e-4)
 
     happened = disturbed_run(config, tmp_path / "same", short, [2], 3, duration, equal)
-    assert any(" is not responding: the process or its node has died" in file.read_text() for file in tmp_path.glob("same.*.out"))
+    assert any(
+        " is not responding: the process or its node has died" in file.read_text()
+        for file in tmp_path.glob("same.*.out")
+    )
     # On 2, 4 and 1 ranks in turn.
     short = [("an evaluation", "one rank told"), ("any time", "launcher killed")]
     sizes = [2, 2, 4, 4, 1, 1] if SOAK else [2, 4, 1]

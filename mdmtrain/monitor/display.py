@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: TensorBoard and, on request, Weights & Biases, drawn from the records."""
+"""Show the records of a run in TensorBoard and, if monitor.wandb is set, in Weights & Biases."""
 
 import os
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Display(Protocol):
 
 
 def open_displays(run_dir: Path, resume_step: int, config: Config) -> list[Display]:
-    """What the configuration asks for. Raises ValueError where W&B refuses, OSError where nothing can be written."""
+    """The configured displays. Raises ValueError if W&B cannot be started, OSError if the events cannot be written."""
     displays: list[Display] = []
     if config.monitor.wandb is not None:
         displays.append(Wandb(run_dir, config))
@@ -81,15 +81,15 @@ def open_displays(run_dir: Path, resume_step: int, config: Config) -> list[Displ
 
 
 def check_displays(config: Config) -> None:
-    """Refuse, before a run folder is filled, what `open_displays` could not open. Raises ValueError."""
+    """Raise ValueError if `open_displays` would fail. Called before anything is written into the run folder."""
     if config.monitor.wandb is not None and find_spec("wandb") is None:
         raise ValueError(
-            "monitor.wandb: the package wandb is not installed: pip install wandb, or leave monitor.wandb out"
+            "monitor.wandb: the package wandb is not installed: pip install wandb, or remove monitor.wandb"
         )
 
 
 def scalars_of(record: dict) -> dict[str, float]:
-    """The numbers of a record by their tags. What is null is left out: a gap in a curve, not a zero."""
+    """The numbers of a record by their tags. Null values are omitted, so a curve has a gap there and not a zero."""
     return {tag: float(value) for tag, value in _tagged(record) if isinstance(value, (int, float))}
 
 
@@ -111,7 +111,7 @@ def _tagged(record: dict) -> Iterator[tuple[str, object]]:
 
 
 def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
-    """Every setting by its key, as section.key: a list or null as text."""
+    """All settings by section.key. Lists and null are converted to text."""
     plain = (bool, int, float, str)
     tree = config.model_dump(mode="json")
     settings = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
@@ -119,15 +119,16 @@ def hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
 
 
 class TensorBoard:
-    """RUN/events/NAME, so that TensorBoard lists the run by its name.
+    """Writes to RUN/events/NAME, so that TensorBoard lists the run by its name.
 
-    Later events than the checkpoint's are hidden on resume. The configuration is there as text and as hyperparameters.
+    A resumed run hides the events after the checkpoint's step. The configuration is shown as text and as
+    hyperparameters.
     """
 
     def __init__(self, run_dir: Path, resume_step: int, config: Config):
         folder = run_dir / "events" / Path(os.path.abspath(run_dir)).name
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.parent.glob("events.out.*"):  # of an older version of mdmtrain
+        for file in folder.parent.glob("events.out.*"):  # written by an older version of mdmtrain
             file.rename(folder / file.name)
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
         self._events = cast(Any, self._writer.file_writer)  # torch declares it as None
@@ -143,7 +144,7 @@ class TensorBoard:
             self._show_histogram(record[HISTOGRAM], step)
         if DENSITY in record:
             self._writer.add_figure("variance/rate_density", density_figure(record[DENSITY]), step)
-        # As one event: thirty of them, as add_scalar makes, take longer than the rest of a step's records.
+        # One event with all values: thirty events of add_scalar take longer than the rest of a step's records.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars_of(record).items()]
         self._events.add_summary(Summary(value=values), step)
 
@@ -175,10 +176,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A mirror of the scalars in Weights & Biases, in the project that monitor.wandb names.
+    """Copies the scalars to Weights & Biases, to the project monitor.wandb.
 
-    A resumed run continues the same W&B run: its id is in RUN/wandb-id. Steps that are trained again after a resume
-    appear a second time there, because W&B does not remove what it has.
+    A resumed run continues the same W&B run. Its id is in RUN/wandb-id. Steps that are trained again after a resume
+    appear twice, because W&B cannot remove records.
     """
 
     def __init__(self, run_dir: Path, config: Config):
@@ -207,14 +208,17 @@ class Wandb:
         self._run.log({"step": step, "variance/probe_seconds": seconds, "variance/probe_share_of_time": share})
 
     def flush(self) -> None:
-        """W&B sends in a process of its own."""
+        """Does nothing: W&B sends its records from a separate process."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def density_figure(density: dict[str, list[float]]) -> Figure:
-    """p(t) as it is drawn from, the optimum of the statistics that it was or would be fitted to, and uniform."""
+    """A figure of p(t) in use, of the density that the statistics call optimal, and of the uniform density.
+
+    density: "used" and "wanted", the mean density in each cell of the rate.
+    """
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     cells = len(density["used"])

@@ -1,4 +1,4 @@
-"""What the ranks write for a person: each rank's log file, and lines on the terminal."""
+"""Logging: one log file per rank, and lines on the terminal from rank 0."""
 
 import faulthandler
 import logging
@@ -11,14 +11,14 @@ log = logging.getLogger("mdmtrain")
 
 
 def say(world: World, text: str) -> None:
-    """A line on the terminal and in the log, from rank 0."""
+    """Print a line on the terminal and write it to the log, on rank 0 only."""
     if world.is_main:
         print(text, flush=True)
-        log.info("%s", text)  # the terminal may be gone
+        log.info("%s", text)  # also here, because the terminal may be closed
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Send this rank's log records to folder/rank-N.log, appending; warnings of rank 0 also reach the terminal."""
+    """Append this rank's log records to folder/rank-N.log. Rank 0 also prints its warnings on the terminal."""
     folder.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.DEBUG)
     log.handlers.clear()

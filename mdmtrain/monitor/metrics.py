@@ -10,8 +10,8 @@ from mdmtrain.files import replacing, writing
 from mdmtrain.monitor.logs import log
 
 METRICS = "metrics.jsonl"
-RECORD_BYTES = (950, 1_850)  # of a step, and more of a probe, measured
-EVENT_BYTES = (1_250, 17_000)  # the same in TensorBoard
+RECORD_BYTES = (950, 1_850)  # measured bytes per step, and the additional bytes of a step with a probe
+EVENT_BYTES = (1_250, 17_000)  # the same for TensorBoard
 OCTILES = 8
 LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate falls into each eighth of [eps, 1]
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
@@ -22,9 +22,10 @@ DENSITY = "rate_density"  # {"used", "wanted"}: p by cell of the rate
 
 
 class MetricsLog:
-    """Appends one JSON object a line. On resume the records after the checkpoint's step first go to another file.
+    """Appends records to metrics.jsonl, one JSON object per line.
 
-    notes: sentences about what was found and moved, for a person.
+    On resume, records after the checkpoint's step are moved to another file first. notes: lines for the user about
+    moved and missing records.
     """
 
     def __init__(self, run_dir: Path, resume_step: int):
@@ -37,20 +38,22 @@ class MetricsLog:
             cut(self._skipped, resume_step)
             if moved:
                 where = f"{len(moved)} records of steps {moved[0]} to {moved[-1]}"
-                self.notes.append(f"{where} go from {METRICS} to {abandoned(self.path).name}: resumed at {resume_step}")
-            if moved and resume_step == 0 and events.is_dir():  # TensorBoard would hide all that is in them
+                self.notes.append(
+                    f"{where} moved from {METRICS} to {abandoned(self.path).name}: resumed at {resume_step}"
+                )
+            if moved and resume_step == 0 and events.is_dir():  # TensorBoard would hide all of these events
                 older = abandoned(events)
                 events.rename(older)
-                self.notes.append(f"{events.name} is renamed {older.name}")
+                self.notes.append(f"{events.name} was renamed to {older.name}")
         if last < resume_step:
             self.notes.append(
                 f"{self.path} lacks the records of steps {last + 1} to {resume_step}: they were removed or lost, and "
-                "are not made again"
+                "cannot be restored"
             )
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
 
     def write(self, records: list[dict]) -> list[dict]:
-        """Append records and hand them to the operating system. Returns them as they were written."""
+        """Append records and flush them to the operating system. Returns the records with non-finite values as None."""
         records = [{k: finite(value) if isinstance(value, float) else value for k, value in r.items()} for r in records]
         with writing(self.path.parent):
             for record in records:
@@ -59,12 +62,12 @@ class MetricsLog:
         return records
 
     def skipped(self, step: int, samples: dict[str, list[int]]) -> None:
-        """A line in skipped.jsonl: the windows (or documents) of each source that a skipped step had read."""
+        """Append a line to skipped.jsonl: the windows (or documents) of each source that a skipped step has read."""
         with writing(self._skipped), open(self._skipped, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "samples": samples}) + "\n")
 
     def sync(self) -> None:
-        """Bring everything to the disk itself: before a checkpoint is committed."""
+        """Sync all records to the disk. Called before a checkpoint is committed."""
         with writing(self.path.parent):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -74,7 +77,7 @@ class MetricsLog:
 
 
 def abandoned(path: Path) -> Path:
-    """Where what a run leaves behind goes: records to one file, to be appended to; a folder to a name of its own."""
+    """The new name of something that a run abandons: the same file for all records, a new name for each folder."""
     new = path.with_name(f"{path.stem}.abandoned{path.suffix}")
     number = 1
     while not path.suffix and new.exists():
@@ -84,8 +87,10 @@ def abandoned(path: Path) -> Path:
 
 
 def cut(file: Path, step: int) -> tuple[int, list[int]]:
-    """Keep the records of steps up to `step`, move later ones to the end of `abandoned(file)`; a line torn by a crash
-    is dropped. The file is replaced as a whole. Returns the last step kept, and the steps of the records moved.
+    """Keep the records of steps up to `step`, and append later ones to `abandoned(file)`.
+
+    An incomplete last line (from a crash) is dropped. The file is replaced atomically. Returns the last step that was
+    kept, and the steps of the moved records.
     """
     last = 0
     moved: list[int] = []
@@ -105,9 +110,9 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
                     others.append(line)
                     moved.append(at)
             except (json.JSONDecodeError, KeyError, TypeError):
-                # A power cut may leave zeros behind what was brought to the disk.
-                log.warning("%s line %d was damaged and is left out", file, number)
-        if others:  # before the file is replaced: a crash in between leaves them in both files, and never in none
+                # After a power failure, zeros may follow the synced part of a file.
+                log.warning("%s line %d is damaged and was removed", file, number)
+        if others:  # before the file is replaced: after a crash in between, both files have them, so none is lost
             with open(abandoned(file), "a", encoding="utf-8") as rest:
                 rest.writelines(others)
                 rest.flush()
@@ -116,7 +121,7 @@ def cut(file: Path, step: int) -> tuple[int, list[int]]:
 
 
 def validation_scores(run_dir: Path) -> dict[int, float]:
-    """The NELBO after each step that was evaluated, nats per token: the mean over the validation splits."""
+    """The validation NELBO after each evaluated step, in nats per token: the mean over the validation splits."""
     nelbos: dict[int, list[float]] = {}
     if (run_dir / METRICS).exists():
         with open(run_dir / METRICS, encoding="utf-8", errors="replace") as lines:
@@ -127,8 +132,10 @@ def validation_scores(run_dir: Path) -> dict[int, float]:
 
 
 def thinned(records: list[dict], every: int, saving: bool) -> list[dict]:
-    """The records to keep where only every so many steps are recorded: those, what was skipped or measured in between,
-    and the last one before a checkpoint, from which a resumed run sees that none is missing.
+    """The records to write with monitor.record_every=every.
+
+    They are those of every `every` steps, of skipped steps, and of steps with measurements. With `saving`, also the
+    last record: a resumed run uses it to see that no record before the checkpoint is missing.
     """
     return [
         record
@@ -141,7 +148,7 @@ def thinned(records: list[dict], every: int, saving: bool) -> list[dict]:
 
 
 def disk_use(config: Config) -> str:
-    """What the records of a run take on the disk, for a person: before training."""
+    """A line for the user that says how much disk space the records take."""
     monitor = config.monitor
     counts = (1000 / monitor.record_every, 1000 / monitor.probe_every if monitor.probe_every else 0)
     files = {"metrics.jsonl": RECORD_BYTES} | ({"TensorBoard": EVENT_BYTES} if monitor.tensorboard else {})
@@ -163,5 +170,5 @@ def evaluated(run_dir: Path, step: int) -> bool:
 
 
 def finite(value: float) -> float | None:
-    """JSON knows no NaN and no infinity: a number that is not finite is written as null."""
+    """The value, or None (null in JSON, which has no NaN and no infinity) if it is not finite."""
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What a person watches: one live line on a terminal, plain lines in a log."""
+"""The progress of training: one updated line on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ from mdmtrain.monitor.logs import log
 
 
 class TrainingProgress:
-    """The progress of a run, for rank 0.
+    """Prints the progress of a run, on rank 0.
 
-    Step, percent, loss, bits/byte, tokens/s, MFU (where the GPU is known), the peak memory of the ranks, the share of
-    the time that was spent waiting for data, the time left.
+    It shows the step, percentage, loss, bits/byte, tokens/s, MFU (if the GPU is known), the largest peak memory of any
+    rank, the share of the time spent waiting for data, and the remaining time.
     """
 
     def __init__(self, first_step: int, steps: int, bits_per_nat: float, visible: bool):
-        """bits_per_nat: bits per byte of one nat per token, on this data."""
+        """bits_per_nat: converts nats per eligible token to bits per byte. visible: print anything at all."""
         self._first = first_step
         self._steps = steps
         self._bits_per_nat = bits_per_nat
@@ -24,7 +24,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
 
     def start(self) -> None:
-        """The steps begin: what came before does not count for the time left."""
+        """Call when the steps begin. The remaining time is computed from here on."""
         self._start = time.monotonic()
         if self._visible and sys.stdout.isatty():
             done = TextColumn("step {task.completed}/{task.total}")
@@ -54,7 +54,7 @@ class TrainingProgress:
         print(f"step {step}/{self._steps}  {step / self._steps:.0%}  {numbers}", flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays, in the log too."""
+        """Print a permanent line, and write it to the log."""
         if not self._visible:
             return
         log.info("%s", text)

@@ -1,4 +1,4 @@
-"""Per-step numbers, kept on the device and read by the host only at the log interval."""
+"""The numbers of each step. They stay on the device, and the host reads them only at the log interval."""
 
 import os
 import resource
@@ -17,16 +17,16 @@ from mdmtrain.data.order import START, Cursor
 from mdmtrain.diffusion.objective import ForwardProcess, MaskingRates
 from mdmtrain.monitor.metrics import HISTOGRAM, LOSS_BY_OCTILE, LOSS_BY_SOURCE, OCTILES, STATISTIC_BY_OCTILE, finite
 
-BASELINE_DECAY = 0.95  # per step, of the control variate's mean by bin
-CURVE_DECAY = 0.99  # per step, of the variances of the two loss curves
-SLOW = 1.5  # times the median of the ranks' own seconds: a slow rank
-SLOW_FLUSHES = 3  # flushes in a row before it is called slow
-SLOW_WARNING = 50  # and until it is called so again
-PAIR_DECAY = 0.9  # per pair, of the noise scale's two halves
+BASELINE_DECAY = 0.95  # per step, for the control variate's mean in each bin
+CURVE_DECAY = 0.99  # per step, for the variances of the two loss curves
+SLOW = 1.5  # a rank is slow if its own seconds are more than this many times the median of the ranks
+SLOW_FLUSHES = 3  # number of slow flushes in a row before the first warning
+SLOW_WARNING = 50  # number of slow flushes between two warnings
+PAIR_DECAY = 0.9  # per pair, for noise and signal in the noise scale
 
 
 class Layout:
-    """Named parts of one vector, in a row: layout["masked"] is the slice of a part. length: of the whole vector."""
+    """Named, consecutive parts of one vector. layout["masked"] is the slice of a part; length is that of the vector."""
 
     def __init__(self, sizes: dict[str, int]):
         self.length = 0
@@ -39,7 +39,7 @@ class Layout:
         return self._slices[name]
 
     def split(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        """Every part of a vector, by name."""
+        """All parts of a vector by name."""
         return {name: vector[where] for name, where in self._slices.items()}
 
 
@@ -60,35 +60,35 @@ def sums_of_a_step(bins: int, ranks: int, sources: int) -> dict[str, int]:
 
 @dataclass
 class _Pending:
-    """One step that has not been read yet: what the host knows, and what lies on the device."""
+    """One step whose numbers the host has not read yet: values known to the host, and numbers on the device."""
 
     step: int
     lr: float
     row_counts: np.ndarray  # int64 [bins], rows of the global batch in each cell of the sampler
-    shares: np.ndarray  # float64 [bins], their probability
-    effective: float  # effective sample size of the importance weights, over the number of slots
+    shares: np.ndarray  # float64 [bins], the probability of each cell
+    effective: float  # effective sample size of the importance weights divided by the number of slots
     numbers: Tensor  # float64 [sums + 2]: see StepRecorder._numbers
 
 
 class StepRecorder:
-    """Collects the steps between two flushes.
+    """Collects the numbers of the steps between two flushes.
 
-    A step's sums are one vector, float64, with the parts of `sums_of_a_step`.
+    The sums of a step are one float64 vector with the parts of `sums_of_a_step`.
 
-    The recorder also keeps the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, with b the
-    running mean of the weighted loss y in each cell. b is a constant to the step, so the gradient does not change
-    by a bit: it is a quieter curve of the same expectation (`loss_smooth`), no more; under global strata little is
-    left to quieten. How much quieter: the running mean of its squared steps over that of the raw curve
-    (`loss_smooth_variance_ratio`).
+    `loss_smooth` is the loss with the EMA control variate of arXiv 2511.18159: y - b_cell + sum_j P_j b_j, where b is
+    the running mean of the weighted loss y in each cell. It has the same expectation as the loss and less variance. It
+    is only a curve: b does not depend on the weights, so the gradient is the same. With global strata there is little
+    variance to remove. `loss_smooth_variance_ratio` is the variance of the smooth curve over that of the raw one, each
+    from the running mean of the squared differences of consecutive steps.
     """
 
     def __init__(
         self, config: Config, plan: RunPlan, device: torch.device, rank: int, mfu_per_speed: float | None = None
     ):
-        """mfu_per_speed: the MFU at one token per second of all ranks; None where the peak of the device is unknown."""
+        """mfu_per_speed: the MFU at one token per second over all ranks, or None if the device's peak is unknown."""
         self._mfu_per_speed = mfu_per_speed
         self.skips_in_a_row = 0
-        self.cursor = START  # from where on every step has had this many tokens
+        self.cursor = START  # see Cursor; every step since then has had the present number of tokens
         self._bins = config.diffusion.bins
         self._complement = config.diffusion.views == "complement"
         self._clip_norm = config.optim.clip_norm
@@ -100,7 +100,7 @@ class StepRecorder:
         self._rows_per_slot = plan.rows_per_slot
         parts = sums_of_a_step(self._bins, plan.world_size, len(self._sources))
         self._sums = Layout(parts)
-        self._numbers = Layout(parts | {"norm": 1, "skipped": 1})  # once they are added up
+        self._numbers = Layout(parts | {"norm": 1, "skipped": 1})  # the sums over ranks, and two more numbers
         self._means: dict[str, float] = {}
         self._last: list[float] = []  # loss and loss_smooth of the last step that was not skipped
         self._baseline = np.zeros(self._bins)
@@ -108,18 +108,21 @@ class StepRecorder:
         self._pending: list[_Pending] = []
         self._waited = 0.0
         self._flushed = time.monotonic()
-        self._asleep = 0.0  # seconds asleep for data since the last step
-        self._awake = awake()  # when that ended
+        self._asleep = 0.0  # seconds asleep while waiting for data since the last step
+        self._awake = awake()  # the value at the end of the last step
         self._own = np.zeros(plan.world_size)
         self._slow = 0
 
     def state(self) -> dict:
-        """What a resumed run needs to continue with the same numbers, for meta.json."""
+        """The state that a resumed run needs to continue with the same numbers, for meta.json."""
         baseline = {"baseline": self._baseline.tolist(), "seen": self._seen.tolist()}
         return {"skips_in_a_row": self.skips_in_a_row, "means": self._means, "last": self._last, **baseline}
 
     def restore(self, state: dict, cursor: Cursor = START, same_batch: bool = True) -> None:
-        """same_batch: with another one, how much steps differ is another matter: that is measured anew."""
+        """Restore `state`. same_batch: the run resumes with the same data and global batch.
+
+        Otherwise the variances between steps are different ones, and their running means start again.
+        """
         self.cursor = cursor
         self.skips_in_a_row = state["skips_in_a_row"]
         if same_batch:
@@ -132,11 +135,11 @@ class StepRecorder:
         return torch.zeros(self._sums.length, dtype=torch.float64, device=self._device)
 
     def statistics(self, sums: Tensor) -> Tensor:
-        """The part of the sums that the sampler is fitted from: float64 [bins]."""
+        """The part of the sums that the sampler is fitted to: float64 [bins]."""
         return sums[self._sums["statistics"]]
 
     def wait_for(self, batches: Iterator):
-        """The next micro-batch; the time that it takes counts as waiting for data."""
+        """The next micro-batch. Records the time as waiting for data."""
         start = time.monotonic()
         busy = awake()
         batch = next(batches)
@@ -148,7 +151,10 @@ class StepRecorder:
     def add_micro_step(
         self, sums: Tensor, losses: Tensor, statistics: Tensor, cells: np.ndarray, masked: int, eligible: int
     ) -> None:
-        """losses, statistics: float32 [B] on the device, of each row; cells: int64 [B], of their masking rates."""
+        """Add a micro-batch to the sums. losses, statistics: float32 [B] on the device, one value per row.
+
+        cells: int64 [B], the cells of the rows' masking rates. masked, eligible: numbers of positions.
+        """
         cell = torch.from_numpy(cells).to(self._device, non_blocking=True)
         sums[self._sums["losses"]].index_add_(0, cell, losses.double())
         sums[self._sums["statistics"]].index_add_(0, cell, statistics.double())
@@ -163,11 +169,11 @@ class StepRecorder:
             sums[self._sums["source_rows"]].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))
 
     def add_pair(self, sums: Tensor, pair: Tensor) -> None:
-        """This rank's part of what a GradientPair found, float64 [2] on the device: it rides with the sums."""
+        """Add this rank's part of a GradientPair's result to the sums: float64 [2] on the device."""
         sums[self._sums["pair"]] = pair
 
     def add_own(self, sums: Tensor) -> None:
-        """This rank's seconds since the last step, without waiting for other ranks, and its peak memory."""
+        """Add this rank's own seconds since the last step and its peak memory to the sums."""
         now = awake()
         sums[self._sums["memory"]][self._rank] += peak_memory(self._device)
         sums[self._sums["seconds"]][self._rank] += now - self._awake + self._asleep
@@ -185,7 +191,10 @@ class StepRecorder:
         skipped: Tensor,
         lr: float,
     ) -> None:
-        """step: number of iterations done, this one included; sums: added up over ranks."""
+        """Keep the numbers of a step until `flush`. step: number of steps done, with this one. sums: over all ranks.
+
+        norm: of the gradient, before clipping. skipped: 1 if the step was skipped, else 0.
+        """
         shares = process.density.masses
         if self._complement:  # a row is the first or the second view with equal probability
             shares = (shares + shares[::-1]) / 2
@@ -211,22 +220,26 @@ class StepRecorder:
         self._pending = []
         self._waited = 0.0
         self._flushed = now
-        self._awake = awake()  # CUDA's wait for the device may be awake
+        self._awake = awake()  # again, because CUDA may poll while it waits for the device
         return records
 
     def slow_rank(self) -> str | None:
-        """Something to say of a rank that has been slow in each of the last few flushes; None the next few times."""
+        """A warning about a rank that was slow in each of the last SLOW_FLUSHES flushes.
+
+        Otherwise None, and also until SLOW_WARNING more flushes have passed.
+        """
         if self._slow % SLOW_WARNING != SLOW_FLUSHES:
             return None
         most = self._own.max()
         median = np.median(self._own)
         return (
-            f"rank {self._own.argmax()} takes {most / median:.1f} times the median of the ranks by itself (work and "
-            "its wait for data, no wait for others), and all wait for it: look at its node"
+            f"rank {self._own.argmax()} is slow: its own time (computing and waiting for data, without waiting for "
+            f"other ranks) is {most / median:.1f} times the median of the ranks, and all ranks wait for it: check its "
+            "node"
         )
 
     def resume_clock(self) -> None:
-        """Leave the time since the last flush (an evaluation, a save) out of the next speed."""
+        """Exclude the time since the last flush (of an evaluation or a save) from the next tokens/s."""
         self._flushed = time.monotonic()
         self._awake = awake()
 
@@ -286,12 +299,12 @@ class StepRecorder:
         return record
 
     def _follow(self, name: str, value: float, decay: float) -> float:
-        """A running mean that begins with its first value."""
+        """Update a running mean, which begins with its first value, and return it."""
         self._means[name] = decay * self._means.get(name, value) + (1 - decay) * value
         return self._means[name]
 
     def _quieter(self, loss: float, smooth: float, skipped: bool) -> float | None:
-        """Variance of the smooth curve over that of the raw one, both from the differences of steps in a row."""
+        """Variance of the smooth curve over that of the raw one, from the differences of consecutive steps."""
         if not skipped:
             if self._last:
                 for name, now, before in zip(("loss", "smooth"), (loss, smooth), self._last, strict=True):
@@ -300,7 +313,7 @@ class StepRecorder:
         return self._means["smooth"] / self._means["loss"] if self._means.get("loss") else None
 
     def _smooth(self, by_bin: np.ndarray, pending: _Pending, skipped: bool) -> float:
-        """The step's loss with the control variate; then the baseline learns from the step. by_bin: sums of y."""
+        """The step's loss with the control variate. Then updates the baseline. by_bin: sums of y in each cell."""
         counts = pending.row_counts
         value = (by_bin.sum() - (counts * self._baseline).sum()) / self._rows + (pending.shares * self._baseline).sum()
         if not skipped:
@@ -313,7 +326,7 @@ class StepRecorder:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has allocated on a GPU so far, or held in main memory on the CPU."""
+    """The peak memory of this process so far, in bytes: allocated on the GPU, or resident in main memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -321,16 +334,19 @@ def peak_memory(device: torch.device) -> int:
 
 
 def awake() -> float:
-    """Seconds that the loop's thread has run, or waited for a core, so far; asleep in a collective they stand still."""
+    """Seconds so far in which the loop's thread ran or waited for a core. Sleep in a collective does not count."""
     file = _schedstat(os.getpid())
-    if file is None:  # not Linux, or a kernel without: the first of the two
+    if file is None:  # not Linux, or a kernel without schedstat: only the time in which the thread ran
         return time.thread_time()
     return sum(map(int, os.pread(file, 100, 0).split()[:2])) / 1e9
 
 
 @cache
 def _schedstat(process: int) -> int | None:
-    """Of the thread that asks first. Kept open: to open it at each question takes as long as a micro-step's records."""
+    """The open schedstat file of the thread that calls first, or None if there is none.
+
+    It stays open, because opening it each time would take as long as the records of a micro-step.
+    """
     try:
         return os.open("/proc/thread-self/schedstat", os.O_RDONLY)
     except OSError:

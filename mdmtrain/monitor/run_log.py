@@ -1,4 +1,4 @@
-"""What a run tells while it trains: its records, its progress, and lines for a person."""
+"""The output of a run while it trains: records, displays, progress and messages."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +15,12 @@ from mdmtrain.parallel.world import AgreedError, World
 
 
 class RunLog:
-    """Every rank calls it, and rank 0 writes: metrics.jsonl, what displays it, skipped.jsonl and the terminal."""
+    """Writes metrics.jsonl, skipped.jsonl, the displays and the terminal. All ranks call it, only rank 0 writes."""
 
     def __init__(self, config: Config, step: int, world: World, bits_per_nat: float):
-        """A collective. step: where the run starts, later records move away; bits_per_nat: see TrainingProgress.
+        """step: the step from which the run starts; later records are moved away. bits_per_nat: see TrainingProgress.
 
-        Raises AgreedError.
+        A collective. Raises AgreedError.
         """
         self._config = config
         folder = Path(config.run.dir)
@@ -32,13 +32,13 @@ class RunLog:
         self.notes = self._metrics.notes if self._metrics is not None else []  # see MetricsLog
 
     def start_clock(self) -> None:
-        """The steps begin."""
+        """Call when the steps begin."""
         self._progress.start()
 
     def steps(self, records: list[dict], recorder: StepRecorder, dataset: Dataset, keep_last: bool) -> None:
-        """The records of the steps since the last call. keep_last: write the last one in any case (see `thinned`).
+        """Write the records of the steps since the last call. keep_last: always write the last one (see `thinned`).
 
-        Raises AgreedError when too many steps in a row were skipped.
+        Raises AgreedError if too many steps in a row were skipped.
         """
         self._write(thinned(records, self._config.monitor.record_every, keep_last))
         for record in records:
@@ -60,23 +60,23 @@ class RunLog:
             self._metrics.skipped(step, dataset.samples(step - 1))
 
     def evaluation(self, step: int, found: list) -> None:
-        """found: an Evaluation of each validation split."""
+        """Write an evaluation. found: one Evaluation per validation split."""
         for one in found:
             self._progress.note(f"step {step}  {one}")
         self._write([{"step": step, **asdict(one)} for one in found])
 
     def probe_cost(self, step: int, seconds: float, share: float) -> None:
-        """What a probe cost. It is shown only, because records of equal runs are equal."""
+        """Show the time that a probe took. It is not recorded, so that equal runs have equal records."""
         for display in self._displays:
             display.show_probe_cost(step, seconds, share)
 
     def checkpoint(self, committed: Path | None) -> None:
-        """A checkpoint has been committed; None: there is none to tell of."""
+        """Print a note about a committed checkpoint. None: nothing was committed."""
         if committed is not None:
             self._progress.note(f"step {int(committed.name.removeprefix('step-'))}  checkpoint {committed}")
 
     def sync(self) -> None:
-        """Bring the records to the disk itself: before a checkpoint is committed."""
+        """Sync the records to the disk. Called before a checkpoint is committed."""
         if self._metrics is not None:
             self._metrics.sync()
             with writing(self._metrics.path.parent):
@@ -91,7 +91,7 @@ class RunLog:
             display.close()
 
     def _write(self, records: list[dict]) -> None:
-        """Append records to metrics.jsonl, and show them as they are there."""
+        """Append records to metrics.jsonl, and show the same records in the displays."""
         if self._metrics is not None:
             written = self._metrics.write(records)
             with writing(self._metrics.path.parent):

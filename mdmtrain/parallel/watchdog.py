@@ -40,7 +40,10 @@ log = logging.getLogger("mdmtrain")
 
 
 class Watchdog:
-    """Watches one rank. The `with` block starts the thread; without it, `at` only records. `at` takes less than 1 us."""
+    """The watchdog of one rank. A `with` block runs its thread; without it, `at` only records the phase.
+
+    `at` takes less than a microsecond.
+    """
 
     def __init__(self, world: World, config: RunConfig):
         self.stop = AgreedStop(world, config.time_limit)

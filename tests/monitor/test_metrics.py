@@ -65,7 +65,7 @@ def test_what_is_missing_or_moved_is_said(tmp_path):
     write(tmp_path, lines([1, 2, 3, 4]))
     assert MetricsLog(tmp_path, 4).notes == []
     (moved,) = MetricsLog(tmp_path, 2).notes
-    assert moved.startswith("2 records of steps 3 to 4 go from metrics.jsonl to metrics.abandoned.jsonl")
+    assert moved.startswith("2 records of steps 3 to 4 moved from metrics.jsonl to metrics.abandoned.jsonl")
     (missing,) = MetricsLog(tmp_path, 5).notes
     assert "lacks the records of steps 3 to 5" in missing
 

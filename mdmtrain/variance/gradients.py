@@ -1,13 +1,15 @@
-"""How noisy is a step's gradient under each arm: true gradients, the user's model and data, equal compute.
+"""Measure the noise of a step's gradient under each arm, with the user's model and data, at equal compute.
 
-A step of N rows sums n slots (a pair of views is one slot). Given the strata of their rates, slots are independent, as
-far as rows of one shuffled epoch are, so with H a slot's gradient and H' that of another slot of the same stratum
+A step of N rows sums n slots (a pair of views is one slot). Given the strata of their rates, slots are independent, to
+the extent that rows of one shuffled epoch are. Let H be the gradient of a slot and H' that of another slot of the same
+stratum. Then
 
     Tr Cov(step) = n/N^2 E[|H|^2 - <H, H'>]        (strata none: one stratum of all rates; mathematics.md section 2)
 
-|H|^2 has a heavy tail, of a lone masked token at a rate near eps; <H, H'> is small and has none. So slots are drawn at
-the rates that matter, by a proposal r, and weighed by p/r: unbiased, and the arms share data, noise, rates, and most
-gradients. Real steps g, g', as a trainer takes them, are the reference: |g - g'|^2 / 2 has the same mean.
+|H|^2 has a heavy tail from rows with a single masked token at a rate near eps. <H, H'> is small and has no such tail.
+So slots are drawn from a proposal density r, which prefers the important rates, and are weighted by p/r. This is
+unbiased, and the arms can share data, noise, rates and most gradients. Pairs of real training steps g, g' are the
+reference: |g - g'|^2 / 2 has the same mean.
 """
 
 from collections.abc import Callable
@@ -37,19 +39,19 @@ from mdmtrain.muon import local, local_gradient
 from mdmtrain.parallel.world import World
 from mdmtrain.variance.probe import Probe
 
-# Far beyond any run, so that each has its own data order and its own noise.
+# Step numbers beyond those of any run, so that data order and noise differ from those of training.
 FIRST_STEP = 1 << 40
 SLOT_STEP = 3 << 40
 ROW_STEP = 4 << 40
-FIT = {"fit_rates": 32, "fit_sequences": 200, "fit_masks": 1}  # forward passes in which p is fitted to the checkpoint
-PARTNERED = 0.5  # share of the slots that are paired with another one: <H, H'> is a small part of the whole
+FIT = {"fit_rates": 32, "fit_sequences": 200, "fit_masks": 1}  # the forward passes that fit p to the checkpoint
+PARTNERED = 0.5  # share of slots for which <H, H'> is measured too; it is a small part of the sum
 Progress = Callable[[], None]
 Slot = tuple[Tensor, float]  # this rank's part of a slot's gradient, and its loss
 
 
 @dataclass(frozen=True)
 class ArmNoise:
-    """What one arm's steps are like: independent values whose means are the quantities."""
+    """The noise of one arm's steps: independent values whose means estimate the quantities."""
 
     gradient: np.ndarray  # float64 [values], mean: Tr Cov of the step gradient
     loss: np.ndarray  # float64 [values], mean: variance of the step loss
@@ -57,20 +59,20 @@ class ArmNoise:
 
 @dataclass(frozen=True)
 class SlotNoise(ArmNoise):
-    """The same from single slots, with what says how much a better density of the rate could still remove."""
+    """The same from single slots, with the values that `intervals.density_floor` needs."""
 
     rate: np.ndarray  # float64 [values], masking rate of the slot
-    weight: np.ndarray  # float64 [values], the arm's density of that rate over the density it was drawn with
+    weight: np.ndarray  # float64 [values], the arm's density at that rate over the proposal density
     square: np.ndarray  # float64 [values], |H|^2 without weights
 
 
 class Bench:
-    """A model in place, and the means to run any arm on it. Every method is a collective."""
+    """Runs any arm on a model. Every public method is a collective."""
 
     def __init__(
         self, model: Transformer, config: Config, sources: list[PreparedSplit], tokenizer: Tokenizer, world: World
     ):
-        """config: the run's; its global batch and micro-batch say how large a step is."""
+        """config: the configuration of the run, with the global batch and the micro-batch of a step."""
         self.model, self.config, self.sources, self.world = model, config, sources, world
         self.mask_id = tokenizer.mask_id
         self._pieces = tokenizer.pieces()
@@ -79,9 +81,9 @@ class Bench:
         self._nothing = torch.cat([torch.zeros_like(local(p)).flatten() for p in model.parameters()])
 
     def step_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> tuple[ArmNoise, np.ndarray]:
-        """The reference, from 2 * pairs real steps: half the squared difference of each pair, and its <g, g'>.
+        """The reference from 2 * pairs real steps: half the squared difference of each pair, and its <g, g'>.
 
-        The mean of the latter (float64 [pairs]) is |E g|^2. Step s reads the same data in every arm with as many
+        <g, g'> is float64 [pairs], with mean |E g|^2. Step s reads the same data in all arms with the same number of
         sequences.
         """
         process = self._process(diffusion)
@@ -94,16 +96,16 @@ class Bench:
         return ArmNoise(np.array(gradients), np.array(losses)), np.array(products)
 
     def slot_noise(self, arms: dict[str, DiffusionConfig], slots: int, on_slot: Progress) -> dict[str, SlotNoise]:
-        """The noise of each arm's steps from `slots` single slots, one value each, by the formula above.
+        """The noise of each arm's steps by the formula above, from `slots` single slots with one value each.
 
-        Values of equal index share data, positions' noise and (given the range) rates over all arms, whose ratios are
-        therefore sharper than their values. Schedule linear.
+        In all arms, values of equal index share data, position noise and (for equal rate ranges) rates. So ratios of
+        arms have less noise than the values. The schedule is linear.
         """
         seed, rows, dataset = self.config.run.seed, self.config.run.global_batch, self._dataset(DiffusionConfig())
         processes = {name: self._process(arm) for name, arm in arms.items()}
         about = {name: (self._proposal(process), self._centre(process)) for name, process in processes.items()}
         first = strata.uniforms(seed, SLOT_STEP, slots, "global")
-        # Independent: the index of a stratified slot says in which half its uniform lies.
+        # These are not stratified, because the index of a stratified slot says in which half its uniform number is.
         second, chance = (strata.uniforms(seed, SLOT_STEP + k, slots, "none") for k in (1, 2))
         values: dict[str, list] = {name: [] for name in arms}
         for index in range(slots):
@@ -116,7 +118,7 @@ class Bench:
                 square = self._moments(slot, slot, centre)
                 value = weight * square
                 if chance[index] < PARTNERED:
-                    # Another rate of the stratum that t lies in, of the proposal within it.
+                    # Another rate of the same stratum as t, drawn from the proposal within the stratum.
                     parts = {"none": 1, "global": per_step, "rank": per_step // self.world.size}[process.config.strata]
                     stratum = min(int(process.density.cdf(t)[0] * parts), parts - 1)
                     low, high = proposal.cdf(process.density.draw(np.array([stratum, stratum + 1]) / parts)[0])
@@ -129,11 +131,11 @@ class Bench:
         return {name: SlotNoise(*np.array(of).T) for name, of in values.items()}
 
     def decompose(self, rows: int, on_row: Progress) -> dict[str, dict[str, np.ndarray]]:
-        """Single rows under independent, uniform rates: {"gradient" | "loss": {kind: float64 [rows]}}.
+        """Single rows under independent, uniform rates: {"gradient" | "loss": {kind: float64 [rows]}}, for one row.
 
-        |H|^2 - <H, H'> has the mean of half the squared difference of two rows that share what the kind says: A (same
-        row and rate, other mask), AB (same row), AC (same rate, other row: A + B_int + C), ABC (nothing), mirror (the
-        two views of one MIRROR pair: A (1 - rho)). In units of one row.
+        Each value is |H|^2 - <H, H'>. Its mean is that of half the squared difference of two rows. The kind says what
+        the two rows share: A (row and rate, with different masks), AB (the row), AC (the rate: A + B_int + C), ABC
+        (nothing), mirror (they are the two views of a MIRROR pair: A (1 - rho)).
         """
         plain = DiffusionConfig(eps=self.config.diffusion.eps, strata="none")
         process, pair_process = plain_process(plain), plain_process(plain.model_copy(update={"views": "mirror"}))
@@ -182,10 +184,10 @@ class Bench:
     def _slot(
         self, process: ForwardProcess, row: Batch, t: np.ndarray, known: list | None = None, view: int | None = None
     ) -> Slot:
-        """One slot at a rate (float64 [1]): gradient and loss per token of its views together, or of one of them.
+        """One slot at the rate t (float64 [1]): gradient and loss per token, of all its views or of view `view`.
 
-        known: slots of the same data so far; the same masked rows with weights in proportion are not run again. Every
-        rank runs the slot, rank 0's counts.
+        known: earlier slots with the same data. If one has the same masked rows and proportional weights, its gradient
+        is scaled instead of computed again. All ranks compute the slot; only rank 0's gradient counts.
         """
         known, masked_batch = (
             [] if known is None else known,
@@ -206,7 +208,7 @@ class Bench:
     def _backward(
         self, masked_batch: MaskedBatch, segments: Tensor | None, views: int, tokens: int, share: float = 1.0
     ) -> Tensor:
-        """Add share times the gradient of the rows' loss per token of `tokens`; returns that loss."""
+        """Add `share` times the gradient of the rows' loss divided by `tokens`. Returns this loss."""
         ce = masked_cross_entropy(self.model, masked_batch, segments, views)
         loss = row_losses(ce, masked_batch).sum() / tokens
         (share * loss).backward()
@@ -229,16 +231,19 @@ class Bench:
         return np.array([self._inner(one[0], other[0]), (one[1] - centre) * (other[1] - centre)])
 
     def _centre(self, process: ForwardProcess) -> float:
-        """A constant near a slot's mean loss, from steps of its own: any is right, this one leaves little noise."""
+        """A constant near the mean loss of a slot, from four separate steps.
+
+        Any constant gives an unbiased result. This one gives little noise.
+        """
         return (
             float(np.mean([self._step(process, SLOT_STEP - k)[1] for k in range(1, 5)])) * process.config.rows_per_slot
         )
 
     def _proposal(self, process: ForwardProcess) -> Density:
-        """Where to look: three quarters by t^-1.5, the rest uniform.
+        """The proposal density of the rate: three quarters proportional to t^-1.5, one quarter uniform.
 
-        |H|^2 falls as 1/t and varies most, and costs least, where rows mostly have no mask; for complements at both
-        ends. Drawn counts have one mask all the way from t = 1/L down.
+        |H|^2 falls as 1/t. At small rates most rows have no mask, so |H|^2 varies most and a slot costs least. With
+        complementary views this holds at both ends. With drawn counts, a row has one mask for all t below 1/L.
         """
         low, high = process.density.edges[[0, -1]]
         steps = np.geomspace(1e-3, 0.5, 48)
@@ -256,7 +261,7 @@ class Bench:
     # ---- samplers
 
     def _process(self, diffusion: DiffusionConfig) -> ForwardProcess:
-        """The arm's forward process: the objective as named (not annealed); for P-POTS, p fitted to this model."""
+        """The arm's forward process, with its final objective (not annealed). For P-POTS, p is fitted to this model."""
         process = plain_process(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return process
@@ -271,13 +276,13 @@ class Bench:
 
 
 def _drawn(process: ForwardProcess, proposal: Density, u: float) -> tuple[np.ndarray, float]:
-    """(the proposal's rate at u: float64 [1], its weight p/r)."""
+    """(the proposal's rate at u as float64 [1], its weight p/r)."""
     t, r = proposal.draw(np.array([u]))
     return t, float(process.density.at(t)[0] / r[0])
 
 
 def _row(batch: Batch, data: int, noise: int) -> Batch:
-    """One slot: the data of one, the positions' noise of another."""
+    """One slot with the data of slot number `data` and the position noise of slot number `noise`."""
     at = slice(data, data + 1)
     segments = None if batch.segments is None else batch.segments[at]
     uniforms = batch.uniforms[noise : noise + 1]
@@ -294,7 +299,7 @@ def _one_view(pair: MaskedBatch, view: int) -> MaskedBatch:
 
 
 def _proportion(one: MaskedBatch, other: MaskedBatch) -> float | None:
-    """One factor between all weights of the same masked rows, or None."""
+    """The factor between the weights if both have the same masked rows and proportional weights, else None."""
     if not torch.equal(one.noisy, other.noisy):
         return None
     ratio = one.weights / other.weights

@@ -7,7 +7,7 @@ import numpy as np
 from mdmtrain.variance.gradients import SlotNoise
 
 RESAMPLES = 2000
-FLOOR_BINS = 24  # of the rate, in `density_floor`
+FLOOR_BINS = 24  # number of bins of the rate in `density_floor`
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Spread:
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> Spread:
-    """Mean of independent values with its bootstrap interval."""
+    """The mean of independent values with its bootstrap interval."""
     means = values[_resamples(len(values), seed)].mean(axis=1)
     return Spread(float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
 
 
 def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = True, seed: int = 0) -> Spread:
-    """Ratio of two means. shared: values of equal index share their data, so both are resampled together."""
+    """The ratio of two means. shared: values of equal index share their data, so both are resampled together."""
     chosen = _resamples(len(values), seed)
     chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
     ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
@@ -34,10 +34,10 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = Tru
 
 
 def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
-    """The least second moment of the gradient over all densities of the rate, as a share of this arm's own.
+    """The smallest second moment of the gradient that any density of the rate can reach, as a share of this arm's.
 
-    noise: of an arm with uniform rates. (mean sqrt(s2))^2 / mean s2 with s2(t) = E[|H|^2 | t] (mathematics.md, section
-    3), by bins of the rate that hold equally many slots.
+    noise: of an arm with uniform rates. Computes (mean sqrt(s2))^2 / mean s2 with s2(t) = E[|H|^2 | t] (mathematics.md,
+    section 3), with bins of the rate that have equal numbers of slots.
     """
     order = np.argsort(noise.rate)
     bins = np.empty(len(order), dtype=np.int64)

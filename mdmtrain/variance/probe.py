@@ -1,6 +1,6 @@
-"""Forward passes on a grid of sequences x rates x masks: the variance components during training, and the fit of p.
+"""Forward passes on a grid of sequences x rates x masks: variance components during training, and the fit of p.
 
-Neither changes the noise or the data order of training: each uses its own random stream.
+Both use their own random streams, so they do not change the noise or the data order of training.
 """
 
 import time
@@ -26,7 +26,7 @@ from mdmtrain.variance.components import loss_components, paired_rates
 
 
 class Probe:
-    """A run's model, looked at without a backward pass. Its methods with a forward process are collectives."""
+    """Measures a model with forward passes only. `decompose` and `fit` are collectives."""
 
     def __init__(self, model: Transformer, config: Config, mask_id: int, world: World):
         self._model, self._config, self._mask_id, self._world = model, config, mask_id, world
@@ -35,12 +35,12 @@ class Probe:
     def decompose(
         self, process: ForwardProcess, validation: list[PreparedSplit], step: int
     ) -> tuple[dict[str, float | None], float, float]:
-        """The variance components of one slot's loss, A, B_t, B_int and C, on validation rows drawn anew.
+        """The variance components A, B_t, B_int and C of one slot's loss, on randomly drawn validation rows.
 
-        The loss is that of the forward process, with its sampler, masks, views and weights but without its strata,
-        which a slot by itself does not have: y = sum_i weight_i CE_i / L, averaged over the views. The components are
-        in squared nats per token; None stands for one that is not finite. Then the seconds that this took, and their
-        share of the time since the last one.
+        Returns (components, seconds, share): the components in squared nats per token, None where not finite; the
+        seconds that the probe took; and their share of the time since the previous probe. The loss is that of the
+        forward process with its sampler, masks, views and weights: y = sum_i weight_i CE_i / L, averaged over the
+        views. Strata are not used, because they relate the slots of a step and this is the loss of one slot.
         """
         start = time.monotonic()
         monitor = self._config.monitor
@@ -56,11 +56,11 @@ class Probe:
         return found, seconds, seconds / (self._since - before)
 
     def fit(self, process: ForwardProcess, sources: list[PreparedSplit]) -> Density:
-        """P-POTS by forward passes alone (arXiv 2511.18159): the density for the present weights.
+        """The P-POTS density for the present weights, from forward passes only (arXiv 2511.18159).
 
-        process: with uniform rates; its configuration says what is fitted. The fit makes fit_rates x fit_sequences x
-        fit_masks passes on training rows. The rates are one stratification over rates and sequences, so that each bin
-        gets its share and the mean statistic of a bin is unbiased.
+        process: a process with uniform rates; its configuration says what is fitted. The fit uses fit_rates x
+        fit_sequences x fit_masks forward passes on training rows. The rates are stratified over all rates and
+        sequences together, so that each bin gets its share of them and the mean statistic of a bin is unbiased.
         """
         seed = self._config.run.seed
         diffusion = process.config
@@ -83,10 +83,10 @@ class Probe:
         self, process: ForwardProcess, rows: Rows, draws: MaskingRates, masks: int, stream: Stream, step: int,
         value: Callable[[Tensor, MaskedBatch], Tensor],
     ) -> np.ndarray:  # fmt: skip
-        """`value` of every (sequence, rate, mask, view): float64 [a, b, masks, views].
+        """`value` for every (sequence, rate, mask, view): float64 [a, b, masks, views].
 
-        rows: a of them; draws: a * b rates, those of a sequence together; stream, step: the positions' noise.
-        Batches of eval.batch slots are formed by global index, so every number of ranks computes the same.
+        rows: a rows. draws: a * b rates, grouped by sequence. stream, step: determine the noise of the positions.
+        Batches of eval.batch slots are formed by global index, so the result does not depend on the number of ranks.
         """
         (ids, eligible, segments), batch = rows, self._config.eval.batch
         count, length = len(draws.rates) * masks, ids.shape[1]

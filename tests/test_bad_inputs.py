@@ -279,7 +279,7 @@ def model_without_a_dimension(lab):
     return lab.train("model.d_ff=null")
 
 
-@case("train", "model.d_model=32", "model.n_heads=3", "or give model.head_dim")
+@case("train", "model.d_model=32", "model.n_heads=3", "or set model.head_dim")
 def heads_that_do_not_divide_the_width(lab):
     return lab.train("model.n_heads=3")
 
@@ -289,7 +289,7 @@ def key_value_heads_that_do_not_divide_the_heads(lab):
     return lab.train("model.n_heads=4", "model.n_kv_heads=3")
 
 
-@case("train", "model.vocab_size=500", "tokenizer's 512", "leave it out")
+@case("train", "model.vocab_size=500", "tokenizer's 512", "remove the setting")
 def vocabulary_smaller_than_the_tokenizer(lab):
     return lab.train("model.vocab_size=500")
 

@@ -212,8 +212,8 @@ def test_a_slow_rank_is_named_and_the_wait_of_the_others_is_not_counted(two_rank
     assert {r["slowest_rank"] for r in records} == {1}
     # Of two ranks the median is the mean: a rank whose wait counted as its own would have 1.0.
     assert min(r["slowest_over_median"] for r in records[1:]) > 1.5
-    assert "rank 1 takes" in (folder / "slow/logs/rank-0.log").read_text()
-    assert "takes" not in (folder / "calm/logs/rank-0.log").read_text()
+    assert "rank 1 is slow" in (folder / "slow/logs/rank-0.log").read_text()
+    assert "is slow" not in (folder / "calm/logs/rank-0.log").read_text()
 
 
 def test_a_profile_of_the_steps_that_were_asked_for(two_ranks):

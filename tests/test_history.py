@@ -79,9 +79,8 @@ def test_a_run_that_was_killed_before_its_first_save_starts_again(run, finished)
     (run / "history.jsonl").write_text(history[0] + "\n" + '{"time": "torn')
     old = (run / "metrics.jsonl").read_text()
     done = train(run, finished)
-    assert (
-        done.status == 0 and "9 records of steps 1 to 6 moved from metrics.jsonl to metrics.abandoned.jsonl" in done.out
-    )
+    assert done.status == 0
+    assert "9 records of steps 1 to 6 moved from metrics.jsonl to metrics.abandoned.jsonl" in done.out
     assert read_metrics(run) == read_metrics(finished)
     assert (run / "metrics.abandoned.jsonl").read_text() == old
     assert [e["event"] for e in run_folder.read_history(run)] == ["start", "start", *["checkpoint"] * 3]

@@ -1,9 +1,10 @@
 """Bidirectional multi-head attention with rotary positions and grouped key/value heads.
 
-Rows of several documents or with pads carry a mask. On CUDA it is FlexAttention's: one block mask covers documents,
-pads, causality and grouped heads in float32 and bfloat16, on torch 2.11 and 2.13, skips the blocks that no query
-sees, and can be run on a CPU, where tests compare it. (varlen_attn takes half precision only, has no grouped heads in
-2.11, and wants boundaries, whose number changes with every batch.) Elsewhere, SDPA with a boolean mask: the reference.
+Rows with several documents or with padding have a mask. On CUDA the mask is a block mask of FlexAttention. It supports
+documents, padding, causality and grouped heads in float32 and bfloat16 on torch 2.11 and 2.13, skips blocks that no
+query sees, and also runs on a CPU, where tests compare it with SDPA. (varlen_attn supports only half precision, has no
+grouped heads in torch 2.11, and needs the boundaries of documents, whose number changes with each batch.) On other
+devices the model uses SDPA with a boolean mask, which is the reference.
 """
 
 from collections.abc import Callable
@@ -21,18 +22,22 @@ Mask = Tensor | BlockMask
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """Not compiled, FlexAttention makes [.., L, L] tensors. Not at import: that takes seconds."""
+    """Compile a function of FlexAttention, which makes [.., L, L] tensors if it is not compiled.
+
+    Called at first use and not at import, because it takes seconds.
+    """
     return torch.compile(function)
 
 
 def takes_flex(device: torch.device, head_dim: int) -> bool:
-    return device.type == "cuda" and head_dim >= 16  # where its kernels begin
+    return device.type == "cuda" and head_dim >= 16  # the smallest head of its kernels
 
 
 def attention_mask(segments: Tensor | None, shape: ModelShape) -> Mask | None:
-    """What queries may see, made once a batch; None: everything (a causal model: what came before).
+    """The attention mask of a batch, or None if every position sees all others (causal: all earlier ones).
 
-    segments: int [B, L]; attention stays between equal values (pads have one of their own: no row of it is empty).
+    segments: int [B, L], or None. Positions see each other if their values are equal. Padding has its own value, so
+    that no row of the mask is empty.
     """
     if segments is None:
         return None
@@ -43,7 +48,7 @@ def attention_mask(segments: Tensor | None, shape: ModelShape) -> Mask | None:
 
 
 def block_mask(segments: Tensor, causal: bool) -> BlockMask:
-    """The same for FlexAttention."""
+    """The same mask for FlexAttention. segments: int [B, L]."""
     B, L = segments.shape
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def block_mask(segments: Tensor, causal: bool) -> BlockMask:
 
 
 def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (arXiv 2104.09864), float32 [L, head_dim], halves repeated."""
+    """cos and sin of the rotary angles (arXiv 2104.09864), each float32 [L, head_dim] with two equal halves."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
@@ -69,7 +74,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Every position sees every other one (a causal model: those before it), or those that `mask` allows."""
+    """Attention between all positions (in a causal model: to earlier ones), or between those that the mask allows."""
 
     def __init__(self, shape: ModelShape):
         super().__init__()
@@ -84,7 +89,10 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
-        """x: [B, L, d_model]; mask: of `attention_mask` (a tensor: bool [B, 1, L, L]). Returns [B, L, d_model]."""
+        """x: [B, L, d_model]. cos, sin: see `rotary_angles`. mask: see `attention_mask`; a tensor is bool [B, 1, L, L].
+
+        Returns [B, L, d_model].
+        """
         B, L, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, L, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(B, L, -1, self.head_dim)).transpose(1, 2)
@@ -96,6 +104,6 @@ class Attention(nn.Module):
                 flex = _compiled(flex_attention)
             out = flex(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
-            causal = self.causal and mask is None  # a mask says it already
+            causal = self.causal and mask is None  # a mask includes causality already
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(B, L, -1))

@@ -1,8 +1,9 @@
-"""The output head: only masked positions are ever turned into logits.
+"""The output head, which computes logits only at masked positions.
 
-A masked diffusion model needs on average half of the positions' logits, and none at once: rows are gathered first, then
-taken in chunks of fixed size, each recomputed in the backward pass, so memory holds one chunk of [rows, vocabulary].
-The loop lives inside one forward call, because FSDP counts calls and the number of chunks differs from rank to rank.
+On average only half of the positions are masked. Their hidden states are gathered first and then processed in chunks of
+a fixed size. The backward pass recomputes each chunk, so memory holds only one chunk of [rows, vocabulary] logits. The
+loop over chunks is inside one forward call, because all ranks must call an FSDP module equally often, and the number of
+chunks differs between ranks.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Head(nn.Module):
-    """Linear map to the vocabulary. With tied embeddings it owns no parameter and is handed the embedding's."""
+    """Linear map to the vocabulary. With tied embeddings it has no parameter; `forward` gets that of the embedding."""
 
     def __init__(self, d_model: int, vocab_size: int, tied: bool, chunk: int, fused: bool = False):
         super().__init__()
@@ -20,9 +21,10 @@ class Head(nn.Module):
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, rows: Tensor, targets: Tensor | None, tied_weight: Tensor | None) -> Tensor:
-        """rows: [K, d_model], the hidden states of the masked positions; K = 0 is legal.
+        """The cross-entropy in nats, float32 [K], or if targets is None the logits, float32 [K, vocab_size].
 
-        targets: int64 [K] -> cross-entropy in nats, float32 [K]; None -> logits, float32 [K, vocab_size].
+        rows: [K, d_model], the hidden states of the masked positions; K may be 0. targets: int64 [K] or None.
+        tied_weight: the weight of the embedding [vocab_size, d_model] if it is tied, else None.
         """
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None, "tied embeddings: the embedding's weight is missing"
@@ -31,7 +33,7 @@ class Head(nn.Module):
         if self.fused:
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk)
             return F.linear_cross_entropy(rows, weight, targets, reduction="none", options=options)
-        if len(rows) <= self.chunk:  # one chunk: nothing to save by recomputing it
+        if len(rows) <= self.chunk:  # with a single chunk, recomputation would save no memory
             return _cross_entropy(rows, targets, weight)
         losses = [
             checkpoint(_cross_entropy, r, t, weight, use_reentrant=False)

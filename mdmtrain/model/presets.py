@@ -1,4 +1,4 @@
-"""Model shapes, from a laptop's 2M to LLaDA's 8B, and the one place where a configuration becomes a shape."""
+"""Model shapes: presets from 2M parameters (for a laptop) to LLaDA's 8B, and the shape for a configuration."""
 
 from dataclasses import MISSING, asdict, dataclass, fields
 
@@ -7,9 +7,9 @@ from mdmtrain.config import ModelConfig
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that defines the network. Two checkpoints with equal shapes have the same parameters."""
+    """All numbers that define the network. Checkpoints with equal shapes have the same parameters."""
 
-    vocab_size: int  # rows of the embedding, at least the tokenizer's size
+    vocab_size: int  # rows of the embedding; at least the size of the tokenizer
     d_model: int
     n_layers: int
     n_heads: int
@@ -21,14 +21,14 @@ class ModelShape:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    head_dim: int = 0  # width of one head; 0: d_model / n_heads
+    head_dim: int = 0  # width of one head; 0 means d_model / n_heads
 
     def __post_init__(self):
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
 
     def parameters(self) -> int:
-        """Number of parameters."""
+        """The number of parameters."""
         attention = 2 * self.head_dim * (self.d_model * (self.n_heads + self.n_kv_heads) + self.qk_norm)
         block = attention + self.d_model * (3 * self.d_ff + 2)
         ends = self.vocab_size * (1 if self.tied_embeddings else 2)
@@ -39,7 +39,7 @@ def _preset(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int, d_ff: in
     return dict(d_model=d_model, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=d_ff, **more)
 
 
-# Named by the parameters of the blocks; the embedding and the head come on top.
+# The name is the number of parameters in the blocks, without embedding and head.
 PRESETS = {
     "2m": _preset(192, 5, 6, 6, 512, tied_embeddings=True),
     "10m": _preset(320, 8, 5, 5, 864, tied_embeddings=True),
@@ -54,30 +54,33 @@ PRESETS = {
 
 
 def model_shape(config: ModelConfig, tokenizer_size: int) -> ModelShape:
-    """The shape that a configuration describes, for a tokenizer of the given size.
+    """The shape for a configuration and a tokenizer of the given size.
 
-    Raises ValueError for an unknown preset, a missing or impossible dimension, or a vocabulary that does not fit.
+    Raises ValueError for an unknown preset, a missing or invalid dimension, or a vocabulary smaller than the tokenizer.
     """
     if config.preset is not None and config.preset not in PRESETS:
-        raise ValueError(f"model.preset={config.preset!r} is unknown: there are {', '.join(PRESETS)}")
+        raise ValueError(f"model.preset={config.preset!r} is unknown: use one of {', '.join(PRESETS)}")
     given = {name: value for name, value in config.model_dump(exclude={"preset"}).items() if value is not None}
     values = {"vocab_size": -(-tokenizer_size // 64) * 64, **PRESETS.get(config.preset or "", {}), **given}
     missing = [f"model.{f.name}" for f in fields(ModelShape) if f.default is MISSING and f.name not in values]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing: give them, or a model.preset ({', '.join(PRESETS)})")
+        raise ValueError(f"{', '.join(missing)} missing: set them, or set model.preset ({', '.join(PRESETS)})")
     if "head_dim" not in values and values["d_model"] % values["n_heads"]:
         raise ValueError(
             f"model.d_model={values['d_model']} is not a multiple of model.n_heads={values['n_heads']}: change one, or "
-            "give model.head_dim"
+            "set model.head_dim"
         )
     shape = ModelShape(**values)
     if shape.vocab_size < tokenizer_size:
         raise ValueError(
             f"model.vocab_size={shape.vocab_size} is smaller than the tokenizer's {tokenizer_size}: "
-            "leave it out, or give at least that"
+            "remove the setting, or set it to at least that number"
         )
     if shape.head_dim % 2:
-        raise ValueError(f"model.head_dim={shape.head_dim} (default: d_model / n_heads) must be even: rotary pairs")
+        raise ValueError(
+            f"model.head_dim={shape.head_dim} (default: d_model / n_heads) must be even, because rotary positions "
+            "rotate pairs"
+        )
     if shape.n_heads % shape.n_kv_heads:
         raise ValueError(f"model.n_heads={shape.n_heads} is not a multiple of model.n_kv_heads={shape.n_kv_heads}")
     return shape

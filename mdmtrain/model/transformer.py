@@ -1,7 +1,7 @@
-"""A bidirectional pre-norm transformer: token ids in, the cross-entropy of chosen positions out.
+"""A bidirectional pre-norm transformer that maps token ids to the cross-entropy of chosen positions.
 
-Llama's block (RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases) without the causal mask. It is not
-told the masking rate: the number of mask tokens that it sees says as much (arXiv 2406.03736).
+Its block is that of Llama (RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases) without the causal
+mask. The masking rate is not an input, because the number of mask tokens already shows it (arXiv 2406.03736).
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `recompute`: options of activation checkpointing, set by parallel/parallelize.py; None: off."""
+    """One layer. recompute: options of activation checkpointing, set by parallel/parallelize.py; None means off."""
 
     def __init__(self, shape: ModelShape):
         super().__init__()
@@ -67,18 +67,17 @@ class Transformer(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
-        """ids: int64 [B, L]; positions: int64 [K], flat indices b * L + i of the rows that go through the head.
+        """The cross-entropy of `targets` in nats, float32 [K], or without targets the logits, float32 [K, vocab_size].
 
-        segments: int [B, L], attention stays between equal values; None: everything sees everything.
-        Returns the cross-entropy against `targets` (int64 [K]) in nats, float32 [K], or without targets the logits,
-        float32 [K, vocab_size].
+        ids: int64 [B, L]. positions: int64 [K], the flat indices b * L + i of the positions that the head computes.
+        targets: int64 [K] or None. segments: int [B, L] or None, see `attention_mask`.
         """
         cos, sin = rotary_angles(ids.shape[1], self.shape.head_dim, self.shape.rope_theta, ids.device)
         mask = attention_mask(segments, self.shape)
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        # The norm acts on each position alone, so only the rows that are needed pass it.
+        # The norm works on each position separately, so only the needed rows are normalised.
         rows = self.norm(x.flatten(0, 1).index_select(0, positions))
         return self.head(rows, targets, self.embed.weight if self.shape.tied_embeddings else None)
 
@@ -88,16 +87,16 @@ def masked_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
     if segments is not None:
-        if rows_per_slot > 1:  # a copy, which is not in pinned memory
+        if rows_per_slot > 1:  # makes a copy that is not in pinned memory
             segments = segments.repeat_interleave(rows_per_slot, dim=0)
         segments = segments.to(masked_batch.noisy.device, non_blocking=True)
     return model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, segments)
 
 
 def initial_std(name: str, shape: ModelShape) -> float | None:
-    """Standard deviation of a parameter's initial values; None: ones (the norms).
+    """The standard deviation of a parameter's initial values, or None if they are ones (norms).
 
-    Residual outputs are scaled by 1/sqrt(2 n_layers), so that the stream's variance does not grow with depth.
+    Outputs to the residual stream are scaled by 1/sqrt(2 n_layers), so that its variance does not grow with depth.
     """
     if "norm" in name:
         return None

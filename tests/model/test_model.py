@@ -92,7 +92,7 @@ def test_fields_given_override_the_preset():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"preset": "9b"}, "model.preset='9b' is unknown: there are 2m"),
+        ({"preset": "9b"}, "model.preset='9b' is unknown: use one of 2m"),
         ({}, "model.d_model, model.n_layers, model.n_heads, model.n_kv_heads, model.d_ff missing"),
         ({"preset": "2m", "vocab_size": 999}, "model.vocab_size=999 is smaller than the tokenizer's 1000"),
         ({"preset": "2m", "d_model": 190}, "model.d_model=190 is not a multiple of model.n_heads=6"),

@@ -1,4 +1,4 @@
-"""Another run's weights as the start of a run (checkpoint.init_from), also with another vocabulary."""
+"""Start a run from another run's weights (checkpoint.init_from), also with a different vocabulary."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ from mdmtrain.config import Config
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.parallel.world import AgreedError, World
 
-PER_PIECE = ("embed.weight", "head.weight")  # parameters with a row for each token of the vocabulary
+PER_PIECE = ("embed.weight", "head.weight")  # parameters with one row per token of the vocabulary
 
 
 def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, model: nn.Module, world: World) -> str:
-    """Load another run's weights (its average, if it has one) into the model. Returns a description of them.
+    """Load another run's weights (their EMA, if it has one) into the model. Returns a description of them.
 
-    With checkpoint.resize_vocab the other run may have another vocabulary. Raises AgreedError. A collective.
+    With checkpoint.resize_vocab the other run may have a different vocabulary. Raises AgreedError. A collective.
     """
     source_run = config.checkpoint.init_from
     assert source_run is not None
@@ -33,14 +33,14 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
     other = vocabularies[0] != vocabularies[1]
     if other and not resize:
         (rows, theirs), (wanted, ours) = vocabularies
-        what = "it has another tokenizer"
+        what = "it has a different tokenizer"
         if rows != wanted:
             what = f"its vocabulary has {rows} rows, not {wanted}"
             if theirs != ours:
-                what += ", and another tokenizer"
+                what += ", and it has a different tokenizer"
         raise AgreedError(
-            f"{where}: {what}: start from weights of the same vocabulary, or set checkpoint.resize_vocab=true: rows of "
-            "the embedding and the head then move with their tokens, and new tokens start at the mean row"
+            f"{where}: {what}: start from weights with the same vocabulary, or set checkpoint.resize_vocab=true: rows "
+            "of the embedding and the head are then copied by token, and new tokens start at the mean row"
         )
     if problem := store.damage(folder, world):
         raise AgreedError(f"{where}: {problem}: use another checkpoint")
@@ -58,7 +58,7 @@ def load_initial_weights(config: Config, identity: dict, tokenizer: Tokenizer, m
         raise AgreedError(f"{where}: the two vocabularies have no token in common: start from other weights")
     for name in by_piece:
         copy_into(parameters[name], resized(old[name], rows, len(pieces)))
-    others = "the others start at the mean row"
+    others = "all others start at the mean row"
     return f"{folder}, resized: {kept} of {tokenizer.vocab_size} tokens keep their rows, {others}"
 
 

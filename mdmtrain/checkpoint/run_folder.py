@@ -1,4 +1,4 @@
-"""The folder of one run: what it says about itself."""
+"""The run folder: the files that describe the run, and its history."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from mdmtrain.config import Config
 from mdmtrain.files import writing
 
 HISTORY = "history.jsonl"
-ABANDONED = "abandoned-"  # before the name of what a run has left behind
+ABANDONED = "abandoned-"  # prefix for the names of abandoned checkpoints and exports
 
 
 @contextmanager
 def removed_if_refused(folder: Path) -> Iterator[None]:
-    """Remove a new run folder where the start is refused (ValueError, OSError) before `describe_run` has filled it.
+    """Remove a new run folder if the start fails (ValueError, OSError) before `describe_run` has written to it.
 
-    Only the lock, the logs of ranks and empty folders go: whatever else lies there stays. For one rank to call.
+    Removes only the lock, the logs of ranks and empty folders. Only one rank may call it.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -36,15 +36,15 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
                 with suppress(OSError):
                     file.unlink()
             for path in (folder / "logs", *new):
-                with suppress(OSError):  # not there, or not empty
+                with suppress(OSError):  # missing, or not empty
                     path.rmdir()
         raise
 
 
 def describe_run(folder: Path, config: Config, step: int, origin: str, ranks: int) -> None:
-    """Write what the run is (config.yaml), what it runs on (environment.json), and that it starts (history.jsonl).
+    """Write the configuration (config.yaml), the software (environment.json) and the start (history.jsonl) of a run.
 
-    step: iterations done so far; origin: where its weights come from.
+    step: number of steps done so far. origin: where the weights come from. ranks: number of ranks.
     """
     environment = {
         "command": shlex.join(sys.argv),
@@ -72,7 +72,7 @@ def add_to_history(folder: Path, event: str, **facts) -> None:
 
 
 def read_history(folder: Path) -> list[dict]:
-    """The lines of a run's history, oldest first; none for a run of an older version. Damaged lines are left out."""
+    """The entries of a run's history, oldest first. Damaged lines are skipped. Runs of older versions have none."""
     entries = []
     if (folder / HISTORY).is_file():
         for line in (folder / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -84,12 +84,12 @@ def read_history(folder: Path) -> list[dict]:
 
 
 def last_start(folder: Path) -> dict:
-    """The last start in a run's history; empty where there is none."""
+    """The last start in a run's history, or an empty dict."""
     return next((entry for entry in reversed(read_history(folder)) if entry["event"] == "start"), {})
 
 
 def lost_checkpoint(folder: Path) -> int | None:
-    """The step of the newest checkpoint that the run committed since it last began at step 0; None: it never has."""
+    """The step of the newest checkpoint in the history since the run last began at step 0, or None."""
     newest = None
     for entry in read_history(folder):
         if entry["event"] == "checkpoint":
@@ -100,7 +100,7 @@ def lost_checkpoint(folder: Path) -> int | None:
 
 
 def abandon(folder: Path, step: int) -> list[Path]:
-    """Rename the step-NNNNNNNN entries of a folder (checkpoints, exports) that lie beyond `step`; their new places."""
+    """Rename the entries step-NNNNNNNN of a folder (checkpoints, exports) after `step`. Returns the new paths."""
     moved = []
     for old in sorted(folder.glob(store.FOLDERS), key=str) if folder.is_dir() else []:
         if store.step_of(old) > step:
@@ -115,7 +115,7 @@ def abandon(folder: Path, step: int) -> list[Path]:
 
 
 def git_revision() -> str | None:
-    """Of this checkout; of the one that a job's copy of the code was taken from, as the launcher says."""
+    """The git revision of this code, or None. A launcher that copies the code sets MDMTRAIN_REVISION."""
     if told := os.environ.get("MDMTRAIN_REVISION"):
         return told
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,4 +1,7 @@
-"""Who may write a run folder: one process at a time. Standard library only: a supervisor asks without torch."""
+"""The lock of a run folder: only one process may write the folder at a time.
+
+Uses only the standard library, so that a supervisor can check the lock without torch.
+"""
 
 import fcntl
 import os
@@ -9,15 +12,15 @@ from typing import IO
 
 from mdmtrain.files import writing
 
-LOCK = ".lock"  # in the run folder; its text names the process that holds it
-PATIENCE = 10.0  # seconds: a killed predecessor may need a moment to go
+LOCK = ".lock"  # a file in the run folder; its text names the process that holds the lock
+PATIENCE = 10.0  # seconds to wait for the lock, because a killed process may need a moment to end
 
 
 class RunLock:
-    """The right to write a run folder. The operating system takes it back when the process ends, however it ends."""
+    """An exclusive lock on a run folder. The operating system releases it when the process ends for any reason."""
 
     def __init__(self, folder: Path):
-        """Raises ValueError when another live process holds the folder, OSError when it cannot be written."""
+        """Raises ValueError if another live process holds the lock, OSError if the folder cannot be written."""
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
@@ -33,7 +36,7 @@ class RunLock:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """The live process, on any node, that holds a run folder's lock, or None."""
+    """The live process (on any node) that holds the lock of a run folder, or None."""
     if not (folder / LOCK).is_file():
         return None
     with open(folder / LOCK, "r+", encoding="utf-8") as file:
@@ -41,7 +44,7 @@ def lock_holder(folder: Path) -> str | None:
 
 
 def _take(file: IO[str]) -> str | None:
-    """Lock an open lock file until it is closed. None, or who holds it instead."""
+    """Lock an open file until it is closed. Returns None, or the name of the process that holds the lock."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: written, recorded in its history, and exported where that is due."""
+"""Write the checkpoints of a run, record them in its history, and start the exports that are due."""
 
 import os
 from dataclasses import asdict
@@ -16,15 +16,16 @@ from mdmtrain.parallel.world import World
 
 
 class Saver:
-    """Every rank calls it. scores: the validation NELBO after each step that was evaluated, filled on rank 0; see
-    `store.save`.
+    """Saves the checkpoints of a run. All ranks call it.
+
+    scores: the validation NELBO by evaluated step, needed on rank 0; see `store.save`.
     """
 
     def __init__(
         self, config: Config, plan: RunPlan, writer: CheckpointWriter, world: World, resumed: Path | None,
         identity: dict, cursor: Cursor, scores: dict[int, float],
     ):  # fmt: skip
-        """resumed, identity, cursor: the checkpoint that the run resumes from; see `run_identity` and `continued`."""
+        """resumed: the checkpoint that the run was resumed from. identity, cursor: see `run_identity`, `continued`."""
         self.scores = scores
         self._config = config
         self._plan = plan
@@ -35,8 +36,9 @@ class Saver:
         self._exports = SideExports(config, resumed, world.is_main)
 
     def save(self, step: int, tensors: dict[str, Tensor], recorder: dict) -> None:
-        """Begin the checkpoint of `step`; `finish` comes first. tensors: see `store.training_tensors`; recorder: the
-        state of the StepRecorder. Raises AgreedError.
+        """Begin the checkpoint of `step`. Call `finish` before. Raises AgreedError.
+
+        tensors: see `store.training_tensors`. recorder: the state of the StepRecorder.
         """
         tokens = self._cursor.at(step, self._config.slots_per_step, self._plan.tokens_per_step).tokens
         meta = {
@@ -46,16 +48,16 @@ class Saver:
             "has_average": self._config.optim.ema_decay is not None,
             "recorder": recorder,
             "config": self._config.model_dump(mode="json"),
-            "working_directory": os.getcwd(),  # which relative paths in it are relative to
+            "working_directory": os.getcwd(),  # the base of relative paths in the configuration
         }
         self._writer.save(step, tensors, meta, self.scores)
 
     def poll(self) -> Path | None:
-        """The checkpoint committed since the last question, if there is one. A collective. Raises AgreedError."""
+        """The checkpoint committed since the last call, or None. A collective. Raises AgreedError."""
         return self._committed(self._writer.poll())
 
     def finish(self) -> Path | None:
-        """The same, once what is being written is committed: waits for it."""
+        """Wait for the save in progress. Returns its checkpoint, or None if there is no save. Raises AgreedError."""
         return self._committed(self._writer.finish())
 
     def _committed(self, checkpoint: Path | None) -> Path | None:
@@ -66,11 +68,11 @@ class Saver:
         return checkpoint
 
     def finish_exports(self) -> None:
-        """Wait for the exports that still run."""
+        """Wait for the exports in progress."""
         self._exports.finish()
 
     def best(self) -> str | None:
-        """A line that names the best checkpoint, on rank 0, where checkpoint.keep_best asks for it and it is known."""
+        """A line that names the best checkpoint. None if checkpoint.keep_best is off, none has a score, or rank > 0."""
         if not self._world.is_main or not self._config.checkpoint.keep_best:
             return None
         best = store.best_of(store.complete_checkpoints(store.home(self._config)), self.scores)

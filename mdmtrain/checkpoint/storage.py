@@ -1,7 +1,7 @@
-"""Where checkpoints are: in a folder on a disk, or in an object store that fsspec reaches (s3://, gs://, memory://).
+"""The storage of checkpoints: a folder on a disk, or an object store supported by fsspec (s3://, gs://, memory://).
 
-A place on a disk is a Path, any other a UPath, which has the same methods. What differs between the two is in
-`LocalDisk` and `ObjectStore`; `storage_of` chooses one.
+A folder on a disk is a Path. Any other is a UPath, which has the same methods. `LocalDisk` and `ObjectStore` contain
+the differences; `storage_of` chooses one of them.
 """
 
 import fcntl
@@ -20,20 +20,20 @@ from mdmtrain.parallel.world import describe_error
 
 
 def place(text: str) -> Path:
-    """The folder that a path or an fsspec URL names: a Path, or a UPath. Raises ValueError where nothing reaches it."""
+    """The folder at a path or an fsspec URL, as a Path or a UPath. Raises ValueError for an unknown protocol."""
     if "://" not in text:
         return Path(text)
     try:
-        found = UPath(text, use_listings_cache=False)  # other ranks write there too
-        _ = found.fs  # made here, so that what is missing is said here
+        found = UPath(text, use_listings_cache=False)  # no cache: other ranks write there too
+        _ = found.fs  # import the protocol's package now, so that a missing one is reported here
         return cast(Path, found)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{text}: {describe_error(error)}: install what reaches it, or choose another place") from None
+        raise ValueError(f"{text}: {describe_error(error)}: install its package, or choose another place") from None
 
 
 @contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
-    """Make an OSError of any error of an object store's library: they have their own."""
+    """Convert all errors of an object store's library to OSError, because each library has its own error types."""
     try:
         yield
     except (ValueError, OSError):
@@ -43,7 +43,7 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its marker first, so that a folder that is half removed does not count."""
+    """Remove a checkpoint. meta.json is removed first, so that a partly removed folder is not a complete checkpoint."""
     with storage_errors(folder):
         (folder / "meta.json").unlink(missing_ok=True)
         if folder.exists():
@@ -51,12 +51,12 @@ def remove(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old text or the new, never a part."""
+    """Replace a text file atomically: after a crash it has the old text or the new one, never a part."""
     storage_of(path).replace(path, text)
 
 
 def checksum(file: Path) -> str:
-    """CRC-32 of a file's content: finds what a disk or a copy has damaged, and reads faster than a disk writes."""
+    """CRC-32 of a file's content. It detects damage by a disk or a copy, and is faster than writing to a disk."""
     value = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -68,19 +68,19 @@ def checksum(file: Path) -> str:
 
 
 class Storage(Protocol):
-    """What depends on where a folder is."""
+    """The operations that differ between a disk and an object store."""
 
     def remove_tree(self, folder: Path) -> None:
         """Remove a folder with all that it contains."""
 
     def replace(self, path: Path, text: str) -> None:
-        """Write a text file as a whole: a crash leaves the old text or the new."""
+        """Replace a text file atomically."""
 
     def hold(self, folder: Path) -> IO:
-        """Keep a checkpoint from being removed as too old, until the returned file is closed or the process ends."""
+        """Protect a checkpoint from removal (as too old) until the returned file is closed or the process ends."""
 
     def held(self, folder: Path) -> bool:
-        """Does any process hold a checkpoint?"""
+        """Does any process protect the checkpoint with `hold`?"""
 
     def sync(self, file: IO) -> None:
         """Bring what was written into an open file to the disk itself."""
@@ -115,7 +115,7 @@ class LocalDisk:
 
 
 class ObjectStore:
-    """It has no locks, so nothing is held. It replaces an object as a whole by itself."""
+    """An object store. It has no locks, so `hold` protects nothing. It always replaces objects atomically."""
 
     def remove_tree(self, folder: Path) -> None:
         cast(UPath, folder).rmdir(recursive=True)

@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: the loop waits until its tensors are copied, and trains on while the copy is written."""
+"""Asynchronous checkpoints: training waits only until its tensors are copied; a thread writes the copy."""
 
 import threading
 from collections.abc import Mapping
@@ -19,29 +19,30 @@ from mdmtrain.parallel.world import WRITER_THREAD, World
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints, one at a time, each in a thread of every rank (checkpoint.asynchronous).
+    """Saves a run's checkpoints one at a time. With checkpoint.asynchronous, a thread on each rank writes them.
 
-    The threads talk over a process group of their own, so that they never meet the loop's collectives. How a save ended
-    becomes known where all ranks ask together: `poll` and `finish`. An AgreedError comes up there, on every rank.
+    The threads have their own process group, so that their collectives cannot mix with those of the training loop.
+    `poll` and `finish`, which all ranks call together, return the result of a save. They raise AgreedError on all ranks
+    if it failed.
     """
 
     def __init__(self, home: Path, tokenizer: bytes, config: CheckpointConfig, world: World, patience: float):
         """A collective. home: the folder of checkpoints; tokenizer: the content of its file, which each of them has.
 
-        patience: minutes that a rank waits for the slowest one to have written its file.
+        patience: minutes that a rank waits until the slowest rank has written its file.
         """
         self._home = home
         self._tokenizer = tokenizer
         self._config = config
         self._world = world
         self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=patience)))
-        self._copies: dict[str, Tensor] = {}  # used again by each save: pinning memory takes long
+        self._copies: dict[str, Tensor] = {}  # reused by each save, because pinning memory takes long
         self._saving: Future[Path] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict, scores: Mapping[int, float]) -> None:
-        """Write the checkpoint of `step`; the one before must be finished. Raises AgreedError, if not asynchronous.
+        """Begin to write the checkpoint of `step`. The previous one must be finished. scores: see `store.save`.
 
-        scores: see `store.save`.
+        If not asynchronous, returns when the checkpoint is written, and raises AgreedError if that failed.
         """
         assert self._saving is None, "finish() comes first"
         saving: Future[Path] = Future()
@@ -57,14 +58,14 @@ class CheckpointWriter:
         def write() -> None:
             try:
                 saving.set_result(store.save(*arguments, self._beside, self._copies, scores))
-            except BaseException as error:  # for the thread that asks
+            except BaseException as error:  # the main thread raises it
                 saving.set_exception(error)
 
-        # A daemon: a process that fails for another reason must not wait for ranks that may be gone.
+        # A daemon thread, because a process that fails otherwise must not wait for ranks that may have died.
         threading.Thread(target=write, name=WRITER_THREAD, daemon=True).start()
 
     def poll(self) -> Path | None:
-        """The checkpoint committed since the last question, if there is one. A collective while one is written."""
+        """The checkpoint committed since the last call, or None. A collective while a save is in progress."""
         if self._saving is None:
             return None
         done = torch.tensor([int(self._saving.done())], dtype=torch.int32)
@@ -72,7 +73,7 @@ class CheckpointWriter:
         return self.finish() if done.item() else None
 
     def finish(self) -> Path | None:
-        """The same, once what is being written is committed: waits for it."""
+        """Wait for the save in progress. Returns its checkpoint, or None if there is no save."""
         saving = self._saving
         self._saving = None
         return saving.result() if saving is not None else None

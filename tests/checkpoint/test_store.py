@@ -85,5 +85,5 @@ def test_a_flipped_byte_is_found(home, caplog):
 
 def test_places_that_nothing_reaches():
     for place in ("nosuchstore://bucket/run", "abfs://container/run"):
-        with pytest.raises(ValueError, match=f"^{place}: .*install what reaches it"):
+        with pytest.raises(ValueError, match=f"^{place}: .*install its package"):
             storage.place(place)

@@ -1,4 +1,4 @@
-"""The command line and the end of a command: one error line for a person, an exit status for whoever started it."""
+"""The command line of a command, its error line and its exit status."""
 
 import argparse
 import atexit
@@ -28,14 +28,14 @@ STANDARD_OUTPUT = "standard output"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line like all others."""
+    """An argument parser whose errors are one line, as all other errors are."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}: see {self.prog} --help")
 
 
 def output_file(argument: str) -> Path:
-    """The type of an argument that names a file to write: refused at once where it cannot be, not after the work."""
+    """The type of an argument that names an output file. A file that cannot be written is an error before the work."""
     path = Path(argument)
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"cannot write {path}: it is a folder, or its folder is missing or read-only")
@@ -43,10 +43,10 @@ def output_file(argument: str) -> Path:
 
 
 class _StandardStream(io.FileIO):
-    """Standard output or standard error, which may break at any time: its reader ends, a terminal closes, a disk fills.
+    """Standard output or standard error.
 
-    Standard error then loses what is written to it, and so does standard output once `survive` is set: one line in the
-    log says so. Otherwise the first failed write raises OSError, and what comes after it is lost.
+    A write may fail at any time, because the reader ends, the terminal is closed or the disk is full. With `survive` (always set for standard error), failed writes are dropped, and one line in the log says so. Without
+    it, the first failed write raises OSError, and later ones are dropped.
     """
 
     def __init__(self, descriptor: int, name: str, survive: bool):
@@ -58,7 +58,7 @@ class _StandardStream(io.FileIO):
 
     def write(self, data) -> int:
         try:
-            while (written := super().write(data)) is None:  # a full pipe that somebody made non-blocking
+            while (written := super().write(data)) is None:  # a full pipe in non-blocking mode
                 select.select([], [self], [])
             return written
         except OSError as error:
@@ -66,22 +66,22 @@ class _StandardStream(io.FileIO):
             self._failed = True
             if first and not self.survive:
                 raise OSError(error.errno, f"cannot write: {error.strerror}", self.title) from None
-            if not self._said and log.isEnabledFor(logging.INFO):  # a record of this level goes to the file only
+            if not self._said and log.isEnabledFor(logging.INFO):  # a record of this level goes only to the file
                 self._said = True
-                log.info("%s is gone (%s): the run continues, its lines are lost", self.title, describe_error(error))
+                log.info("cannot write to %s (%s): the run continues without it", self.title, describe_error(error))
             return len(data)
 
 
 def _own_standard_streams() -> None:
-    """Make the standard streams robust, those too that were closed when the process started."""
+    """Replace the standard streams by robust ones, and open those that were closed when the process started."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # or the next file to be opened would become, say, standard output
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        except OSError:  # closed: the next opened file would get its number, and would become standard output
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     for name, descriptor, title in (("stdout", 1, STANDARD_OUTPUT), ("stderr", 2, "standard error")):
         old = getattr(sys, name)
-        if old is not getattr(sys, f"__{name}__"):  # somebody collects it: not ours to replace
+        if old is not getattr(sys, f"__{name}__"):  # a test or a caller has redirected it
             continue
         if old is not None:
             old.flush()
@@ -101,15 +101,16 @@ def survive_terminal() -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End a command: at its end in good order; with one `error:` line and status BAD_INPUT on ValueError or OSError;
-    with status STOPPED_EARLY where it was stopped on request with work left that its last checkpoint does not show.
+    """Run a command in the block, and end the process with the right message and exit status.
 
-    The traceback goes to the log file where there is one (DEBUG level), and to the terminal with MDMTRAIN_DEBUG=1.
-    Identical errors of several ranks on a node are printed once; an error of a single rank names the rank. A command
-    whose reader has gone (`| head`) ends without a word, unless it called `survive_terminal`.
+    ValueError and OSError print one `error:` line and exit with status BAD_INPUT. Interrupted (stopped on request, with
+    work remaining that the last checkpoint does not show) exits with status STOPPED_EARLY. The traceback goes to the
+    log file (level DEBUG) if there is one, and with MDMTRAIN_DEBUG=1 to the terminal. If several ranks on a node have
+    the same error, it is printed once. The error of a single rank names the rank. If the reader of standard output has
+    ended (`| head`), the command ends without a message, unless it has called `survive_terminal`.
     """
     _own_standard_streams()
-    # Libraries may speak up about errors alone: DCP warns of every unreadable file, with its traceback.
+    # Libraries may log errors only. DCP, for example, warns about every unreadable file with a traceback.
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
     log.setLevel(logging.WARNING)
     try:
@@ -130,7 +131,7 @@ def user_errors() -> Iterator[None]:
             print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             _let_checkpoint_finish()
-            # Other ranks may hang in a collective, and an orderly shutdown would wait for the process group.
+            # Other ranks may be waiting in a collective, and a normal shutdown would wait for the process group.
             exit_at_once(BAD_INPUT)
         sys.exit(BAD_INPUT)
     except Exception:
@@ -139,21 +140,21 @@ def user_errors() -> Iterator[None]:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Gloo's threads may still hold tensors; if the interpreter is going down when they let go, the process aborts
-        # with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
+        # Gloo's threads may still hold tensors. If they release them while the interpreter shuts down, the process
+        # aborts with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
         exit_at_once(0)
 
 
 def _tell_torchrun(message: str) -> None:
-    """Write the error file of torch.distributed.elastic, which torchrun prints at the end of its summary."""
+    """Write the error file of torch.distributed.elastic. torchrun prints it at the end of its summary."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):  # a full disk must not hide the error itself
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _let_checkpoint_finish() -> None:
-    """A checkpoint that is being written asynchronously may yet be committed, unless ranks are gone."""
+    """Wait until the asynchronous checkpoint in progress is committed, at most WRITER_PATIENCE seconds."""
     for thread in threading.enumerate():
         if thread.name == WRITER_THREAD:
             thread.join(WRITER_PATIENCE)

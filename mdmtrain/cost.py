@@ -1,8 +1,9 @@
-"""What a run costs on given GPUs: memory, communication, time. Arithmetic only, so that 1,024 GPUs plan in a second.
+"""Predict what a run costs on given GPUs: memory, communication and time. Pure arithmetic, fast for 1,024 GPUs.
 
-Everything follows from the configuration and a few facts of the GPU; what is assumed rather than derived (how much of
-the peak a step reaches, how fast a disk is) is a field of `Assumptions` and is printed with the result. What the engine
-really sends and holds is measured by tools/observed.py and tools/bench/allocator.py; tests and tools compare the two.
+The prediction follows from the configuration and a few data-sheet numbers of the GPU. Numbers that cannot be derived
+(the share of the peak that a step reaches, the speed of a disk) are fields of `Assumptions` and are printed with the
+result. tools/observed.py and tools/bench/allocator.py measure what the engine really sends and allocates. Tests and
+tools compare this with the prediction.
 """
 
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ class Gpu:
 
     memory: float  # bytes
     peak: float  # dense bfloat16 FLOP/s
-    near: float  # bytes/s each way to the GPUs of its node
-    far: float  # bytes/s each way to other nodes (one network card a GPU)
+    near: float  # bytes/s in each direction to GPUs of the same node
+    far: float  # bytes/s in each direction to other nodes (one network card per GPU)
     per_node: int = 8
 
 
@@ -45,29 +46,29 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What arithmetic cannot know."""
+    """The numbers that cannot be derived."""
 
     compute_efficiency: float = 0.5  # share of the peak that the matrix products of a step reach
     link_efficiency: float = 0.7  # share of a link's data-sheet bandwidth that a large collective reaches
-    masked: float = 0.5  # share of the positions that go through the head, in the mean of a step
+    masked: float = 0.5  # mean share of the positions that are masked, and so computed by the head
     memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
-    disk: float = 1e9  # bytes/s that one rank writes into a checkpoint
-    host_link: float = 25e9  # bytes/s each way between a GPU and its host's memory (saves, offload)
-    host_memory: float = 20e9  # bytes/s at which a rank's optimizer runs through its host's memory (offload)
+    disk: float = 1e9  # bytes/s at which one rank writes a checkpoint
+    host_link: float = 25e9  # bytes/s in each direction between a GPU and host memory (saves, offload)
+    host_memory: float = 20e9  # bytes/s at which the optimizer of one rank reads and writes host memory (offload)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One configuration on one number of GPUs. Bytes, FLOPs and seconds, per rank where not said otherwise."""
+    """The prediction for one configuration on one number of GPUs. All values are per rank unless stated otherwise."""
 
     gpus: int
     reasons: tuple[str, ...]  # of the resolved plan
-    memory: dict[str, float]  # bytes of the GPU by kind; of WORK one is there at a time
-    host_bytes: float  # of host memory: what is offloaded
+    memory: dict[str, float]  # bytes of GPU memory by kind; the kinds of WORK are never in use at the same time
+    host_bytes: float  # bytes of host memory for offloaded tensors
     fits: bool
-    traffic: dict[str, float]  # bytes sent a step, by collective; "host": between GPU and host, both ways
-    link: str  # over which the sharding collectives go: "node" or "network"
-    model_flops: float  # of one step on all GPUs, what MFU counts
+    traffic: dict[str, float]  # bytes sent per step, by collective; "host": between GPU and host, in both directions
+    link: str  # the link of the sharding collectives: "node" or "network"
+    model_flops: float  # FLOPs of one step on all GPUs, as MFU counts them
     compute_seconds: float
     communication_seconds: float
     optimizer_seconds: float  # after the backward pass: Muon, and what runs through the host's memory (offload)
@@ -77,8 +78,8 @@ class Cost:
     days: float
     gpu_hours: float
     checkpoint_bytes: float  # all ranks
-    stall_seconds: float  # a save's copy to the host, for which training waits
-    write_seconds: float  # from there to the disk, while training goes on
+    stall_seconds: float  # of a save: the copy to the host, for which training waits
+    write_seconds: float  # of a save: the write to the disk, while training continues
 
     @property
     def memory_total(self) -> float:
@@ -87,7 +88,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters by the groups that FSDP gathers together."""
+    """Numbers of parameters in the groups that FSDP gathers together."""
 
     block: int
     blocks: int
@@ -124,11 +125,11 @@ def sizes(shape: ModelShape) -> Sizes:
 
 
 def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, composed_norms: bool = False) -> float:
-    """Numbers that one block keeps for the backward pass, per token. Composed norms (the CPU's) keep their inputs twice
-    and a few statistics.
+    """The number of values that one block keeps for the backward pass, per token.
 
-    A budget is taken as a share of what a block without compilation keeps beyond its input; torch takes it of what the
-    compiler would keep by itself, which is less.
+    composed_norms: norms consist of several operations (on the CPU), which keep their inputs twice and a few
+    statistics. The budget is applied to all values that an uncompiled block keeps, except its input. torch applies it
+    to the values that the compiler would keep, which are fewer.
     """
     d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
@@ -138,29 +139,30 @@ def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, comp
             return d + (q + 2 * kv) + q + d + 2 * ff + d
         case "budget":
             return d + budget * (saved_per_token(shape, "none") - d)
-    # Both norms' inputs and outputs; q, k, v (with qk_norm, before and after); attention's output; the four of SwiGLU.
+    # Inputs and outputs of both norms; q, k, v (with qk_norm before and after it); the output of attention; the four
+    # values of SwiGLU.
     norms = 2 * d + 6 if composed_norms else 0
     return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + 4 * ff + norms
 
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
-    """Numbers per token: (kept by all blocks for the backward pass, what a block that computes its own again adds)."""
+    """Values per token: (kept by all blocks for the backward pass, added by a block while it recomputes its own)."""
     mode, every = config.parallel.activation_checkpointing, config.parallel.recompute_every
     whole = saved_per_token(shape, "none", composed_norms=composed_norms)
     if mode == "selective":
         recomputed, least = -(-shape.n_layers // every), saved_per_token(shape, "full")
-        after = (shape.n_layers - 1) % every  # blocks behind the last recomputed one: theirs are gone by then
+        after = (shape.n_layers - 1) % every  # blocks after the last recomputed one, which have freed theirs
         return (shape.n_layers - recomputed) * whole + recomputed * least, whole - least - after * whole
     kept = whole if mode == "none" else saved_per_token(shape, mode, config.parallel.recompute_budget)
     return shape.n_layers * kept, whole - kept
 
 
-WORK = ("head at work", "block at work")  # kinds of memory of which only one is there at a time
-BACKWARD = ("gathered", "activations", *WORK)  # gone by the time the optimizer works
+WORK = ("head at work", "block at work")  # kinds of memory that are never in use at the same time
+BACKWARD = ("gathered", "activations", *WORK)  # kinds that are freed before the optimizer's step
 
 
 def peak(kinds: dict[str, float]) -> float:
-    """Bytes at the worst moment of a step: in the backward pass, or when the optimizer works."""
+    """The peak bytes of a step, which occur in the backward pass or in the optimizer's step."""
     backward = sum(kinds[kind] for kind in BACKWARD) - min(kinds[kind] for kind in WORK)
     working = kinds["optimizer at work"]
     return sum(kinds.values()) - sum(kinds[kind] for kind in BACKWARD) - working + max(backward, working)
@@ -169,35 +171,36 @@ def peak(kinds: dict[str, float]) -> float:
 def memory(
     shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions, on_cpu: bool = False
 ) -> dict[str, float]:
-    """Peak bytes on one rank by kind, in the backward pass of a micro-batch and after it; `peak` adds them up.
+    """Peak bytes on one rank by kind, in the backward pass of a micro-batch and after it. `peak` combines the kinds.
 
-    The backward pass begins with the head, all activations still there; then the last block, most of them there, works
-    with the gradient of the head on its way to the other ranks. Eager mode: compiled blocks keep a little less.
-    on_cpu: norms are composed, and Muon works in float32.
+    The backward pass begins with the head while all activations are in memory. The last block follows, while most
+    activations are in memory and the gradient of the head is being reduced. The numbers are for eager mode; compiled
+    blocks keep a little less. on_cpu: norms are composed, and Muon computes in float32.
     """
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
     tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
     stay = 0 if config.parallel.reshard_after_forward else parts.blocks
-    gathered_blocks = 0 if stay else min(2, parts.blocks)  # the one in use and the next
+    gathered_blocks = 0 if stay else min(2, parts.blocks)  # the block in use, and the prefetched one
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
     kept, again = activations(shape, config, on_cpu)
-    # Offloaded, all of this is in host memory, but for a block's shard in float32, on its way.
+    # With offload, all of this is in host memory, except the float32 shard of the block that is being copied.
     states, offload = state_bytes(config, shape, shard), config.parallel.offload
     states = dict.fromkeys(states, 0.0) if offload else states
     return {
         **states,
-        # Throughout the backward pass, in the compute dtype: a tied matrix, what is not freed, the buffer of the last
-        # gathering.
+        # In the whole backward pass, in the compute dtype: a tied matrix, parameters that are not freed, and the buffer
+        # of the last all-gather.
         "gathered": width
         * float(parts.root + stay * parts.block + (parts.embed if stay else 0) + (parts.block if shard > 1 else 0)),
         "activations": width * tokens * kept,
-        # Its weight and that one's gradient; rows before and after the norm and their gradient; for one chunk, in
-        # float32, the log-probabilities and two gradients (fused: in place).
+        # The weight of the head and its gradient; the rows before and after the norm, and their gradient; for one
+        # chunk, in float32, the log-probabilities and two gradients (fused: in place).
         "head at work": width * (parts.head + matrix)
         + 3 * width * tokens * assumed.masked * shape.d_model
         + (4 if config.parallel.fused_head else 12) * rows * shape.vocab_size,
-        # Gathered parameters; what is recomputed, or, when that is used up, the gradients before and while they are
-        # reduced; gradients of the stream and inside SwiGLU; that of the head on its way, or of a tied matrix.
+        # Gathered parameters; recomputed activations, or later the gradients before and during their reduction;
+        # gradients of the residual stream and inside SwiGLU; the gradient of the head during its reduction, or that of
+        # a tied matrix.
         "block at work": width * gathered_blocks * parts.block
         + max(width * tokens * again, (width + 4) * parts.block)
         + width * tokens * (shape.d_model + 2 * shape.d_ff)
@@ -208,13 +211,13 @@ def memory(
 
 
 def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, float]:
-    """What a rank keeps from step to step."""
+    """The bytes that a rank keeps between steps, by kind."""
     one = 4 * sizes(shape).total / shard
-    moments = 2 * one - (4 * muon_parameters(shape) / shard if config.optim.name == "muon" else 0.0)  # Muon keeps one
+    moments = 2 * one - (4 * muon_parameters(shape) / shard if config.optim.name == "muon" else 0.0)  # Muon has one
     return {
         "parameters": one,
         "gradients": one,
-        # Kept from one step to the next where the gradient's noise is measured.
+        # The copy of the gradient of a GradientPair.
         "gradient pair": one if config.monitor.probe_every else 0.0,
         "optimizer": moments,
         "average": one if config.optim.ema_decay is not None else 0.0,
@@ -222,15 +225,16 @@ def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, floa
 
 
 def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulation: int) -> dict[str, float]:
-    """Bytes that a rank sends in one step, by collective, as rings send them."""
+    """Bytes that a rank sends in one step, by collective. All collectives are rings."""
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
-    # The backward pass gathers again what was freed: not the head, nor a tied matrix, which stay.
+    # The backward pass gathers the freed parameters again. The head and a tied matrix are not freed.
     again = parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
     others, copies = (shard - 1) / shard, world // shard
-    # Offloaded shards come in float32 for every gathering, and gradients go back: with copies, once they are added up.
+    # With offload, float32 shards are copied to the GPU before each all-gather, and gradients are copied back: after
+    # each micro-step, or with several replicas after the all-reduce of the step.
     back = parts.total * (accumulation if copies == 1 else 1)
     host = 4 * (accumulation * (parts.total + again) + back) / shard
-    if muon := config.optim.name == "muon":  # there and back again
+    if muon := config.optim.name == "muon":  # to the GPU and back
         host += 2 * muon_width() * muon_parameters(shape) / shard
     return {
         "all_gather": accumulation * width * (parts.total + again) * others,
@@ -246,7 +250,7 @@ def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulat
 
 @cache
 def muon_shapes(shape: ModelShape) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of each matrix that Muon takes, in the optimizer's order."""
+    """(rows, columns) of each matrix that Muon updates, in the order of the optimizer."""
     with torch.device("meta"):
         return tuple((p.shape[0], p.shape[1]) for p in muon_matrices(Transformer(shape, 1)).values())
 
@@ -256,15 +260,15 @@ def muon_parameters(shape: ModelShape) -> int:
 
 
 def muon_width(on_cpu: bool = False) -> int:
-    """Bytes of a number that is sent to a matrix's owner and back."""
+    """The size in bytes of each value that is sent to the owner of a matrix and back."""
     return newton_schulz_dtype("cpu" if on_cpu else "cuda").itemsize
 
 
 @cache
 def muon_traffic(shape: ModelShape, shard: int) -> tuple[int, ...]:
-    """Bytes that each rank of a copy sends in one step: its rows to the owners, and results to those who have the rows.
+    """The bytes that each rank of a replica sends in one step: its rows to the owners, and the owners' results back.
 
-    Ranks differ: some own a matrix more, and the last ones may have fewer rows.
+    Ranks differ: some own one matrix more, and the last ones may have fewer rows.
     """
     shapes, sent = muon_shapes(shape), [0] * shard
     for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
@@ -275,7 +279,7 @@ def muon_traffic(shape: ModelShape, shard: int) -> tuple[int, ...]:
 
 @cache
 def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> float:
-    """Most bytes on one rank while Muon works: both buffers, and what the iterations on its largest matrix need."""
+    """Peak bytes on one rank in Muon's step: both buffers, and the iterations on its largest matrix."""
     shapes, width = muon_shapes(shape), muon_width(on_cpu)
     buffers, work = [0] * shard, [0.0] * shard
     for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
@@ -283,7 +287,8 @@ def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> f
         if shard > 1:
             buffers[owner] += width * size
             buffers = [count + width * part * columns for count, part in zip(buffers, own, strict=True)]
-        # The matrix, two iterates, two squares of the short side; before that, in float32, old and new momentum.
+        # The matrix, two iterates, and two square matrices of the short side. Before that, old and new momentum in
+        # float32.
         iterations = width * (3 * size + 2 * min(rows, columns) ** 2)
         momentum = 0 if offload else 8 * own[owner] * columns
         work[owner] = max(work[owner], iterations, momentum)
@@ -292,7 +297,7 @@ def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> f
 
 @cache
 def muon_flops(shape: ModelShape, shard: int) -> int:
-    """FLOPs of the rank that has most to orthogonalise."""
+    """The FLOPs of orthogonalisation on the busiest rank."""
     shapes, work = muon_shapes(shape), [0] * shard
     for one, owner in zip(shapes, choose_owners(shapes, shard), strict=True):
         work[owner] += orthogonalize_flops(*one)
@@ -300,10 +305,10 @@ def muon_flops(shape: ModelShape, shard: int) -> int:
 
 
 def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
-    """(FLOPs that MFU counts, FLOPs that run) of one step on all ranks: forward, backward, and what is recomputed.
+    """(FLOPs that MFU counts, FLOPs that are computed) in one step on all ranks; the latter include recomputation.
 
-    A budget that holds all products and attention recomputes none of them; a smaller one in proportion, at most (the
-    compiler chooses the cheapest).
+    A budget with room for all matrix products and attention recomputes none of them. With a smaller budget the
+    recomputed share grows in proportion. This is an upper bound, because the compiler recomputes the cheapest ones.
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = sizes(shape).blocks * sizes(shape).block
@@ -311,14 +316,14 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     blocks = tokens * (2 * matrices + attention)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
     budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
-    d = shape.d_model  # a block's input, which is always kept
+    d = shape.d_model  # the input of a block, which is always kept
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
     again["budget"] = max(0.0, (ops - budget) / (ops - d))
     return 3 * (blocks + head), (3 + again[config.parallel.activation_checkpointing]) * blocks + 4 * head
 
 
 def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
-    """The MFU (arXiv 2204.02311) of a run at one token per second of all ranks; None where the GPU is not in GPUS."""
+    """The MFU (arXiv 2204.02311) of a run at one token per second over all ranks, or None if the GPU is not in GPUS."""
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
     if not peaks:
@@ -328,7 +333,7 @@ def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.d
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
-    """The whole plan. Raises ValueError where the configuration does not resolve on so many ranks."""
+    """The prediction. Raises ValueError if the configuration is not valid for this number of GPUs."""
     plan = resolve(config, gpus)
     shard = gpus // config.parallel.replicate
     kinds = memory(shape, config, shard, plan.micro_batch, assumed)
@@ -338,7 +343,7 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     within = (gpu.near if near else gpu.far) * assumed.link_efficiency
     sharding = (sent["all_gather"] + sent["reduce_scatter"]) / within
     communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
-    communication = max(communication, sent["host"] / assumed.host_link)  # links of their own
+    communication = max(communication, sent["host"] / assumed.host_link)  # these use separate links
     counted, run = step_flops(shape, config, assumed.masked)
     flops = gpu.peak * assumed.compute_efficiency
     compute = run / gpus / flops
@@ -349,7 +354,7 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
         # AdamW reads parameter, gradient and two moments and writes all but the gradient, in one pass. Muon makes eight
         # passes, which read and write 18 numbers for each parameter.
         optimizer += (28 * (parameters - matrices) + 72 * matrices) / shard / assumed.host_memory
-    seconds = max(compute, communication) + optimizer  # collectives of one block run under the products of another
+    seconds = max(compute, communication) + optimizer  # collectives and matrix products overlap
     states = sum(state_bytes(config, shape, shard).values())
     total = seconds * config.run.steps
     saved = parameters * (16 if config.optim.ema_decay is not None else 12) - 4 * matrices

@@ -1,5 +1,5 @@
-"""Exit statuses of the commands, for whoever starts them. No imports: a supervisor reads them without torch."""
+"""Exit statuses of the commands. This module imports nothing, so that a supervisor can read them without torch."""
 
-BAD_INPUT = 2  # a user's error, said in one line
-STOPPED_EARLY = 75  # stopped on request, with work left that no checkpoint shows: start it again (EX_TEMPFAIL)
-BROKEN_PIPE = 141  # the reader of standard output has gone: 128 + SIGPIPE, as of any other command
+BAD_INPUT = 2  # a user's error, reported in one line
+STOPPED_EARLY = 75  # stopped on request with work remaining that no checkpoint shows: start it again (EX_TEMPFAIL)
+BROKEN_PIPE = 141  # the reader of standard output has ended: 128 + SIGPIPE, as for other commands

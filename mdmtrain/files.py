@@ -13,7 +13,7 @@ from typing import BinaryIO, TextIO
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Say where a write failed: the operating system names a file that it cannot open, not one that it cannot fill."""
+    """Add the place to the error of a failed write: the operating system names a file only if it cannot be opened."""
     try:
         yield
     except OSError as error:
@@ -23,8 +23,9 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A new text file to write. At the end of the block it takes the place of `path`: a crash leaves the old text or
-    the new, never a part. An error in the block leaves `path` as it was.
+    """Write a new text file that replaces `path` atomically at the end of the block.
+
+    After a crash, `path` has the old text or the new one, never a part. An error in the block does not change `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -33,7 +34,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 
 def put_in_place(made: Path, place: Path) -> None:
-    """Give a finished file, or a folder of files, its final name, once its content is on the disk itself."""
+    """Sync a finished file, or a folder of files, to the disk, then give it its final name."""
     for path in (*made.iterdir(), made) if made.is_dir() else (made,):
         sync(path)
     os.replace(made, place)
@@ -41,7 +42,7 @@ def put_in_place(made: Path, place: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk itself."""
+    """Sync a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

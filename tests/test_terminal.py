@@ -77,7 +77,7 @@ def ranks_whose_reader_and_terminal_leave(folder: Path, tree: dict) -> None:
     run.wait_for_step(4)
     gone = last_record(run.dir)["step"]
     run.wait_for_step(gone + 4)
-    assert run.log().count("standard output is gone (Broken pipe)") == 1
+    assert run.log().count("cannot write to standard output (Broken pipe)") == 1
     run.hang_up()
     run.saved_and_stopped()
 
@@ -94,7 +94,7 @@ def a_terminal_that_closes(folder: Path, tree: dict) -> None:
     os.close(master)
     run.saved_and_stopped()
     assert run.process.returncode == 0
-    assert run.log().count("standard output is gone (Input/output error)") == 1
+    assert run.log().count("cannot write to standard output (Input/output error)") == 1
 
 
 def a_hangup_that_nohup_keeps_away(folder: Path, tree: dict) -> None:
@@ -108,7 +108,7 @@ def a_hangup_that_nohup_keeps_away(folder: Path, tree: dict) -> None:
     run.hang_up()
     assert run.process.wait(LIMIT) == 0
     assert newest_step(run.dir) == 30 and "stopped" not in run.log()
-    assert run.log().count("standard output is gone (No space left on device)") == 1
+    assert run.log().count("cannot write to standard output (No space left on device)") == 1
 
 
 def streams_that_were_closed_from_the_start(folder: Path, tree: dict) -> None:

@@ -45,8 +45,9 @@ def output_file(argument: str) -> Path:
 class _StandardStream(io.FileIO):
     """Standard output or standard error.
 
-    A write may fail at any time, because the reader ends, the terminal is closed or the disk is full. With `survive` (always set for standard error), failed writes are dropped, and one line in the log says so. Without
-    it, the first failed write raises OSError, and later ones are dropped.
+    A write may fail at any time, because the reader ends, the terminal is closed or the disk is full. With
+    `survive` (always set for standard error), failed writes are dropped, and one line in the log says so. Without it,
+    the first failed write raises OSError, and later ones are dropped.
     """
 
     def __init__(self, descriptor: int, name: str, survive: bool):

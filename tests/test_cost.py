@@ -261,7 +261,7 @@ def test_what_does_not_fit_gets_a_proposal_that_does(tmp_path):
     [
         (["--gpus", "eight", "--gpu", "h100"], "expected numbers of GPUs"),
         (["--gpus", "7", "--gpu", "h100"], "does not divide over 7 ranks"),
-        (["--gpus", "8", "--gpu", "h100", "--disk", "0"], "assumptions must be above 0"),
+        (["--gpus", "8", "--gpu", "h100", "--disk", "0"], "assumptions must be greater than 0"),
     ],
 )
 def test_bad_plans(arguments, message):

@@ -128,11 +128,11 @@ def test_exactness_is_judged_by_the_law():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps 0 is not positive"),  # and the defaults of the others are good
-        (["--worlds", "2,4"], "--worlds 2,4: 1 first"),
-        (["--worlds", "1,3"], "--worlds 1,3: 1 first"),
-        (["--only", "compile,muon again"], "--only compile,muon again: needs muon, plain too"),
-        (["--only", "plain,fast"], "--only plain,fast: no fast: there are plain, "),
+        (["--steps", "0"], "--steps 0: must be at least 1"),  # and the defaults of the others are good
+        (["--worlds", "2,4"], "--worlds 2,4: must be 1, then"),
+        (["--worlds", "1,3"], "--worlds 1,3: must be 1, then"),
+        (["--only", "compile,muon again"], "--only compile,muon again: add muon, plain"),
+        (["--only", "plain,fast"], "--only plain,fast: unknown fast: use plain, "),
     ],
 )
 def test_exactness_refuses_what_it_cannot_compare(arguments, message):

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""One run in many arrangements: how far apart are their losses and weights? Bitwise equal, where they should be?
+"""Train one run in many arrangements and compare the losses and weights, bit for bit where they should be equal.
 
     python tools/check_exactness.py [--steps N] [--worlds 1,2,4,2x2] [--only NAME,...] [--data DIR] [--json FILE]
 
-Trains a small model on gloo ranks of this machine's CPU, once for each arrangement and world, with one seed. A world
-AxB is HSDP: A copies of B shards. Exit status 1 where a row that should be bitwise equal to the plain run of its
-world is not, or where losses leave the tolerance of law 1 (docs/DESIGN.md) against one rank. Arrangements that begin
-with "muon" are another run and are compared with the plain run under Muon. docs/engine.md has the table of the default
+Trains a small model with one seed on the CPU (gloo), once for each arrangement and each world. A world is a number of
+ranks, or AxB for HSDP with A replicas of B shards. Each run is compared with the plain run of its world and with the
+plain run on one rank. The exit status is 1 if a run that should be bitwise equal to the plain run of its world is not,
+or if its losses differ from those on one rank by more than the tolerance of law 1 (docs/DESIGN.md). Arrangements whose
+name begins with "muon" are compared with the plain run under Muon. docs/engine.md has the table for the default
 arguments.
 """
 
@@ -36,13 +37,13 @@ from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.model.transformer import Transformer
 
-ROWS, ACCUMULATED = 16, 4  # rows of a global batch; micro-steps of the arrangement that accumulates
-FEW, AT_FIRST, AFTER_MANY = 20, 1e-5, 1e-4  # law 1: relative tolerance of losses up to so many steps, and beyond
+ROWS, ACCUMULATED = 16, 4  # rows of the global batch; micro-steps per step with accumulation
+FEW, AT_FIRST, AFTER_MANY = 20, 1e-5, 1e-4  # law 1: relative tolerance of losses up to step FEW, and after it
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """A way to do the same run. `exact`: bitwise equal to the plain run of the same world and optimizer."""
+    """One way to compute the same run. exact: bitwise equal to the plain run of the same world and optimizer."""
 
     parallel: dict
     exact: bool
@@ -52,7 +53,7 @@ class Arrangement:
 
     @property
     def plain(self) -> str:
-        """The arrangement that it is compared with."""
+        """The arrangement to compare with."""
         return "plain" if self.optimizer == "adamw" else self.optimizer
 
 
@@ -65,7 +66,7 @@ ARRANGEMENTS = {
     "keep gathered": Arrangement({"reshard_after_forward": False}, True),
     "offload": Arrangement({"offload": True}, True),
     "average": Arrangement({}, True, ema=True),
-    # Micro-batches add up in another order; compiled blocks and the fused head round elsewhere.
+    # Not exact: accumulation changes the order of sums; compiled blocks and the fused head round differently.
     "fused head": Arrangement({"fused_head": True}, False),
     "accumulate": Arrangement({}, False, accumulate=ACCUMULATED),
     "compile": Arrangement({"compile": True}, False),
@@ -81,13 +82,13 @@ ARRANGEMENTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """Largest relative differences of one run: to one rank, plain, and to its own world, plain."""
+    """The largest relative differences of one run, to the plain run on one rank and to the plain run of its world."""
 
     world: str
     arrangement: str
     exact: bool
     loss_to_one: float  # of any step's loss
-    weights_to_one: float  # |a - b| / |b| over all weights (L2), with the weight average where there is one
+    weights_to_one: float  # |a - b| / |b| over all weights (L2), with the EMA if there is one
     loss_to_plain: float
     weights_to_plain: float
 
@@ -128,7 +129,7 @@ def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_di
 
 
 def train_all(ranks: int, trees: list[dict]) -> None:
-    """Train each configuration in turn, in one world of new processes."""
+    """Train all configurations one after the other, in the same new processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -149,12 +150,12 @@ def _rank(rank: int, ranks: int, port: int, trees: list[dict]) -> None:
         for tree in trees:
             train(configuration.validate(tree, "check_exactness"), world)
             if tree["parallel"].get("compile"):
-                torch.compiler.reset()  # graphs do not remember the budget that they were made under
+                torch.compiler.reset()  # cached graphs do not record their budget
     torch.distributed.destroy_process_group()
 
 
 def outcome(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses by step, and the weights at the end."""
+    """The losses by step, and the final weights."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     raw = open_checkpoint(run_dir, "raw")
@@ -168,7 +169,7 @@ def outcome(run_dir: Path) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def difference(run: tuple, reference: tuple) -> tuple[float, float]:
-    """(largest relative difference of a loss, relative difference of the weights that both have)."""
+    """(largest relative difference of a loss, relative difference of the weights that both runs have)."""
     (losses, weights), (others, those) = run, reference
     assert len(losses) == len(others) and losses
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
@@ -178,7 +179,7 @@ def difference(run: tuple, reference: tuple) -> tuple[float, float]:
 
 
 def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder: Path) -> Iterator[Row]:
-    """Every arrangement in every world. The first world is the reference: one rank."""
+    """Run all arrangements in all worlds. The first world must be "1", the reference."""
     assert worlds[0] == "1" and {ARRANGEMENTS[name].plain for name in names} <= set(names)
     references: dict[str, tuple] = {}
     for world in worlds:
@@ -191,7 +192,7 @@ def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder:
         for name, run in outcomes.items():
             base = ARRANGEMENTS[name].plain
             plain = outcomes[base]
-            if world == "1":  # the average of the run that has one belongs to the plain run's weights
+            if world == "1":  # take the EMA from the run that has one: its weights equal those of the plain run
                 _, weights = references.setdefault(base, (plain[0], dict(plain[1])))
                 weights |= {n: tensor for n, tensor in run[1].items() if n not in weights}
             reference = references[base]
@@ -199,7 +200,7 @@ def measure(steps: int, worlds: list[str], names: list[str], data: Path, folder:
 
 
 def corpus(folder: Path) -> Path:
-    """A few packages of the Python that runs this, prepared."""
+    """Prepare a few packages of Python's standard library as data."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     inputs = sorted(file for name in ("json", "email", "logging", "asyncio") for file in (stdlib / name).glob("*.py"))
     return prepare(inputs, folder, Options(vocab_size=512, validation_fraction=0.1), workers=1).out
@@ -222,24 +223,28 @@ def table_of(rows: list[Row], steps: int) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=FEW, help="of each run (default: %(default)s)")
-    parser.add_argument("--worlds", default="1,2,4,2x2", help="the first is 1, the reference (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=FEW, help="steps of each run (default: %(default)s)")
     parser.add_argument(
-        "--only", default=",".join(ARRANGEMENTS), help="plain, muon, and others of theirs (default: %(default)s)"
+        "--worlds", default="1,2,4,2x2", help="worlds, first 1, which is the reference (default: %(default)s)"
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: one made on the spot)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    parser.add_argument(
+        "--only",
+        default=",".join(ARRANGEMENTS),
+        help="arrangements, with the plain or muon run to compare with (default: %(default)s)",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: a small new one)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
     worlds, names = args.worlds.split(","), args.only.split(",")
     sizes = [world.split("x") for world in worlds]
     if worlds[0] != "1" or not all(len(size) < 3 and all(n in {"1", "2", "4"} for n in size) for size in sizes):
-        raise ValueError(f"--worlds {args.worlds}: 1 first, then numbers of ranks (2, 4) or COPIESxSHARDS (2x2)")
+        raise ValueError(f"--worlds {args.worlds}: must be 1, then numbers of ranks (2, 4) or REPLICASxSHARDS (2x2)")
     if unknown := set(names) - ARRANGEMENTS.keys():
-        raise ValueError(f"--only {args.only}: no {', '.join(sorted(unknown))}: there are {', '.join(ARRANGEMENTS)}")
+        raise ValueError(f"--only {args.only}: unknown {', '.join(sorted(unknown))}: use {', '.join(ARRANGEMENTS)}")
     if missing := {ARRANGEMENTS[name].plain for name in names} - set(names):
-        raise ValueError(f"--only {args.only}: needs {', '.join(sorted(missing))} too, to compare with")
+        raise ValueError(f"--only {args.only}: add {', '.join(sorted(missing))}, to compare with")
     if args.steps < 1:
-        raise ValueError(f"--steps {args.steps} is not positive")
+        raise ValueError(f"--steps {args.steps}: must be at least 1")
     console, begin = Console(width=120), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or corpus(Path(folder) / "corpus")

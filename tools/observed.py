@@ -1,4 +1,4 @@
-"""What the engine itself sends, to compare the plan with: the traffic of a world of any size, on fake tensors."""
+"""Measure the traffic that the engine really sends, with fake tensors and any number of ranks."""
 
 from collections import Counter
 
@@ -17,10 +17,10 @@ from mdmtrain.parallel.world import World
 
 
 def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0) -> dict[str, float]:
-    """Bytes that a rank sends in one micro-step, by collective: the real model on fake tensors in a fake process group.
+    """The bytes that a rank sends in one micro-step, by collective. With Muon, also in the optimizer's step (on GPUs).
 
-    With Muon, also in the optimizer's step, as on GPUs. Starts and ends a process group of its own. Differs from the
-    plan by the padding of rows that do not divide.
+    Runs the real model on fake tensors in a fake process group, which it creates and destroys. The result differs from
+    the plan by padding, if numbers of rows are not divisible by the number of ranks.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -61,6 +61,6 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
                 optimizer.found_inf = torch.zeros(())
                 optimizer.step()
     finally:
-        data_mesh.cache_clear()  # its meshes belong to the process group that ends here
+        data_mesh.cache_clear()  # its meshes belong to the process group that is destroyed here
         dist.destroy_process_group()
     return dict(sent)

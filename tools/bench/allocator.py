@@ -1,4 +1,4 @@
-"""What the engine itself holds, to compare the plan with: memory of a small real run, from the allocator's books."""
+"""Measure the memory that the engine really allocates in a small run, to compare with the plan."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -64,16 +64,16 @@ def _cpu_allocations() -> Iterator[Marks]:
 
 
 def measured_memory(config: Config, shape: ModelShape, world: World, masked: float) -> dict[str, float]:
-    """Bytes on this rank in a micro-step that adds to gradients, and in the optimizer's step after it, by the kinds of
-    mdmtrain/cost.py. A collective.
+    """The bytes on this rank in a micro-step with accumulation and in the optimizer's step, by kind. A collective.
 
-    "activations" are what the blocks keep; the peaks with the head and with a block at work come with all that is
-    there but the states (parameters, gradients, optimizer). masked: share of the positions that pass the head.
+    The kinds are those of mdmtrain/cost.py. "activations" are the values that the blocks keep. The peaks with the head
+    and with a block at work include everything except the states (parameters, gradients, optimizer). masked: share of
+    the positions that the head computes.
     """
     model = build_model(shape, config.parallel, world)
     with torch.no_grad():
         for parameter in model.parameters():
-            local(parameter).fill_(0.01)  # any numbers; a run's own take minutes at 1B
+            local(parameter).fill_(0.01)  # any values, because real initial values take minutes at 1B
     optimizer = build_optimizer(model, config.optim)
     ids = torch.zeros(config.run.micro_batch, config.data.sequence_length, dtype=torch.long, device=world.device)
     positions = torch.arange(int(masked * ids.numel()), device=world.device)
@@ -89,7 +89,7 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         mark(name)
 
     def watch_gradient(rows: Tensor) -> None:
-        rows.register_hook(lambda _: mark("block at work"))  # the head has gone back
+        rows.register_hook(lambda _: mark("block at work"))  # the backward pass of the head is done
 
     micro_step()
     with allocations(world.device) as (mark, spans):
@@ -99,7 +99,7 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         model.head.register_forward_pre_hook(lambda _, inputs: watch_gradient(inputs[0]))
         micro_step()
     optimizer.found_inf = torch.zeros((), device=local(next(model.parameters())).device)
-    optimizer.step()  # libraries take what they keep
+    optimizer.step()  # the first step makes lasting allocations
     with allocations(world.device) as (mark, after):
         mark("optimizer at work")
         optimizer.step()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Time and peak memory of tools/convert_ckpt.py on a synthetic checkpoint, against reading and writing the same bytes.
+"""Measure time and peak memory of tools/convert_ckpt.py on a synthetic checkpoint, compared with copying its files.
 
   tools/bench/convert.py --out bench --layers 24
 
-Makes a checkpoint as one rank would save it, converts it to llama and back, each in a process of its own, and removes
-everything. The files were just written, so that reads come from memory where there is enough of it, for all alike.
+Makes a checkpoint like one saved by a single rank, converts it to llama and back, each in a separate process, and
+removes everything. All files are new, so with enough memory every read comes from the page cache.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mdmtrain.model.presets import ModelShape
 
 T = TypeVar("T")
 TOOL = Path(__file__).resolve().parent.parent / "convert_ckpt.py"
-# VmHWM and not ru_maxrss: that one starts with the peak of the process that forked.
+# VmHWM is used because ru_maxrss starts with the peak of the parent process.
 WATCHED = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -44,7 +44,7 @@ print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0
 
 
 def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
-    """Write a checkpoint of zeros and return its bytes."""
+    """Write a checkpoint of zeros. Returns the bytes of its tensors."""
     tokenizer = Tokenizer.train([Path(__file__).read_text()], 300, folder.parent / "tokenizer.model")
     tensors = {f"model.{name}": torch.zeros(size) for name, size in tensor_shapes(shape).items()}
     layout = divide(tensors, (), 1, 1)
@@ -65,21 +65,21 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
 
 
 def seconds(act: Callable[[], T]) -> tuple[float, float, T]:
-    """Seconds on the clock and of CPU, of this process and its children, that `act` takes; and its result."""
+    """Run `act`. Returns its wall-clock seconds, its CPU seconds (with child processes), and its result."""
     clock, before = time.monotonic(), sum(os.times()[:4])
     result = act()
     return time.monotonic() - clock, sum(os.times()[:4]) - before, result
 
 
 def watched(name: str, *arguments: str | Path) -> float:
-    """Peak MiB of a process that runs the tool; name: '__main__', or another to only import it."""
+    """Peak MiB of a process that runs the tool. name: '__main__', or any other name to only import the tool."""
     command = [sys.executable, "-c", WATCHED, str(TOOL), name, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1]) / 1024
 
 
 def copied(source: Path, to: Path) -> None:
-    """A plain copy of a folder, to the disk itself."""
+    """Copy a folder and sync the copy to the disk."""
     to.mkdir()
     for file in source.iterdir():
         with open(file, "rb") as reader, open(to / file.name, "wb") as writer:
@@ -93,7 +93,7 @@ def main() -> None:
         prog="tools/bench/convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
-    parser.add_argument("--layers", type=int, default=24, help="24 make 3.1 GB (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=24, help="layers; 24 make 3.1 GB (default: %(default)s)")
     args = parser.parse_args()
     shape = ModelShape(32_768, 1536, args.layers, 12, 12, 4096)
     args.out.mkdir(parents=True)
@@ -117,7 +117,7 @@ def main() -> None:
         table = Table(
             title=f"{size / 1e9:.2f} GB in {len(tensor_shapes(shape))} tensors, the largest {largest:.0f} MiB"
         )
-        for column in ("", "seconds", "of CPU", "peak MiB", "less imports, in largest tensors"):
+        for column in ("", "seconds", "CPU seconds", "peak MiB", "peak without imports / largest tensor"):
             table.add_column(column, justify="right" if column else "left")
         for name, (clock, cpu, peak) in rows.items():
             more = "" if peak is None else f"{(peak - imports[2]) / largest:.2f}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How much a forward pass buys each estimator of the NELBO: its variance over seeds, the rows given.
+"""Compare the estimators of the NELBO at equal compute: variance over seeds per forward pass, for fixed rows.
 
 Example:
   tools/bench/estimators.py runs/quickstart --rows 32 --mc-num 16 --seeds 32
@@ -23,10 +23,10 @@ from mdmtrain.parallel.world import init_world
 
 
 def summarise(found: list[Estimate]) -> dict[str, float]:
-    """Over seeds: mean and variance of nats per token, and the latter for one forward pass a row, with 95% bounds.
+    """Over seeds: mean and variance of nats per token, and the variance times the forward passes, with 95% bounds.
 
-    `stated` is the mean of the variance that an estimate states of itself, as a ratio to the measured one: above 1 it
-    promises too little.
+    `stated` is the mean of the variances that the estimates report, divided by the measured variance. Above 1, the
+    reported errors are too large.
     """
     values = np.array([one.nelbo for one in found])
     variance, freedom = float(values.var(ddof=1)), len(values) - 1
@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--mc-num", type=int, default=16, help="draws per row, even (default: 16)")
     add("--orders", type=int, default=2, help="orders per row (default: 2)")
     add("--seeds", type=int, default=32, help="repetitions (default: 32)")
-    add("--estimator", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
-    add("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    add("--estimator", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="default: all")
+    add("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
     if min(args.rows, args.orders, args.mc_num, args.seeds) < 2:
         raise ValueError("--rows, --orders, --mc-num and --seeds must be at least 2")

@@ -1,4 +1,4 @@
-"""The benchmarks of gpu_check.py: parts like those of gpu_parts.py."""
+"""The benchmarks of gpu_check.py. They are parts like those of gpu_parts.py."""
 
 import gc
 
@@ -32,7 +32,7 @@ from mdmtrain.parallel.world import World
 
 
 def bench_170m(report: Report, place: Place) -> None:
-    """Step, memory against the plan, and every switch, at 170M."""
+    """Time and memory of a step at 170M compared with the plan, and the effect of each setting."""
     config, shape, world = benchmark(report, place, "170m")
     repeat = place.pick(10, 1)
     report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, repeat))
@@ -45,16 +45,16 @@ def bench_170m(report: Report, place: Place) -> None:
 
 
 def bench_1b(report: Report, place: Place) -> None:
-    """Step and memory against the plan at 1B."""
+    """Time and memory of a step at 1B compared with the plan."""
     benchmark(report, place, "1b")
 
 
 def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelShape, World]:
-    """Peak memory against the plan, compiled against eager, and the whole step (with the faster of them)."""
+    """Measure peak memory compared with the plan, compiled and eager mode, and the whole step in the faster mode."""
     world, config = the_world(), example(place, name)
     shape, repeat = model_shape(config.model, 0), place.pick(10, 1)
     planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
-    states = planned["gradient pair"] + planned["average"]  # not in this measurement
+    states = planned["gradient pair"] + planned["average"]  # this measurement does not include them
     measured = measured_memory(config, shape, world, Assumptions().masked)
     there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
     most_kept = planned["gathered"] + planned["activations"]
@@ -62,7 +62,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     ratio = most / (peak(planned) - states)
     both = {kind: [planned[kind] + (kind in WORK) * most_kept, measured[kind]] for kind in measured}
     report.note(memory_planned_and_measured=both)
-    # Above 1.1 the plan's reserve is used up; below 0.75 it refuses what would fit.
+    # Above 1.1 the measured memory exceeds the plan's reserve. Below 0.75 the plan rejects runs that would fit.
     report.check("memory", 0.75 < ratio < 1.1, f"{most / 2**30:.2f} GiB, {ratio:.3f} of the plan")
     free()
     compared = compare_settings(config, shape, world, COMPILE, repeat)
@@ -96,19 +96,19 @@ def whole_step(report: Report, config: Config, shape: ModelShape, world: World, 
 
 
 def documents(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
-    """Rows of eight documents against whole rows."""
+    """Compare rows of eight documents with whole rows."""
     model, batch = new_model(config, shape, world), random_batch(config, shape).to(world.device)
     length = config.data.sequence_length
     segments = (torch.arange(length, device=world.device) * 8 // length).int().expand(batch.noisy.shape).contiguous()
     works = {"whole rows": passes(model, batch), "documents": passes(model, batch, segments)}
     for work in works.values():
-        work()  # compiles, and fills caches
+        work()  # compile and fill caches
     peaks = {name: peak_bytes(work, world.device) for name, work in works.items()}
     report.note(documents=against("whole rows", in_turns(works, repeat, world, "documents"), peaks))
 
 
 def free() -> None:
-    """Give back the memory of models that are gone."""
+    """Free the memory of deleted models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py: each a function of (report, place) that runs in a process of its own."""
+"""The parts of gpu_check.py. Each is a function of (report, place) that runs in a separate process."""
 
 import copy
 import json
@@ -39,20 +39,20 @@ TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch whose s
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts work."""
+    """The folders and sizes that the parts use."""
 
-    folder: Path  # scratch, of this invocation
+    folder: Path  # scratch folder of this invocation
     data: Path  # the prepared corpus
-    rehearsal: bool  # on a CPU, at tiny sizes
+    rehearsal: bool  # run on a CPU with tiny sizes
 
     def pick(self, there, here):
-        """A size: on a GPU, or in a rehearsal."""
+        """The first value on a GPU, the second one in a rehearsal."""
         return here if self.rehearsal else there
 
 
 @dataclass
 class Report:
-    """What a part found, written down at once: it survives the part's end, whatever that is."""
+    """The results of a part. Each one is written to the file at once, so that it is not lost if the part crashes."""
 
     file: Path
     checks: dict[str, dict] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Report:
 
 @cache
 def the_world() -> World:
-    """One process alone: each part starts it once."""
+    """The world of this process: one rank."""
     return init_world()
 
 
@@ -82,7 +82,7 @@ def the_world() -> World:
 
 
 def device(report: Report, place: Place) -> None:
-    """What is here, and the ceiling of its matrix products."""
+    """Describe the device, and measure the speed of its matrix products."""
     here = the_world().device
     numbers: dict[str, Any] = {"torch": torch.__version__, "device": str(here)}
     if here.type == "cuda":
@@ -95,7 +95,7 @@ def device(report: Report, place: Place) -> None:
 
 
 def corpus(report: Report, place: Place) -> None:
-    """Python source that is there with torch, prepared."""
+    """Prepare the Python source code of torch as data."""
     if not place.data.exists():
         source = Path(torch.__file__).parent
         inputs = [str(source / name) for name in place.pick(TEXT, TEXT[1:2])]
@@ -109,7 +109,7 @@ def corpus(report: Report, place: Place) -> None:
 
 
 def attention(report: Report, place: Place) -> None:
-    """What the model's attention does here, with and without documents, against float32 SDPA on the CPU."""
+    """Compare the model's attention on this device with float32 SDPA on the CPU, with and without documents."""
     world, length = the_world(), place.pick(512, 64)
     shape = ModelShape(vocab_size=256, d_model=256, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=512)
     generator = torch.Generator().manual_seed(1)
@@ -119,7 +119,7 @@ def attention(report: Report, place: Place) -> None:
             parameter.normal_(0, 0.1, generator=generator) if parameter.ndim > 1 else parameter.fill_(1.0)
     ids = torch.randint(shape.vocab_size, (4, length), generator=generator)
     segments = (torch.rand(4, length, generator=generator) < 8 / length).cumsum(1).int()
-    segments[-1, -length // 4 :] = -1  # pads
+    segments[-1, -length // 4 :] = -1  # padding
     positions = (segments.flatten() >= 0).nonzero().squeeze(1)
 
     def loss_and_gradients(model: Transformer, documents: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,20 +137,20 @@ def attention(report: Report, place: Place) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         exact = {documents: loss_and_gradients(reference, documents) for documents in (False, True)}
         rounded = loss_and_gradients(copy.deepcopy(reference).bfloat16(), True)
-    missing = distance(exact[False], exact[True])  # what it would be to leave the documents out
-    # bfloat16: twice what its rounding alone does to the reference.
+    missing = distance(exact[False], exact[True])  # the error of ignoring the documents
+    # The limit for bfloat16 is twice the error that rounding alone causes in the reference.
     limits = {torch.float32: 1e-3, torch.bfloat16: 2 * distance(rounded, exact[True])}
     for dtype, limit in limits.items():
         model = copy.deepcopy(reference).to(world.device, dtype)
         for documents in (False, True):
             far = distance(loss_and_gradients(model, documents), exact[documents])
             name = f"{str(dtype)[6:]}, {'documents' if documents else 'whole rows'}"
-            report.check(name, far < limit, f"off by {far:.1e} of the norm, limit {limit:.1e}; no mask: {missing:.1e}")
+            report.check(name, far < limit, f"relative error {far:.1e}, limit {limit:.1e}; without mask {missing:.1e}")
     sdpa_backends(report, world, length)
 
 
 def sdpa_backends(report: Report, world: World, length: int) -> None:
-    """Which kernels SDPA has here, and their distance from the mathematics in float32."""
+    """Find the kernels that SDPA has on this device, and compare them with the exact result in float32."""
     q, k, v = (torch.randn(2, 4, length, 64, device=world.device) for _ in range(3))
     with sdpa_kernel(SDPBackend.MATH):
         exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -160,14 +160,14 @@ def sdpa_backends(report: Report, world: World, length: int) -> None:
             with sdpa_kernel(backend):
                 out = torch.nn.functional.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
         except RuntimeError as error:
-            report.note(**{backend.name: f"not here: {str(error)[:80]}"})
+            report.note(**{backend.name: f"not available: {str(error)[:80]}"})
             continue
         far = float((out.float() - exact).norm() / exact.norm())
-        report.check(f"SDPA {backend.name}, bfloat16", far < 2e-2, f"off by {far:.1e} of the norm")
+        report.check(f"SDPA {backend.name}, bfloat16", far < 2e-2, f"relative error {far:.1e}")
 
 
 def graphs(report: Report, place: Place) -> None:
-    """Graphs that torch.compile makes: none after the first micro-batch of a kind, however many positions it masks."""
+    """Check that torch.compile makes no new graphs after the first micro-batch of a kind, for any number of masks."""
     from torch._dynamo.utils import counters
 
     world = the_world()
@@ -190,7 +190,7 @@ def graphs(report: Report, place: Place) -> None:
             expected.sum().backward()
             far = float((ce - expected).norm() / expected.norm())
             kind = "whole rows" if documents is None else "documents"
-            report.check(f"{kind}, every {some}. position", far < 2e-2, f"off by {far:.1e} of eager mode's norm")
+            report.check(f"{kind}, every {some}. position", far < 2e-2, f"relative error {far:.1e} to eager mode")
     report.note(graphs=made)
     report.check("steady", made[0] == made[2] and made[3] == made[5], f"graphs after each micro-batch: {made}")
     report.check("few", made[5] <= 8, f"{made[5]} graphs for 4 blocks")
@@ -200,7 +200,7 @@ def graphs(report: Report, place: Place) -> None:
 
 
 def example(place: Place, name: str, *more: str) -> Config:
-    """configs/NAME.yaml with a vocabulary of 32,768; tiny in a rehearsal."""
+    """configs/NAME.yaml with a vocabulary of 32,768, or with tiny sizes in a rehearsal."""
     tiny = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=128",
             "data.sequence_length=64", "run.micro_batch=2", "parallel.compute_dtype=float32"]  # fmt: skip
     changes = ["model.vocab_size=32768", *more, *(["model.vocab_size=256", *tiny] if place.rehearsal else [])]
@@ -208,7 +208,7 @@ def example(place: Place, name: str, *more: str) -> Config:
 
 
 def small_run(place: Place, name: str, **run) -> Config:
-    """A run of the real loop on the corpus: two micro-steps, a weight average, documents."""
+    """A configuration to train on the corpus, with two micro-steps, EMA and documents."""
     tree = {
         "run": {"dir": str(place.folder / name), "global_batch": 16, "micro_batch": 8, **run},
         "model": {"d_model": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 256},
@@ -231,7 +231,7 @@ def small_run(place: Place, name: str, **run) -> Config:
 
 
 class StepWatch(Watchdog):
-    """Calls begin(step), from 1, when the loop begins a step, and read() before it reads the device."""
+    """Calls begin(step) when the loop begins a step (counted from 1), and read() before it reads the device."""
 
     def __init__(self, config: Config, begin: Callable[[int], None], read: Callable[[], None] = lambda: None):
         super().__init__(the_world(), config.run)
@@ -246,7 +246,7 @@ class StepWatch(Watchdog):
 
 
 def train(config: Config, watch: Watchdog | None = None, hook: Callable[[Transformer], None] | None = None) -> list:
-    """Train and return the records. hook: puts hooks on the model before the first step."""
+    """Train and return the records. hook: called with the model before the first step, to register hooks."""
     world = the_world()
     watch = watch or Watchdog(world, config.run)
     with redirect_stdout(StringIO()):
@@ -260,7 +260,7 @@ def train(config: Config, watch: Watchdog | None = None, hook: Callable[[Transfo
 
 
 def sync_free(report: Report, place: Place) -> None:
-    """The steady loop does not wait for the device: from step 4 on a wait is an error, but for the flushes."""
+    """Check that the training loop does not wait for the device: from step 4 on it may wait only in flushes."""
     cuda = not place.rehearsal
     config = changed(small_run(place, "sync", steps=16), "checkpoint", save_every=16)
 
@@ -274,7 +274,7 @@ def sync_free(report: Report, place: Place) -> None:
 
 
 def nan_skip(report: Report, place: Place) -> None:
-    """A step whose loss is not a number is skipped on the device: no weight moves, and the next step is sound."""
+    """Check that a step with a NaN loss is skipped on the device: no weight changes, and the next step is normal."""
     config = small_run(place, "nan", steps=12)
     models: list[Transformer] = []
     weights: dict[int, torch.Tensor] = {}
@@ -298,7 +298,7 @@ def nan_skip(report: Report, place: Place) -> None:
 
 
 def saves(report: Report, place: Place) -> None:
-    """Checkpoints written while training goes on hold their own step: what resumes from one goes on as it went."""
+    """Check that asynchronous checkpoints have the state of their own step: a resumed run has the same losses."""
     whole = small_run(place, "whole", steps=12)
     records = train(whole)
     folders = store.complete_checkpoints(Path(whole.run.dir))
@@ -308,12 +308,12 @@ def saves(report: Report, place: Place) -> None:
     resumed = train(again)
     losses = [[record["loss"] for record in run if record["step"] > 4] for run in (records, resumed)]
     first, worst = (max(abs(a / b - 1) for a, b in list(zip(*losses, strict=True))[:n]) for n in (1, 8))
-    report.check("its own step", first < 1e-5, f"loss of the step after it, off by {first:.1e}")
-    report.check("goes on as it went", worst < 1e-2, f"losses of 8 steps, off by {worst:.1e} at most")
+    report.check("its own step", first < 1e-5, f"loss of the step after it, relative difference {first:.1e}")
+    report.check("same losses", worst < 1e-2, f"losses of 8 steps, relative difference at most {worst:.1e}")
 
 
 def save_stall(report: Report, place: Place) -> None:
-    """How long a save holds up training, written beside it and waited for."""
+    """Measure how long a save delays training, asynchronous and synchronous."""
     file = place.folder / "save.json"
     sizes = place.pick(["--layers", "16", "--saves", "3"], ["--layers", "1", "--saves", "1"])
     command = [sys.executable, str(ROOT / "tools/bench/save.py"), "--out", str(place.folder / "saves"), *sizes]

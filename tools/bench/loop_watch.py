@@ -1,11 +1,11 @@
-"""Where a step of the real loop spends its time: from the stamps that the loop gives its watchdog.
+"""Measure where a step of the training loop spends its time, from the phases that the loop reports to its watchdog.
 
-The parts: "data" (waiting for the next micro-batch; with loader processes they work meanwhile), "masking" (rates
-applied, masks and weights, the copy to the device), "forward" (the blocks, and the losses of the rows), "head"
-(forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop", all the rest:
-draws, statistics, records, the flush at the log interval, agreement on a stop. The head's two parts come from hooks on
-the module, because the loop does not see into the model. On CUDA the times are events on the stream: a part's time is
-the device's, waiting for the host included.
+The parts are "data" (waiting for the next micro-batch; loader processes prepare it in parallel), "masking" (masks and
+weights from the rates, and the copy to the device), "forward" (the blocks, and the losses of the rows), "head"
+(forward), "head backward", "backward" (of the blocks), "optimizer" (norm, clipping, step), and "loop" for everything
+else: drawing rates, statistics, records, the flush at the log interval, and agreement on a stop. The parts of the head
+are measured with hooks on the module, because the loop calls the model as a whole. On CUDA the times are from events on
+the stream, so the time of a part is that of the device, including its waits for the host.
 """
 
 import time
@@ -26,14 +26,14 @@ from mdmtrain.train import build_state, open_inputs, train_from
 
 PARTS = ("data", "masking", "forward", "head", "head backward", "backward", "optimizer", "loop")
 MODEL = ("forward", "head", "head backward", "backward", "optimizer")
-# The part that a stamp of the loop begins; "loop" where it is not listed. A backward pass begins in the head.
+# Phase of the loop -> the part that begins with it. All other phases are "loop". A backward pass begins in the head.
 BEGINS = {
     "data": "data", "masking": "masking", "forward": "forward", "backward": "head backward", "optimizer": "optimizer"
 }  # fmt: skip
 
 
 class TimedWatchdog(Watchdog):
-    """Keeps the times at which the loop passed from one part into another, a list a step."""
+    """Records when each part begins: one list per step."""
 
     def __init__(self, world: World, config: Config, clock: Callable[[], float]):
         super().__init__(world, config.run)
@@ -48,17 +48,17 @@ class TimedWatchdog(Watchdog):
         self.enter(BEGINS.get(phase, "loop"))
 
     def enter(self, part: str) -> None:
-        if self.steps:  # not in what comes before the first one
+        if self.steps:  # not before the first step
             self.steps[-1].append((part, self._now()))
 
     def watch_head(self, head: Head) -> None:
-        """Tell the head's forward and backward pass from those of the blocks."""
+        """Register hooks that separate the forward and backward pass of the head from those of the blocks."""
 
         def begin(_module: Head, arguments: tuple) -> None:
             self.enter("head")
             rows = arguments[0]
             if rows.requires_grad:
-                rows.register_hook(lambda _gradient: self.enter("backward"))  # the backward pass leaves the head
+                rows.register_hook(lambda _gradient: self.enter("backward"))  # the head's backward pass ends
 
         def end(_module: Head, _arguments: tuple, _losses: Tensor) -> None:
             self.enter("forward")
@@ -74,7 +74,7 @@ class TimedWatchdog(Watchdog):
         return event
 
     def seconds(self, first: int) -> dict[str, np.ndarray]:
-        """By part, float64 [steps] from step number `first` (from 0) on, all but the last one, which saves."""
+        """Seconds by part, float64 [steps], from step number `first` (from 0), without the last step, which saves."""
         if self._cuda:
             torch.cuda.synchronize()
         rows = []
@@ -88,7 +88,7 @@ class TimedWatchdog(Watchdog):
 
 
 def watch(config: Config, world: World, clock: Callable[[], float] = time.perf_counter) -> TimedWatchdog:
-    """Train as configured and return the times. Evaluation, saves and the probe come with the last step alone."""
+    """Train as configured and return the times. Evaluation and the save are only after the last step; no probe runs."""
     steps = config.run.steps
     quiet = {"eval": {"every": steps, "rows": 4, "samples": 1}, "checkpoint": {"save_every": steps}}
     quiet["monitor"] = {"probe_every": 0, "tensorboard": config.monitor.tensorboard}

@@ -1,4 +1,4 @@
-"""What the variance machinery costs a step, and how evenly it spreads the work: two sections of step.py."""
+"""Measure the cost of variance reduction in a step, and how evenly it distributes the work: two parts of step.py."""
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ SIMULATED_RANKS, SIMULATED_BATCH, SIMULATED_STEPS, SIMULATED_ROWS = 64, 1280, 20
 
 
 def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """What coordinated variance reduction adds to a step: P-POTS under global strata against `strata: none`, uniform.
+    """The cost of variance reduction: a step with P-POTS and global strata compared with a plain step.
 
-    Both steps pass the same masked rows through the model. `share` is the machinery by itself (its draws, statistics,
-    sums and records, and its part of a fit) over the plain step; `time_ratio` is one whole step over the other. On a
-    CPU, processor time counts: what other programs take does not.
+    The plain step has `strata: none` and the uniform sampler. Both steps use the same masked rows. `share` is the time
+    of the machinery alone (its draws, statistics, sums and records, and its share of a fit) divided by that of the
+    plain step. `time_ratio` is the time of the whole step divided by that of the plain step. On a CPU, processor time
+    is measured, so that other programs do not count.
     """
     plain_choice, full_choice = {"strata": "none", "sampler": "uniform"}, {"strata": "global", "sampler": "ppots"}
     config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update=full_choice)})
@@ -43,7 +44,7 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
         return masked_cross_entropy(model, batch, None, 1)
 
     def machinery(learn: bool) -> None:
-        """As in train.py; without `learn` the model stands still and its cross-entropies are known."""
+        """A step as in train.py. Without `learn` it does not run the model and uses fixed cross-entropies."""
         nonlocal step
         process = sampler.process(0.0)
         draws = process.draw(config.run.seed, step, slots, world.size)
@@ -83,7 +84,7 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
         "machinery": lambda: machinery(learn=False),
         "fit": lambda: sampler.use(world.agree(sampler.fitted, main_only=True)),
     }
-    while int(sampler.tensors["hits"].min()) < config.diffusion.min_hits:  # else there is nothing to fit
+    while int(sampler.tensors["hits"].min()) < config.diffusion.min_hits:  # else the fit does nothing
         machinery(learn=False)
     seconds = in_turns(works, repeat, world, "variance machinery")
     share = (seconds["machinery"] + seconds["fit"] / config.diffusion.refit_every) / seconds["plain step"]
@@ -97,7 +98,7 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
 
 
 def simulate_balance(length: int, eps: float) -> dict:
-    """Masked positions of the busiest rank and micro-step over the mean: the busiest one sets the pace."""
+    """The most masked positions of any rank and micro-step, divided by the mean. All ranks wait for the busiest one."""
     per_rank = SIMULATED_BATCH // SIMULATED_RANKS
     result = {}
     for strata in ("global", "none"):

@@ -1,7 +1,7 @@
-"""What step.py and gpu_check.py measure with: turns, ratios, peaks, the ceiling of matrix products.
+"""Tools for the measurements of step.py and gpu_check.py: times, ratios, memory peaks, speed of matrix products.
 
-Works that are compared take turns in one process, so that a machine whose speed changes is fair to all of them; a
-ratio is the median of the ratios of one round, with its quartiles.
+Pieces of work that are compared run alternately in one process, so that changes of the machine's speed affect all of
+them. A ratio is computed in each round; the result is the median over rounds, with quartiles.
 """
 
 import time
@@ -24,7 +24,7 @@ from mdmtrain.optim import local
 from mdmtrain.parallel.parallelize import build_model
 from mdmtrain.parallel.world import World
 
-# Settings of `parallel` that are compared, each with the first. A new mode gets its line here.
+# Settings of `parallel`. Each is compared with the first one of its group.
 RECOMPUTE = {
     "none": {"activation_checkpointing": "none", "compile": False},
     "selective": {"activation_checkpointing": "selective", "compile": False},
@@ -33,7 +33,7 @@ RECOMPUTE = {
 }
 EAGER = {"eager": RECOMPUTE["none"]}
 COMPILE = {**EAGER, "compiled": {"activation_checkpointing": "none", "compile": True}}
-# By itself: the compiler's cache does not tell graphs of one budget from those of another.
+# A separate group, because the compiler's cache does not distinguish graphs with different budgets.
 BUDGET = {**EAGER, "compiled, budget": {"activation_checkpointing": "budget", "compile": True}}
 CHUNKS = {
     "one chunk": {"head_chunk": 1 << 20, "fused_head": False},
@@ -45,7 +45,7 @@ Work = Callable[[], None]
 
 
 def changed(config: Config, section: str, **values) -> Config:
-    """The configuration with other values in one section."""
+    """A copy of the configuration with changed values in one section."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
@@ -53,13 +53,16 @@ def changed(config: Config, section: str, **values) -> Config:
 
 
 def clock_of(world: World) -> Callable[[], float]:
-    """Processor time where one process computes on the CPU, so that what other programs take does not count; else the
-    time on the wall: collectives and GPUs are waited for."""
+    """The clock for measurements.
+
+    For one process on a CPU it is processor time, so that other programs do not count. Otherwise it is wall-clock time,
+    which includes waiting for collectives and GPUs.
+    """
     return time.process_time if world.device.type == "cpu" and world.size == 1 else time.perf_counter
 
 
 def in_turns(works: dict[str, Work], repeat: int, world: World, title: str) -> dict[str, np.ndarray]:
-    """Seconds of each work, float64 [repeat], after one round that does not count (it compiles, and fills caches)."""
+    """Seconds of each work, float64 [repeat]. A first round, which compiles and fills caches, is not counted."""
     clock = clock_of(world)
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in track(range(repeat + 1), title, disable=not world.is_main):
@@ -82,7 +85,7 @@ def summary(values: np.ndarray) -> dict:
 
 
 def against(base: str, seconds: dict[str, np.ndarray], peaks: dict[str, int]) -> dict:
-    """Time and peak memory of each work and their ratios to those of `base`."""
+    """Time and peak memory of each work, and their ratios to those of `base`."""
     return {
         name: {
             "seconds": float(np.median(seconds[name])),
@@ -95,7 +98,7 @@ def against(base: str, seconds: dict[str, np.ndarray], peaks: dict[str, int]) ->
 
 
 def product_ceiling(world: World, dtype: torch.dtype, shape: ModelShape, tokens: int) -> float:
-    """FLOP/s that matrix products reach here: the best of the model's own feed-forward product and a large square."""
+    """The FLOP/s of matrix products on this device: the best of the model's feed-forward product and a large square."""
     device = world.device
     square = 8192 if device.type == "cuda" else 1024
     clock = partial(wait_for, device, clock_of(world))
@@ -115,7 +118,7 @@ def product_ceiling(world: World, dtype: torch.dtype, shape: ModelShape, tokens:
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
-    """The most bytes that a work holds at once beyond those in use before it, by the allocator's books."""
+    """The peak bytes that a work allocates in addition to those in use before it, according to the allocator."""
     with allocations(device) as (mark, spans):
         mark("work")
         work()
@@ -127,7 +130,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 
 def random_batch(config: Config, shape: ModelShape) -> MaskedBatch:
-    """One corrupted micro-batch of random tokens: the first rows of step 0. The last token is the mask."""
+    """A masked micro-batch of random tokens, with the noise of the first rows of step 0. The last token is the mask."""
     rows, length = config.run.micro_batch, config.data.sequence_length
     slots = np.arange(rows)
     ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
@@ -139,7 +142,7 @@ def random_batch(config: Config, shape: ModelShape) -> MaskedBatch:
 
 
 def all_positions(batch: MaskedBatch) -> MaskedBatch:
-    """The same batch with every position through the head; those that are not masked weigh 0."""
+    """The same batch with all positions in the head. Positions that are not masked have weight 0."""
     count, device = batch.noisy.numel(), batch.noisy.device
     weights = torch.zeros(count, device=device).index_copy(0, batch.positions, batch.weights)
     targets = batch.noisy.flatten().index_copy(0, batch.positions, batch.targets)
@@ -148,7 +151,7 @@ def all_positions(batch: MaskedBatch) -> MaskedBatch:
 
 @torch.no_grad()
 def new_model(config: Config, shape: ModelShape, world: World) -> Transformer:
-    """Weights of the usual size, the same each time; drawn on the device (a run's own take minutes at 1B)."""
+    """A model with equal initial weights each time, drawn on the device (init_weights would take minutes at 1B)."""
     model = build_model(shape, config.parallel, world)
     torch.manual_seed(config.run.seed)
     for name, parameter in model.named_parameters():
@@ -158,7 +161,7 @@ def new_model(config: Config, shape: ModelShape, world: World) -> Transformer:
 
 
 def passes(model: Transformer, batch: MaskedBatch, segments: Tensor | None = None) -> Work:
-    """Forward and backward pass of a micro-batch; the gradients are dropped."""
+    """A work: forward and backward pass of a micro-batch. The gradients are discarded."""
 
     def work() -> None:
         row_losses(model(batch.noisy, batch.positions, batch.targets, segments), batch).sum().backward()
@@ -168,9 +171,9 @@ def passes(model: Transformer, batch: MaskedBatch, segments: Tensor | None = Non
 
 
 def compare_settings(config: Config, shape: ModelShape, world: World, settings: dict[str, dict], repeat: int) -> dict:
-    """Forward and backward pass under each {name: settings of `parallel`}; the first is what the others are held to.
+    """Compare forward and backward pass under each {name: settings of `parallel`} with the first one.
 
-    All models are there at once, without optimizers. `first_seconds` of a setting has its compilation.
+    All models are in memory at the same time, without optimizers. `first_seconds` includes compilation.
     """
     torch.compiler.reset()
     batch, works, first = random_batch(config, shape).to(world.device), {}, {}

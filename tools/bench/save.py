@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How long a checkpoint holds up training: written beside it, and waited for, in turn, in one process per rank.
+"""Measure how long a checkpoint delays training: synchronous and asynchronous saves, alternately.
 
     python tools/bench/save.py --out DIR [--layers N] [--saves N] [--json FILE]
     torchrun --standalone --nproc-per-node 2 tools/bench/save.py --out DIR
 
-A model of random weights takes steps of random tokens. The stall of a save is the time until the loop may go on (of the
-slowest rank). A step beside a save that is being written is slower where they share processors: that is told apart, and
-added to the stall as the whole cost of a save.
+A model with random weights is trained on random tokens. The stall of a save is the time until training can continue (on
+the slowest rank). Steps during an asynchronous save may be slower, because both use the same processors. This
+additional time is measured too. The whole cost of a save is its stall plus this time.
 """
 
 import argparse
@@ -41,9 +41,9 @@ META = {"identity": {}, "has_average": False, "config": {}}
 def measure_saves(
     tensors: dict, step: Callable[[], None], out: Path, tokenizer: bytes, saves: int, world: World
 ) -> dict:
-    """Seconds of `saves` saves of each kind, in turn, with training steps between them. A collective.
+    """Seconds of `saves` saves of each kind, alternately, with training steps between them. A collective.
 
-    step: takes a training step. The medians are over saves but the first of each kind, which has memory to allocate.
+    step: does a training step. The medians exclude the first save of each kind, which allocates memory.
     """
 
     def slowest(act: Callable[[], object]) -> float:
@@ -93,7 +93,7 @@ def measure_saves(
 
 
 def build(shape: ModelShape, world: World) -> tuple[dict, Callable[[], None]]:
-    """A run's tensors, and what takes a step."""
+    """The tensors of a run, and a function that does a training step."""
     model = build_model(shape, ParallelConfig(), world)
     init_weights(model, 0)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
@@ -114,9 +114,9 @@ def main(arguments: list[str]) -> None:
         prog="tools/bench/save.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="scratch folder; it must not exist")
-    parser.add_argument("--layers", type=int, default=8, help="8 are 34M parameters (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="layers; 8 make 34M parameters (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=5, help="saves of each kind (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
     world = init_world()
     shape = ModelShape(8192, 512, args.layers, 8, 8, 1408)
@@ -134,14 +134,19 @@ def main(arguments: list[str]) -> None:
         world.agree(lambda: shutil.rmtree(args.out), main_only=True)
     if not world.is_main:
         return
-    table = Table("", "seconds", "of a save that is waited for", title=f"{describe_shape(shape)}; {world.size} ranks")
-    for name, ratio in {
-        "stall_waited_for": None, "stall_beside": "stall_ratio", "cost_beside": "cost_ratio", "committed_after": None,
-        "step_alone": None, "step_beside_a_save": None, "verifying": None,
-    }.items():  # fmt: skip
+    table = Table("", "seconds", "ratio to synchronous", title=f"{describe_shape(shape)}; {world.size} ranks")
+    for label, name, ratio in (
+        ("stall, synchronous", "stall_waited_for", None),
+        ("stall, asynchronous", "stall_beside", "stall_ratio"),
+        ("whole cost, asynchronous", "cost_beside", "cost_ratio"),
+        ("committed after", "committed_after", None),
+        ("step without a save", "step_alone", None),
+        ("step during a save", "step_beside_a_save", None),
+        ("verification", "verifying", None),
+    ):
         seconds = "-" if found[name] is None else f"{found[name]:.3f}"
-        table.add_row(name.replace("_", " "), seconds, f"{found[ratio]:.3f}" if ratio else "")
-    Console().print(table, f"{found['bytes'] / 1e6:,.0f} MB a checkpoint")
+        table.add_row(label, seconds, f"{found[ratio]:.3f}" if ratio else "")
+    Console().print(table, f"{found['bytes'] / 1e6:,.0f} MB per checkpoint")
     if args.json:
         whole = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size, **found}
         write_atomically(args.json, json.dumps(whole, indent=1) + "\n")

@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""What a training step costs, and what each switch changes, as ratios measured in one process.
+"""Measure the cost of a training step and the effect of each setting, as ratios within one process.
 
     python tools/bench/step.py CONFIG... [section.key=value ...] [--only PART,...] [--repeat N] [--json FILE]
     torchrun --nproc-per-node 2 tools/bench/step.py ...
 
-Random tokens, the configuration's model and micro-batch; works that are compared take turns. The parts:
+The model and the micro-batch are those of the configuration, the tokens are random. Pieces of work that are compared
+run alternately. The parts:
 
-    heads      the head on masked rows only against logits for every position: whole step, head alone
-    recompute  forward and backward pass under each activation checkpointing mode against none
-    compile    compiled blocks against eager ones
-    chunks     the head in chunks, and torch's fused linear cross-entropy, against one chunk, in float32
-    memory     the planner's prediction (mdmtrain/cost.py) against the allocator's books, by kind and mode
-    loop       steps of the real training loop on the prepared data: where their time goes, tokens/s, MFU against the
-               matrix products of this process, and the loop's overhead beyond the model and the optimizer
-    optimizer  the optimizer's step by itself, Muon's against AdamW's, and all that a rank holds for it
-    machinery  a step with the variance machinery against one without
-    balance    masked positions per rank and micro-step under global strata against independent rates (simulated)
+    heads      the head on masked positions only, compared with logits for all positions: whole step, and head alone
+    recompute  forward and backward pass with each mode of activation checkpointing, compared with none
+    compile    compiled blocks, compared with eager ones
+    chunks     the head in chunks, and torch's fused linear cross-entropy, compared with one chunk, in float32
+    memory     the prediction of mdmtrain/cost.py, compared with the allocator's numbers, by kind and mode
+    loop       steps of the real training loop on the prepared data: time by part, tokens/s, MFU relative to the matrix
+               products of this process, and the overhead in addition to the model and the optimizer
+    optimizer  the optimizer's step alone, Muon compared with AdamW, and all memory that a rank needs for it
+    machinery  a step with variance reduction, compared with one without
+    balance    masked positions per rank and micro-step with global strata, compared with independent rates (simulated)
 
-On a CPU and one process, processor time counts: what other programs take does not. Peaks are the allocator's.
+With one process on a CPU, processor time is measured, so that other programs do not count. Memory peaks come from the
+allocator.
 """
 
 import json
@@ -71,14 +73,14 @@ from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.optim import build_optimizer, local
 from mdmtrain.parallel.world import World, init_world
 
-WARM_UP = 5  # steps of the loop that do not count
+WARM_UP = 5  # first steps of the loop, which are not measured
 
 
-# ---- what is measured
+# ---- measurements
 
 
 def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """Masked rows only against full logits (in one chunk, as everybody else has them)."""
+    """Compare the head on masked positions with full logits (in one chunk, as is usual elsewhere)."""
     model, masked = new_model(config, shape, world), random_batch(config, shape)
     batches = {"masked rows": masked.to(world.device), "full logits": all_positions(masked).to(world.device)}
     chunks = {"masked rows": config.parallel.head_chunk, "full logits": masked.noisy.numel()}
@@ -124,7 +126,7 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """{mode: {kind: [planned, measured]}}, bytes on rank 0; the peaks include all but the states."""
+    """{mode: {kind: [planned, measured]}} in bytes on rank 0. The peaks include everything except the states."""
     assumed, compared = Assumptions(), {}
     on_cpu = world.device.type == "cpu"
     for mode, settings in RECOMPUTE.items():
@@ -139,7 +141,10 @@ def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int)
 
 
 def compare_optimizers(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """The steps alone, on gradients that stay. Memory: parameters, gradients, state, and what the step takes on top."""
+    """Compare the optimizers' steps, on fixed gradients.
+
+    Memory includes parameters, gradients, state and the additional peak of the step.
+    """
     batch, works, peaks = random_batch(config, shape).to(world.device), {}, {}
     for name in ("adamw", "muon"):
         model = new_model(config, shape, world)
@@ -158,7 +163,7 @@ def compare_optimizers(config: Config, shape: ModelShape, world: World, repeat: 
 
 
 def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """The real loop for WARM_UP steps and log_every x 2 more, or `repeat` if that is more; rank 0's times."""
+    """Times of the training loop on rank 0: max(2 * log_every, repeat) steps after WARM_UP steps."""
     steps = WARM_UP + max(2 * config.monitor.log_every, repeat)
     folder = world.agree(lambda: tempfile.mkdtemp(prefix="mdmtrain-bench-"), main_only=True)
     one = changed(config, "run", dir=folder, steps=steps + 1)
@@ -187,8 +192,11 @@ def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> 
 
 
 def measure_communication(config: Config, shape: ModelShape, world: World) -> dict | None:
-    """Of one micro-step: seconds during which a collective is under way on this rank, from its start to its end, and of
-    the whole. Under a profiler, in steps of their own. Waiting for a slower rank counts; so does what products hide."""
+    """The seconds of a micro-step in which a collective is in progress on this rank, and their share. None: one rank.
+
+    Measured with a profiler in separate steps. The seconds include waiting for slower ranks, and collectives that
+    overlap with computation.
+    """
     if world.size == 1:
         return None
     work = passes(new_model(config, shape, world), random_batch(config, shape).to(world.device))
@@ -211,7 +219,7 @@ def measure_communication(config: Config, shape: ModelShape, world: World) -> di
     return {"seconds": covered / 3e9, "share": covered / whole}
 
 
-# ---- what a person sees
+# ---- output
 
 
 def ratio(of: dict) -> str:
@@ -237,7 +245,7 @@ def show_heads(console: Console, heads: dict) -> None:
 
 def show_memory(console: Console, compared: dict) -> None:
     kinds = list(next(iter(compared.values())))
-    table = Table("planned / measured, MiB", *kinds, title="memory of a rank (peaks: all but the states)")
+    table = Table("planned / measured, MiB", *kinds, title="memory of a rank (peaks: without the states)")
     for mode, row in compared.items():
         cells = [f"{p / 2**20:,.2f} / {m / 2**20:,.2f}" + (f" = {p / m:.3f}" if p else "") for p, m in row.values()]
         table.add_row(mode, *cells)
@@ -245,38 +253,38 @@ def show_memory(console: Console, compared: dict) -> None:
 
 
 def show_optimizers(console: Console, rows: dict) -> None:
-    console.print(comparison("the optimizer's step, and all that a rank holds for it", rows))
+    console.print(comparison("the optimizer's step, and all memory that it needs", rows))
     for name, row in rows.items():
         console.print(f"{name}: {ratio(row['of_a_micro_step'])} of the forward and backward pass of one micro-batch")
 
 
 def show_loop(console: Console, loop: dict) -> None:
     table = Table(
-        "part", "ms a step", "share (quartiles of steps)", title=f"{loop['steps']} steps of the training loop"
+        "part", "ms per step", "share (quartiles of steps)", title=f"{loop['steps']} steps of the training loop"
     )
     for part, row in loop["parts"].items():
         table.add_row(part, f"{row['seconds'] * 1e3:,.2f}", ratio(row["share"]))
     console.print(table)
     console.print(
         f"step {ratio(loop['step_seconds'])} s, {loop['tokens_per_second']:,.0f} tokens/s, MFU {loop['mfu']:.1%} of "
-        f"the {loop['ceiling_flops'] / 1e12:,.3g} TFLOP/s of matrix products here, loop's overhead beyond model and "
-        f"optimizer {loop['overhead']:.2%} (by step {ratio(loop['overhead_by_step'])})",
+        f"the {loop['ceiling_flops'] / 1e12:,.3g} TFLOP/s of matrix products on this device, overhead in addition to "
+        f"model and optimizer {loop['overhead']:.2%} (by step {ratio(loop['overhead_by_step'])})",
         highlight=False,
     )
     if loop["communication"]:
         share, seconds = loop["communication"]["share"], loop["communication"]["seconds"]
-        console.print(f"a collective is under way for {seconds * 1e3:,.1f} ms of a micro-step, {share:.1%} of it")
+        console.print(f"collectives are in progress for {seconds * 1e3:,.1f} ms of a micro-step ({share:.1%})")
 
 
 def show_machinery(console: Console, machinery: dict) -> None:
-    title = "variance machinery (P-POTS, global strata) against strata none, uniform"
+    title = "variance reduction (P-POTS, global strata) compared with strata none and uniform rates"
     table = Table("step without", "machinery", "share (quartiles)", "step with / without", "all-reduced", title=title)
     table.add_row(
         f"{machinery['plain_step_seconds'] * 1e3:.1f} ms",
-        f"{machinery['machinery_seconds'] * 1e3:.2f} ms + fit {machinery['fit_seconds'] * 1e3:.2f} ms at times",
+        f"{machinery['machinery_seconds'] * 1e3:.2f} ms + fit {machinery['fit_seconds'] * 1e3:.2f} ms per fit",
         ratio({key: np.array(value) * 100 for key, value in machinery["share"].items()}) + " %",
         ratio(machinery["time_ratio"]),
-        f"{machinery['bytes_per_step']:,} bytes a step",
+        f"{machinery['bytes_per_step']:,} bytes per step",
     )
     console.print(table)
 
@@ -295,10 +303,10 @@ PARTS: dict[str, tuple[Callable[..., dict], Callable[[Console, dict], None]]] = 
     "heads": (compare_heads, show_heads),
     "recompute": (
         compare_recompute,
-        lambda console, rows: console.print(comparison("activation checkpointing against none", rows)),
+        lambda console, rows: console.print(comparison("activation checkpointing compared with none", rows)),
     ),
-    "compile": (compare_compile, lambda console, rows: console.print(comparison("compiled against eager", rows))),
-    "chunks": (compare_chunks, lambda console, rows: console.print(comparison("the head in one chunk", rows))),
+    "compile": (compare_compile, lambda console, rows: console.print(comparison("compiled compared with eager", rows))),
+    "chunks": (compare_chunks, lambda console, rows: console.print(comparison("compared with one chunk", rows))),
     "memory": (compare_memory, show_memory),
     "loop": (watch_loop, show_loop),
     "optimizer": (compare_optimizers, show_optimizers),
@@ -319,13 +327,13 @@ def part_names(argument: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value")
+    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as in mdmtrain.train")
     parser.add_argument("--only", type=part_names, default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
-    parser.add_argument("--repeat", type=int, default=15, help="measurements of each (default: 15)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--repeat", type=int, default=15, help="measurements of each work (default: 15)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_intermixed_args(arguments)
     if args.repeat < 1:
-        raise ValueError(f"--repeat {args.repeat}: at least one measurement")
+        raise ValueError(f"--repeat {args.repeat}: must be at least 1")
     config = configuration.load(args.config)
     shape, world, console = shape_of(config), init_world(), Console(width=130)
     result: dict[str, Any] = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,

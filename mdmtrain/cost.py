@@ -71,7 +71,7 @@ class Cost:
     model_flops: float  # FLOPs of one step on all GPUs, as MFU counts them
     compute_seconds: float
     communication_seconds: float
-    optimizer_seconds: float  # after the backward pass: Muon, and what runs through the host's memory (offload)
+    optimizer_seconds: float  # after the backward pass: Muon, and with offload the optimizer's work in host memory
     step_seconds: float
     mfu: float
     tokens_per_second: float  # all GPUs

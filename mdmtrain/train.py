@@ -82,7 +82,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run writes."""
+    """The outputs of a run."""
 
     log: RunLog
     saver: Saver
@@ -372,7 +372,7 @@ def evaluation(state: State, inputs: Inputs, outputs: Outputs, config: Config, w
 
 
 def fit_rates(probe: Probe, state: State, inputs: Inputs, config: Config, world: World) -> None:
-    """Fit p(t) to the weights before the first step. A collective."""
+    """Fit p(t) to the initial weights, before the first step. A collective."""
     fit = config.diffusion
     size = f"{fit.fit_rates} rates x {fit.fit_sequences} sequences x {fit.fit_masks} masks"
     say(world, f"fitting p(t) to {size}")

@@ -31,7 +31,7 @@ GROUPS = {
     **dict.fromkeys(["grad_norm", "clipped", "skipped", "data_wait", "slowest_rank", "slowest_over_median"], "health"),
     **dict.fromkeys(["masked_tokens_min", "masked_tokens_max"], "health"),
 }
-OF_AN_EVALUATION = ("nelbo", "bits_per_byte")  # shown in the overview too
+OF_AN_EVALUATION = ("nelbo", "bits_per_byte")  # fields of an evaluation that the overview shows too
 BY_OCTILE = {LOSS_BY_OCTILE: "loss_by_rate", STATISTIC_BY_OCTILE: "statistic_by_rate"}  # field -> group of tags
 # The tab Custom Scalars: category -> chart -> tags, as regular expressions.
 LAYOUT = {

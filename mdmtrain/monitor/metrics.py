@@ -17,8 +17,8 @@ LOSS_BY_OCTILE = "loss_by_octile"  # mean weighted loss of the rows whose rate f
 STATISTIC_BY_OCTILE = "statistic_by_octile"  # mean of P-POTS' statistic there, without weights (diffusion.target)
 LOSS_BY_SOURCE = "loss_by_source"  # {source: mean weighted loss of its rows}, where there are several sources
 HISTOGRAM = "rate_histogram"  # rows of the global batch in each eighth
-COMPONENTS = "probe"  # {"A", "B_t", "B_int", "C"}: the decomposition of the loss's variance
-DENSITY = "rate_density"  # {"used", "wanted"}: p by cell of the rate
+COMPONENTS = "probe"  # {"A", "B_t", "B_int", "C"}: the components of the loss's variance
+DENSITY = "rate_density"  # {"used", "wanted"}: the density p in each cell of the rate
 
 
 class MetricsLog:

@@ -23,7 +23,7 @@ class Profiler:
         self._profile: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Call before each iteration."""
+        """Call before each step. step: from 0."""
         if self._first is None:
             return
         if step == self._first:

@@ -227,7 +227,7 @@ def collectives() -> tuple[list[int], str]:
     """
     entries = []
     counts = [0, 0]
-    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where torch has it
+    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # of gloo, and of NCCL if torch has it
         if hasattr(c10d, dump):
             trace = json.loads(getattr(c10d, dump)())
             entries += trace.get("entries", [])

@@ -23,7 +23,7 @@ WRITER_THREAD = "checkpoint writer"  # a process that ends normally waits for th
 
 
 class AgreedError(ValueError):
-    """A user's error that every rank raises together."""
+    """A user's error that all ranks raise at the same point."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from mdmtrain.parallel.world import World, init_world
 from mdmtrain.train import build_state, open_inputs, train_from
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch whose source is the corpus
+TEXT = ("nn", "optim", "distributed", "fx", "utils")  # folders of torch; their source code is the corpus
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ soak: setup
 # Train every arm from the same initial weights at two learning rates (docs/variance.md). Takes hours on two cores. The
 # same command resumes it. Needs the corpus of the quickstart.
 study: setup
+	@mkdir -p runs
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
 		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
 
@@ -75,6 +76,7 @@ finetune-study: setup
 
 # Train arms with Muon and QK-norm, at the size of the study. Takes hours on two cores. The same command resumes it.
 study-muon: corpus
+	@mkdir -p runs
 	$(PY) -m launchers.sweep configs/study.yaml --arms standard,counted-ppots,bell-counted,best,clipped,window,ar \
 		--seeds 0,1,2,3,4 --vary optim.lr=6e-3,1.2e-2 --dir runs/study-muon --workers 2 \
 		--json runs/study-muon.json --figure runs/study-muon.png optim.name=muon model.qk_norm=true
@@ -84,6 +86,7 @@ study-muon: corpus
 # add run.steps=500 and another --dir.
 PACKAGES := data/packages
 study-medium: setup
+	@mkdir -p runs
 	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
 	$(PY) tools/prepare_data.py $$site/torch $$site/sympy $$site/numpy --include '*.py' \
 		--exclude tests test testing _vendor --vocab-size 2048 --validation-fraction 0.02 --out $(PACKAGES)

@@ -392,8 +392,8 @@ class ParallelConfig(Section):
     float8: bool = Field(
         False,
         description="multiply in float8 in the linear layers of the blocks (torchao, pip install mdmtrain[float8]); "
-        "parameters, checkpoints, mdmtrain.evaluate and generate do not use it; needs a GPU of compute capability 8.9 or "
-        "more, such as the H100; a CPU emulates it, slowly",
+        "parameters, checkpoints, mdmtrain.evaluate and generate do not use it; needs a GPU of compute capability 8.9 "
+        "or more, such as the H100; a CPU emulates it, slowly",
     )
     replicate: int = Field(
         1,

@@ -275,7 +275,15 @@ def stop_in_preparation(number: int) -> None:
     if number == 0:
         shards.sha256_of = lambda file: time.sleep(1000)
     else:
-        threading.Timer(5.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        from mdmtrain.parallel.watchdog import Watchdog
+
+        entered = Watchdog.__enter__
+
+        def entering(watch):  # from here on, signals are handled
+            threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            return entered(watch)
+
+        Watchdog.__enter__ = entering
 
 
 def run_out_of_memory(number: int) -> None:

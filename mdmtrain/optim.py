@@ -30,7 +30,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, with the name by which it takes a flag: where `found_inf` is 1, a step changes nothing."""
+    """torch's fused AdamW, which reads the attribute `found_inf`: if it is 1, a step changes nothing."""
 
     found_inf: Tensor
 
@@ -60,7 +60,7 @@ Optimizer = AdamW | MuonAndAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer of the configuration. Its state exists at once, so that a checkpoint can be loaded into it.
+    """Build the optimizer of the configuration. Its state is allocated, so that a checkpoint can be loaded into it.
 
     With `name=muon`, Muon updates the matrices of the blocks and fused AdamW all other parameters. Otherwise AdamW
     updates all. Weight decay applies to matrices, not to the gains of the norms. `lr_ratio` of a group is its learning

@@ -57,8 +57,8 @@ def export(
 ) -> None:
     """Write a folder in the format `target`. Raises ValueError or OSError, and then leaves no partial folder.
 
-    check: is called with the complete folder before it is renamed to `out`. advance: is called with the number of values that
-    were written.
+    check: is called with the complete folder before it is renamed to `out`. advance: is called with the number of
+    values that were written.
     """
     formats.check_expressible(weights.shape, target)
     tokenizer = Tokenizer(weights.tokenizer, str(weights.place))
@@ -89,7 +89,7 @@ def _writing_new(out: Path) -> Iterator[Path]:
 
 
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
-    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns the SHA-256 of each by its name in `target`."""
+    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns {name in `target`: SHA-256}."""
     stored = getattr(torch, dtype)
     shards: list[dict[str, Tensor]] = []
     hashes: dict[str, str] = {}
@@ -224,7 +224,7 @@ class SideExports:
         if self._every is None or (step % self._every and step != self._last):
             return
         self._report([entry for entry in self._running if entry[1].done()])
-        shutil.rmtree(out, ignore_errors=True)  # an export of the same step may be left from before the run resumed from an earlier step
+        shutil.rmtree(out, ignore_errors=True)  # the run may have exported this step before, and gone back since
         try:
             held = storage_of(checkpoint).hold(checkpoint)  # held from now on, because the process starts later
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with one safetensors file from each rank, the tokenizer, and
 `meta.json`. That file is written last: a folder without it is not complete and is ignored. It contains the layout of
-the tensors (layout.py), so a checkpoint can be read by another number of ranks than wrote it. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See docs/checkpoints.md.
+the tensors (layout.py), so any number of ranks can read a checkpoint. Tensors are named `model.*`, `exp_avg.*`,
+`exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See docs/checkpoints.md.
 """
 
 import json
@@ -186,7 +186,7 @@ def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] =
 
     try:
         with storage_errors(newest.parent):
-            # Checkpoints of later steps exist if they were damaged and the run resumed before them. They do not count.
+            # Later checkpoints exist if they were damaged and the run resumed before them. They do not count.
             until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
             last = until[-config.keep_last :]
             best = best_of(until, scores)[: config.keep_best or 0]
@@ -209,7 +209,8 @@ def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
 def damage(folder: Path, world: World) -> str | None:
     """Verify the checksums of a checkpoint's files. Returns what is wrong, or None. A collective.
 
-    All files are read once, and each rank reads a share of them. Older checkpoints without checksums are assumed to be intact.
+    All files are read once, and each rank reads a share of them. An older checkpoint without checksums is assumed to be
+    intact.
     """
     stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
 
@@ -305,7 +306,7 @@ def find(path: str | Path) -> Path:
 
 
 def tokenizer_path(path: str) -> str:
-    """The path for `Tokenizer.load`, from --tokenizer: the newest checkpoint of a run, or `path` itself if it is no run.
+    """The path of --tokenizer for `Tokenizer.load`: the newest checkpoint if `path` is a run, otherwise `path`.
 
     Raises ValueError if the run has no complete checkpoint.
     """

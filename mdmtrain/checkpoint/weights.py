@@ -220,7 +220,7 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
         if name.endswith("rotary_emb.inv_freq"):
             continue  # older folders have it; it can be computed from config.json
         if name not in expected:
-            raise ValueError(f"{path}: {name} is no parameter of our model: this architecture is not supported")
+            raise ValueError(f"{path}: {name} does not exist in our model: the architecture is not supported")
         with _opened(path) as file:
             part = file.get_slice(name)
             if tuple(part.get_shape()) != expected[name]:

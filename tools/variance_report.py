@@ -6,9 +6,9 @@
 The first table shows Tr Cov of the step gradient under each arm's forward process, and its ratio to `standard`. Both
 are estimated from N single slots, by importance sampling, with a bootstrap interval. For comparison it also shows
 Tr Cov from real steps, and the squared mean gradient divided by Tr Cov. The second table shows A, B and C
-(docs/mathematics.md) of loss and gradient for single rows, and whether MIRROR can reduce the variance. Rows
-are assumed to be independent, which is nearly true for one shuffled epoch. The tool also runs under torchrun: the model
-is sharded, and real steps are split over the ranks.
+(docs/mathematics.md) of loss and gradient for single rows, and whether MIRROR can reduce the variance. Rows are assumed
+to be independent, which is nearly true for one shuffled epoch. The tool also runs under torchrun: the model is sharded,
+and real steps are split over the ranks.
 """
 
 import json

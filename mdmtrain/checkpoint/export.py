@@ -224,7 +224,7 @@ class SideExports:
         if self._every is None or (step % self._every and step != self._last):
             return
         self._report([entry for entry in self._running if entry[1].done()])
-        shutil.rmtree(out, ignore_errors=True)  # the run may have exported this step before, and gone back since
+        shutil.rmtree(out, ignore_errors=True)  # an old export of this step, if the run resumed from an earlier step
         try:
             held = storage_of(checkpoint).hold(checkpoint)  # held from now on, because the process starts later
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)

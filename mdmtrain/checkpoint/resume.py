@@ -96,7 +96,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     if began != begin:
         raise ValueError(
             f"cannot resume {folder}: data.phases that begin before its step {meta['step']} were {began}, not {begin}: "
-            "restore these phases; only later ones can be changed"
+            "keep these phases as they were; only phases from this step on can be changed"
         )
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
@@ -113,7 +113,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
 
 
 def step_to_go_back_to(config: Config) -> int | None:
-    """The step of checkpoint.resume, or None if the last start of the run has already gone back to it.
+    """The step of checkpoint.resume, or None if the last start of the run has already resumed from it.
 
     If the same command is given again (by the user, torchrun or a scheduler), it resumes from the newest checkpoint.
     """

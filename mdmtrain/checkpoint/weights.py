@@ -235,7 +235,7 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors. Raises ValueError if there are none in this format, or if the index is bad."""
+    """The files with the tensors. Raises ValueError if there are none in this format, or if the index is damaged."""
     index = folder / INDEX_FILE
     single = folder / "model.safetensors"
     if index.is_file():

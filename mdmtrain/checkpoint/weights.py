@@ -142,7 +142,7 @@ def open_folder(folder: Path, kind: str) -> Weights:
         shape = replace(shape, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64))
     if start_anew and known > stored.vocab_size:
         log.warning(
-            "%s: the tokenizer has %d tokens, but the embedding has %d rows: new rows are added with their mean",
+            "%s: the tokenizer has %d tokens, but the embedding has %d rows: new rows get the mean of the old ones",
             folder, known, stored.vocab_size,
         )  # fmt: skip
     try:

@@ -306,7 +306,7 @@ def take_steps(
         norm, skipped = optimizer_step(state.optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
         watch.at("records")
         if state.average is not None:
-            state.average.update(model, skipped)
+            state.average.update(model, state.optimizer.found_inf)  # on the device of the weights
         state.step += 1
         row_counts = np.bincount(process.row_cells(draws), minlength=config.diffusion.bins)
         sampler.add(recorder.statistics(sums), row_counts, skipped)

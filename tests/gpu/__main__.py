@@ -1,29 +1,43 @@
-"""python -m tests.gpu train DATA SCRATCH NAME...    see arrangements.py; a process of its own for the fake device"""
+"""A process of its own for the fake device. Writes one line of JSON for each name.
+
+python -m tests.gpu train DATA SCRATCH NAME...       see arrangements.py
+python -m tests.gpu check DATA SCRATCH PART...       see checks.py
+python -m tests.gpu compile TRITON SCRATCH NAME...   see kernels.py; TRITON: a folder that has triton
+"""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tests.gpu import shim
 
-shim.load()  # before torch is imported
 
-from tests.gpu import arrangements  # noqa: E402
+def act_of(what: str, where: str, scratch: str) -> Callable[[str], dict]:
+    if what == "train":
+        from tests.gpu import arrangements
 
+        return partial(arrangements.run, where, Path(scratch))
+    if what == "check":
+        from tests.gpu import checks
 
-def main(what: str, data: str, scratch: str, *names: str) -> None:
-    for name in names:
-        start = time.process_time()
-        found = arrangements.run(data, Path(scratch), name)
-        print(json.dumps({**found, "seconds": round(time.process_time() - start, 1)}), flush=True)
+        return partial(checks.check, where, scratch)
+    os.environ["TRITON_CACHE_DIR"] = scratch
+    sys.path.insert(0, where)
+    from tests.gpu import h100, kernels
+
+    h100.install()
+    return kernels.compile_for_h100
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    shim.load()  # before torch is imported
+    act = act_of(*sys.argv[1:4])
+    for name in sys.argv[4:]:
+        start = time.process_time()
+        found = act(name)
+        print(json.dumps({**found, "seconds": round(time.process_time() - start, 1)}), flush=True)
     os._exit(0)  # autograd's device thread outlives the interpreter otherwise

@@ -1,6 +1,6 @@
 """The training loop as rank 0 of 8 on the fake device, in every arrangement, and with faults that it must not pass.
 
-    python -m tests.gpu train DATA SCRATCH NAME...       one line of JSON for each name
+python -m tests.gpu train DATA SCRATCH NAME...       one line of JSON for each name
 """
 
 import json
@@ -69,8 +69,8 @@ ARRANGEMENTS: dict[str, list[str]] = {
     "compiled, budget": [COMPILE, CHECKPOINTING + "budget"],
     "documents": [DOCUMENTS],
     "documents, recompute ops": [DOCUMENTS, CHECKPOINTING + "ops"],
-    "compiled, documents": [COMPILE, DOCUMENTS, CHECKPOINTING + "ops", *PROBE],
-    "mirror": ["diffusion.views=mirror", DOCUMENTS],
+    "compiled, documents": [COMPILE, DOCUMENTS, CHECKPOINTING + "ops"],
+    "documents, mirror": [DOCUMENTS, "diffusion.views=mirror"],
     "complement": ["diffusion.views=complement"],
     "average": [EMA],
     "probe": PROBE,
@@ -82,7 +82,7 @@ ARRANGEMENTS: dict[str, list[str]] = {
     "muon": [MUON, "model.qk_norm=true"],
     "muon, hsdp, compiled": [MUON, "parallel.replicate=2", COMPILE],
     "muon, offload": [MUON, OFFLOAD],
-    "8b": ["model.n_heads=8", COMPILE, CHECKPOINTING + "full", "parallel.replicate=2", DOCUMENTS, EMA, MUON, *PROBE],
+    "everything": [COMPILE, CHECKPOINTING + "full", "parallel.replicate=2", ACCUMULATE, DOCUMENTS, EMA, MUON, *PROBE],
 }
 
 

@@ -13,11 +13,12 @@ import pytest
 from tests.conftest import ROOT
 from tests.gpu import shim
 
+FakeDevice = Callable[..., dict[str, dict]]
 TRITON = "MDMTRAIN_TRITON"  # a folder with triton (pip install --target); .ci/run makes one
 
 
 @pytest.fixture(scope="module")
-def fake_device(tmp_path_factory) -> Callable[..., dict[str, dict]]:
+def fake_device(tmp_path_factory) -> FakeDevice:
     """fake_device(what, data, *names): what `python -m tests.gpu` found, by name."""
     if (reason := shim.missing()) is not None:
         pytest.skip(reason)
@@ -43,4 +44,6 @@ def triton() -> Path:
         return Path(folder)
     if (spec := importlib.util.find_spec("triton")) is not None and spec.origin is not None:
         return Path(spec.origin).parent.parent
-    pytest.skip(f"no kernels are compiled: set {TRITON} to a folder made with pip install --target FOLDER triton==3.7.1")
+    pytest.skip(
+        f"no kernels are compiled: set {TRITON} to a folder made with pip install --target FOLDER triton==3.7.1"
+    )

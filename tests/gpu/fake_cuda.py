@@ -150,7 +150,9 @@ class FakeCuda(TorchDispatchMode):
             "is_bf16_supported": lambda *_, **__: True,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,
-            "max_memory_allocated": lambda *_: 1 << 30,
+            "memory_allocated": lambda *_: 1 << 30,
+            "max_memory_allocated": lambda *_: 2 << 30,
+            "reset_peak_memory_stats": lambda *_: None,
             "empty_cache": lambda: None,
             "set_sync_debug_mode": self.set_sync_debug_mode,
         }

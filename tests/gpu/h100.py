@@ -90,7 +90,9 @@ def install() -> None:
     torch._C._cuda_getCurrentRawStream = lambda _: 0
     torch._C._cuda_getDevice = lambda: 0
     # In C++ these would make real tensors.
-    guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+    guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda"
+    )
     guards._reinterpret_tensor = lambda tensor, size, stride, offset=0: tensor.as_strided(
         size, stride, tensor.storage_offset() + offset
     )
@@ -109,6 +111,7 @@ def install() -> None:
     for name in ("cuda", "cuda:0"):
         device_interface.register_interface_for_device(name, interface)
     inductor.compile_threads = 1  # other processes would have no fake device
+    inductor.use_static_triton_launcher = False  # it keeps no binary
     inductor.force_disable_caches = True
     inductor.joint_graph_constant_folding = False  # it computes constants on the device
     joint_graph.lazy_init = lambda *_, **__: None  # its patterns are traced on a real device

@@ -50,12 +50,16 @@ struct CUDAHooks final : CUDAHooksInterface {
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }
 
-// The kernel that scaled_dot_product_attention takes: flash attention has neither a mask nor float32.
+// The kernel that scaled_dot_product_attention takes. Flash attention has neither a mask nor float32, and efficient
+// attention no grouped heads.
 static int64_t choose(
-    const at::Tensor& query, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>& mask, double, bool,
-    std::optional<double>, bool) {
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor&, const std::optional<at::Tensor>& mask, double,
+    bool, std::optional<double>, bool) {
   bool flash = !mask.has_value() && query.scalar_type() != at::kFloat;
-  return static_cast<int64_t>(flash ? at::SDPBackend::flash_attention : at::SDPBackend::efficient_attention);
+  bool grouped = query.size(1) != key.size(1);
+  return static_cast<int64_t>(
+      flash ? at::SDPBackend::flash_attention
+            : grouped ? at::SDPBackend::math : at::SDPBackend::efficient_attention);
 }
 static const bool chosen = (at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(choose), true);
 """

@@ -26,7 +26,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.config import Config
 from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model import attention
-from mdmtrain.model.transformer import FeedForward, Transformer
+from mdmtrain.model.transformer import FeedForward
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 from tests.gpu.fake_cuda import FakeCuda
@@ -75,8 +75,13 @@ ARRANGEMENTS: dict[str, list[str]] = {
     "average": [EMA],
     "probe": PROBE,
     "refit": ["diffusion.sampler=ppots", "diffusion.when=online", "diffusion.refit_every=2"],
-    "fit once": ["diffusion.sampler=ppots", "diffusion.when=once"]
-    + ["diffusion.fit_rates=8", "diffusion.fit_sequences=2", "diffusion.fit_masks=1"],
+    "fit once": [
+        "diffusion.sampler=ppots",
+        "diffusion.when=once",
+        "diffusion.fit_rates=8",
+        "diffusion.fit_sequences=2",
+        "diffusion.fit_masks=1",
+    ],
     "tied, chunks": ["model.tied_embeddings=true", "parallel.head_chunk=64"],
     "saves at once": ["checkpoint.asynchronous=false"],
     "muon": [MUON, "model.qk_norm=true"],

@@ -17,9 +17,9 @@ from tests.gpu.arrangements import compiled_by, fake_ranks
 from tests.gpu.fake_cuda import FakeCuda
 
 sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
-import gpu_bench  # noqa: E402
-import gpu_check  # noqa: E402
-import gpu_parts  # noqa: E402
+import gpu_bench
+import gpu_check
+import gpu_parts
 
 
 def check(data: str, scratch: str, part: str) -> dict:

@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import patch
 
 import torch
@@ -104,8 +105,8 @@ class FakeCuda(TorchDispatchMode):
     """In this mode, everything that is made on or copied to "cuda" is a fake tensor."""
 
     supports_higher_order_operators = True  # flex_attention
-    waits: Counter[str] = Counter()  # how often the host waited for the device, by place
-    products: Counter[str] = Counter()  # how many matrix products the device did, by dtype
+    waits: ClassVar[Counter[str]] = Counter()  # how often the host waited for the device, by place
+    products: ClassVar[Counter[str]] = Counter()  # how many matrix products the device did, by dtype
     forbidden = False  # whether a wait is an error: torch.cuda.set_sync_debug_mode("error")
 
     @classmethod

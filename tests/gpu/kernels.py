@@ -41,11 +41,8 @@ def block(preset: str, documents: bool) -> None:
     layer(new(ROWS, LENGTH, shape.d_model, requires_grad=True), *angles, mask).sum().backward()
 
 
-def flex(preset: str, **options) -> None:
-    """The flex attention of blocks that are not compiled, forward and backward, and its block mask.
-
-    options: kernel_options of flex_attention, for faults.
-    """
+def flex_forward(preset: str, **options) -> torch.Tensor:
+    """The flex attention of blocks that are not compiled, and its block mask. options: of flex_attention."""
     shape = shape_of(preset)
     mask = attention.attention_mask(torch.zeros(ROWS, LENGTH, dtype=torch.int32, device="cuda"), shape)
     q, k, v = (
@@ -53,8 +50,11 @@ def flex(preset: str, **options) -> None:
         for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
     )
     grouped = shape.n_heads != shape.n_kv_heads
-    out = attention._compiled(attention.flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped, **options)
-    out.sum().backward()
+    return attention._compiled(attention.flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped, **options)
+
+
+def flex(preset: str) -> None:
+    flex_forward(preset).sum().backward()
 
 
 def cross_entropy(preset: str) -> None:
@@ -71,23 +71,23 @@ def newton_schulz(preset: str) -> None:
     torch.compile(orthogonalize, fullgraph=True)(new(shape.d_ff, shape.d_model))
 
 
-def fault(**options) -> Callable[[], None]:
-    """Flex attention with tiles of the forward pass that do not fit."""
+def fault(**options) -> Callable[[], object]:
+    """Flex attention with tiles that do not fit."""
     tiles = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 3, **options}
-    return partial(flex, "8b", kernel_options=tiles)
+    return partial(flex_forward, "8b", kernel_options=tiles)
 
 
-KERNELS: dict[str, Callable[[], None]] = {
+KERNELS: dict[str, Callable[[], object]] = {
     "too much shared memory": fault(fwd_num_stages=5),
     "too many registers": fault(fwd_num_warps=2),
 }
 for preset in ("170m", "1b", "8b"):
     KERNELS |= {
-        f"block {preset}": partial(block, preset, False),
-        f"block {preset}, documents": partial(block, preset, True),
-        f"flex {preset}": partial(flex, preset),
-        f"head {preset}": partial(cross_entropy, preset),
-        f"newton-schulz {preset}": partial(newton_schulz, preset),
+        f"{preset} block": partial(block, preset, False),
+        f"{preset} block, documents": partial(block, preset, True),
+        f"{preset} flex": partial(flex, preset),
+        f"{preset} head": partial(cross_entropy, preset),
+        f"{preset} newton-schulz": partial(newton_schulz, preset),
     }
 
 

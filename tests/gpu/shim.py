@@ -1,7 +1,8 @@
 """Load a library that makes torch believe in a CUDA device, without CUDA. Call `load` before torch is imported.
 
-A build of torch for CPUs has no device guard for CUDA, and autograd asks for one; and it has no accelerator, so autograd
-would run everything on the main thread. The library registers both. It computes nothing (see fake_cuda.py).
+A build of torch for CPUs has no device guard for CUDA, and autograd asks for one. It has no accelerator either, so
+autograd would run everything on the main thread. The library registers both, and the choice between the kernels of
+attention. It computes nothing (see fake_cuda.py).
 """
 
 import ctypes

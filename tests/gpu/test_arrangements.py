@@ -6,6 +6,7 @@
 import pytest
 
 from tests.conftest import SOAK
+from tests.gpu.arrangements import ARRANGEMENTS
 from tests.gpu.conftest import FakeDevice
 
 FSDP = "torch/distributed/fsdp/_fully_shard"
@@ -40,16 +41,9 @@ ALSO_ALLOWED = {
     "offload, accumulate": OFFLOAD | ACCUMULATE,
     "muon, offload": OFFLOAD | MUON_OFFLOAD,
 }
-QUICK = (
-    ["plain", "hsdp", "offload, accumulate", "recompute full", "recompute ops", "compiled", "documents, mirror"]
-    + ["complement", "average", "probe", "refit", "muon", "muon, offload", "everything"]
-)  # fmt: skip
-SLOW = (
-    ["accumulate", "kept gathered", "offload", "recompute selective", "compiled, recompute full", "fit once"]
-    + ["compiled, recompute ops", "compiled, budget", "documents", "documents, recompute ops", "compiled, documents"]
-    + ["tied, chunks", "saves at once", "muon, hsdp, compiled"]
-)  # fmt: skip
-NAMES = QUICK + SLOW if SOAK else QUICK
+QUICK = ["plain", "hsdp", "offload, accumulate", "recompute full", "recompute ops", "compiled", "documents, mirror",
+         "complement", "average", "probe", "refit", "muon", "muon, offload", "everything"]  # fmt: skip
+NAMES = list(ARRANGEMENTS) if SOAK else QUICK
 
 
 def problems(found: dict, allowed: dict[str, str]) -> set[str]:

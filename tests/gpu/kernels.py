@@ -11,7 +11,8 @@ from functools import partial
 
 import torch
 
-from mdmtrain.model import attention, head
+from mdmtrain.model import attention
+from mdmtrain.model.head import Head
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Block
 from mdmtrain.muon import orthogonalize
@@ -60,7 +61,8 @@ def flex(preset: str) -> None:
 def cross_entropy(preset: str) -> None:
     """The head's cross-entropy, forward and backward, for any number of masked positions."""
     shape = shape_of(preset)
-    compiled = torch.compile(head._cross_entropy, dynamic=True, fullgraph=True)
+    head = Head(shape.d_model, VOCABULARY, tied=True, chunk=ROWS * LENGTH)
+    compiled = torch.compile(head.forward, dynamic=True, fullgraph=True)
     weight = new(VOCABULARY, shape.d_model, requires_grad=True)
     targets = torch.zeros(3001, dtype=torch.int64, device="cuda")
     compiled(new(3001, shape.d_model, requires_grad=True), targets, weight).sum().backward()

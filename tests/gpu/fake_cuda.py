@@ -84,6 +84,17 @@ class Stream:
     def __exit__(self, *_): ...
 
 
+class Generator(torch.Generator):
+    """Of random numbers. Nothing draws any, but a compiled block that recomputes attention keeps its state."""
+
+    def clone_state(self):
+        return self
+
+    graphsafe_get_state = clone_state
+
+    def graphsafe_set_state(self, _state): ...
+
+
 def place() -> str:
     """The innermost function of the package that is running, as file:function; without one, that of torch.
 
@@ -149,6 +160,7 @@ class FakeCuda(TorchDispatchMode):
             "get_device_capability": lambda *_: (H100.major, H100.minor),
             "get_device_properties": lambda *_: H100,
             "is_bf16_supported": lambda *_, **__: True,
+            "default_generators": (Generator(),),
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,
             "memory_allocated": lambda *_: 1 << 30,

@@ -87,6 +87,8 @@ class Stream:
 class Generator(torch.Generator):
     """Of random numbers. Nothing draws any, but a compiled block that recomputes attention keeps its state."""
 
+    device = torch.device("cuda", 0)
+
     def clone_state(self):
         return self
 

@@ -307,8 +307,8 @@ def explain(plan: Plan, making: Preparation, tasks: int) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    if args.tokenizer and (Path(args.tokenizer) / "checkpoints").is_dir():
-        args.tokenizer = str(store.find(args.tokenizer))
+    if args.tokenizer:
+        args.tokenizer = store.tokenizer_path(args.tokenizer)
     inputs, options = read_options(args)
     plan, out, begin = Plan.of(inputs, options), args.out.absolute(), time.monotonic()
     work = work_folder(out)

@@ -156,7 +156,8 @@ def use_deterministic_algorithms() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS may use its workspaces in any order
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps to find errors, and takes time
+    # By default, torch would then also fill uninitialised memory. That only helps to find errors, and takes time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
 
 
 def check_launcher() -> None:

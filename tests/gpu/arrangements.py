@@ -70,6 +70,7 @@ ARRANGEMENTS: dict[str, list[str]] = {
     "documents": [DOCUMENTS],
     "documents, recompute ops": [DOCUMENTS, CHECKPOINTING + "ops"],
     "compiled, documents": [COMPILE, DOCUMENTS, CHECKPOINTING + "ops"],
+    "mirror": ["diffusion.views=mirror"],
     "documents, mirror": [DOCUMENTS, "diffusion.views=mirror"],
     "complement": ["diffusion.views=complement"],
     "average": [EMA],

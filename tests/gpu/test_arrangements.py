@@ -41,7 +41,7 @@ ALSO_ALLOWED = {
     "offload, accumulate": OFFLOAD | ACCUMULATE,
     "muon, offload": OFFLOAD | MUON_OFFLOAD,
 }
-QUICK = ["plain", "hsdp", "offload, accumulate", "recompute full", "recompute ops", "compiled", "documents, mirror",
+QUICK = ["plain", "hsdp", "offload, accumulate", "recompute full", "recompute ops", "compiled", "mirror",
          "complement", "average", "probe", "refit", "muon", "muon, offload", "everything"]  # fmt: skip
 NAMES = list(ARRANGEMENTS) if SOAK else QUICK
 

@@ -85,7 +85,6 @@ ARRANGEMENTS: dict[str, list[str]] = {
         "diffusion.fit_masks=1",
     ],
     "tied, chunks": ["model.tied_embeddings=true", "parallel.head_chunk=64"],
-    "saves at once": ["checkpoint.asynchronous=false"],
     "muon": [MUON, "model.qk_norm=true"],
     "muon, hsdp, compiled": [MUON, "parallel.replicate=2", COMPILE],
     "muon, offload": [MUON, OFFLOAD],

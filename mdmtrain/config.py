@@ -60,6 +60,10 @@ class RunConfig(Section):
     max_skips: int = Field(
         10, gt=0, description="the run stops with an error after this many non-finite (skipped) steps in a row"
     )
+    deterministic: bool = Field(
+        False,
+        description="use only algorithms that give the same bits each time; slower on GPUs, and no change on CPUs",
+    )
     time_limit: float | None = Field(
         None, gt=0, description="minutes after which the run saves a checkpoint and stops; null: no limit"
     )

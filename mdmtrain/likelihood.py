@@ -26,7 +26,7 @@ from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.masks import bernoulli
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
@@ -214,9 +214,8 @@ def estimate(
         else:
             masked_batch = corrupt(estimator, rows, passes, chosen, mask_id)
         masked_batch = masked_batch.to(world.device)
-        visible = None if rows.segments is None else rows.segments[passes.row[chosen]].to(world.device)
-        ce = model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, visible)
-        return row_losses(ce, masked_batch)
+        visible = None if rows.segments is None else rows.segments[passes.row[chosen]]
+        return row_losses(masked_cross_entropy(model, masked_batch, visible, 1), masked_batch)
 
     return _by_row(deal(len(passes.row), batch, values, model, world, watch), passes, tokens)
 

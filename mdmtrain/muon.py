@@ -140,17 +140,19 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, exchange: Exchange, skip: Tensor) -> None:
         """The step for sharded matrices: send rows to the owners, orthogonalize, send the results back."""
-        sending = torch.empty(sum(exchange.sent), dtype=self.dtype, device=self.device)
-        receiving = torch.empty(sum(exchange.received), dtype=self.dtype, device=self.device)
         parameters = [self._matrices[index] for index in exchange.order]
-        slots = sending.split(exchange.sent)
-        for p, slot in zip(parameters, slots, strict=True):
+        # Offloaded parameters need one copy to the device and one back. A copy of each matrix would wait for each.
+        directions = torch.empty(sum(exchange.sent), dtype=self.dtype, device=local(parameters[0]).device)
+        for p, slot in zip(parameters, directions.split(exchange.sent), strict=True):
             slot.view_as(local(p)).copy_(self._momentum(p, skip))
+        sending = directions.to(self.device)
+        receiving = torch.empty(sum(exchange.received), dtype=self.dtype, device=self.device)
         dist.all_to_all_single(receiving, sending, exchange.received_from, exchange.sent_to, self._group)
         for index, pieces in zip(exchange.mine, exchange.pieces(receiving), strict=True):
             orthogonalize_pieces(pieces, exchange.rows[index])
         dist.all_to_all_single(sending, receiving, exchange.sent_to, exchange.received_from, self._group)
-        for p, slot in zip(parameters, slots, strict=True):
+        directions = sending.to(directions.device)
+        for p, slot in zip(parameters, directions.split(exchange.sent), strict=True):
             self._update(p, slot.view_as(local(p)), skip)
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:

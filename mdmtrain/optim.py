@@ -106,7 +106,7 @@ def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: 
     optimizer.found_inf = skipped  # if this is 1, parameters, moments and counters do not change
     optimizer.step()
     optimizer.zero_grad()
-    return norm.to(healthy.device), skipped.to(healthy.device)
+    return norm.to(healthy.device, non_blocking=True), skipped.to(healthy.device, non_blocking=True)
 
 
 class EMA:
@@ -118,8 +118,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: Tensor) -> None:
-        """Update the average with the model's weights, unless the step was skipped (skipped = 1.0)."""
-        share = ((1.0 - self.decay) * (1.0 - skipped)).to(local(next(iter(self.tensors.values()))).device)
+        """Update the average with the model's weights, unless the step was skipped (skipped = 1.0).
+
+        skipped: scalar on the device of the weights.
+        """
+        share = (1.0 - self.decay) * (1.0 - skipped)
         for name, p in model.named_parameters():
             local(self.tensors[name]).lerp_(local(p), share)
 

@@ -148,6 +148,18 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     return World(rank, size, device, mesh, everyone)
 
 
+def use_deterministic_algorithms() -> None:
+    """Make torch use only algorithms that give the same bits each time. Call this before CUDA starts.
+
+    An operation that has no such algorithm then raises RuntimeError. What torch does with this setting:
+    docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS may use its workspaces in any order
+    torch.use_deterministic_algorithms(True)
+    # By default, torch would then also fill uninitialised memory. That only helps to find errors, and takes time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+
+
 def check_launcher() -> None:
     """Check that torchrun still runs. Raises ValueError if it has ended while this rank was starting.
 

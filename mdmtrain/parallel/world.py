@@ -133,6 +133,9 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
             dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # NCCL appends the rank
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", dump)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+            # The number of masked rows changes from batch to batch: segments that grow are not fragmented by it.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

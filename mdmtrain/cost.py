@@ -6,7 +6,7 @@ result. tools/observed.py and tools/bench/allocator.py measure what the engine r
 tools compare this with the prediction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -47,8 +47,8 @@ class Assumptions:
     """The numbers that cannot be derived."""
 
     compute_efficiency: float = 0.6  # share of the peak that matrix products reach
-    attention_efficiency: float = 0.4  # the same of fused attention
-    memory_efficiency: float = 0.87  # share of the memory's bandwidth that everything else reaches
+    attention_efficiency: float = 0.4  # share of the peak that fused attention reaches
+    memory_efficiency: float = 0.87  # share of the memory bandwidth that all other operations reach
     link_efficiency: float = 0.7  # share of a link's data-sheet bandwidth that a large collective reaches
     collective: float = 20e-6  # seconds before the first byte of each collective
     near_hop: float = 2e-6  # seconds for each step of a ring from one GPU to the next in the same node
@@ -134,8 +134,9 @@ def saved_per_token(
     """The number of values that one block keeps for the backward pass, per token.
 
     composed_norms: norms consist of several operations (on the CPU), which keep their inputs twice and a few
-    statistics. The budget is applied to all values that an uncompiled block keeps, except its input. torch applies it
-    to the values that the compiler would keep, which are fewer.
+    statistics. compiled: the backward pass computes silu(gate) again. The budget is applied to all values that an
+    uncompiled block keeps, except its input. torch applies it to the values that the compiler would keep, which are
+    fewer.
     """
     d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
@@ -332,14 +333,14 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
 
 
 def head_at_once(config: Config, masked: float) -> bool:
-    """Does the head of a micro-batch need one chunk, so that it recomputes nothing?"""
+    """Whether one chunk holds the masked rows of a micro-batch. The head then recomputes nothing."""
     rows = min(config.run.micro_batch, config.run.global_batch) * config.data.sequence_length * masked
     return rows <= config.parallel.head_chunk
 
 
-# Bytes that the operations of a block, except products and attention, read and write for a token in bfloat16, in both
-# passes: for each number of the residual stream, of queries and keys, and of the feed-forward's width. With QK-norm.
-# The keys are (compiled, activation checkpointing). tools/roofline.py counts these bytes, and a test compares.
+# Bytes that the operations of a block, except matrix products and attention, read and write in the forward and backward
+# pass, per token and per value of (residual stream, queries and keys, feed-forward). For bfloat16, with QK-norm. The
+# keys are (compiled, activation checkpointing). tools/roofline.py counts these bytes, and a test compares them.
 BLOCK_BYTES = {
     (False, "none"): (62, 114, 28),
     (False, "ops"): (76, 170, 38),
@@ -348,12 +349,12 @@ BLOCK_BYTES = {
     (True, "ops"): (68, 22, 26),
     (True, "full"): (68, 22, 18),
 }
-# The same for a logit, by compiled: (in one chunk, what recomputing it adds).
+# Bytes that the cross-entropy reads and writes for each logit, by compiled: (in one chunk, added by recomputation).
 LOGIT_BYTES = {False: (44, 22), True: (6, 2)}
 
 
 def block_bytes(shape: ModelShape, config: Config) -> float:
-    """Bytes that the operations of a block, except products and attention, move for a token: a mean over the blocks."""
+    """Bytes per token that a block's operations read and write, without products and attention. Mean over blocks."""
     parallel, width = config.parallel, 2 if config.parallel.compute_dtype == "bfloat16" else 4
     numbers = shape.d_model, (shape.n_heads + shape.n_kv_heads) * shape.head_dim, shape.d_ff
 
@@ -370,7 +371,7 @@ def block_bytes(shape: ModelShape, config: Config) -> float:
 
 
 def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) -> float:
-    """Bytes that one micro-step of a rank reads and writes in its memory, except for products and attention."""
+    """Bytes that a rank reads and writes in its memory in one micro-step, without products and attention."""
     tokens, compiled = config.run.micro_batch * config.data.sequence_length, config.parallel.compile
     once, again = LOGIT_BYTES[compiled]
     logit = (1 if config.parallel.compute_dtype == "bfloat16" else 2) * (
@@ -381,8 +382,10 @@ def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) ->
 
 
 def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
-    """FSDP's part of them. It casts shards, gathers them into a buffer and copies them out of it. It copies gradients
-    into a buffer, reduces them, and adds them to those of the shard.
+    """The part of FSDP in `moved_bytes`.
+
+    It casts shards, gathers them into a buffer and copies them out of it. It copies gradients into a buffer, reduces
+    them, and adds them to the gradients of the shard.
     """
     parameters, width = sizes(shape).total, 2 if config.parallel.compute_dtype == "bfloat16" else 4
     gathered = (4 + width) / shard + (3 * width if shard > 1 else 0)
@@ -393,13 +396,13 @@ def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
 
 
 def regathered(shape: ModelShape, config: Config) -> int:
-    """Parameters that the backward pass gathers again: not the head, nor a tied matrix, which stay."""
+    """The number of parameters that the backward pass gathers again. The head and a tied matrix are not freed."""
     parts = sizes(shape)
     return parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
 
 
 def collectives(shape: ModelShape, config: Config, copies: int, shard: int, accumulation: int) -> dict[str, int]:
-    """How many collectives a rank takes part in during one step: one for each group of parameters."""
+    """The number of collectives that a rank joins in one step, by kind. FSDP has one for each group of parameters."""
     parts = sizes(shape)
     groups = parts.blocks + (1 if shape.tied_embeddings else 2)  # the root; embedding and head
     again = groups - 1 if config.parallel.reshard_after_forward else 0
@@ -413,16 +416,16 @@ def collectives(shape: ModelShape, config: Config, copies: int, shard: int, accu
 
 @dataclass(frozen=True)
 class Ring:
-    """A group of GPUs, each of which sends to the next."""
+    """The speed of a ring of GPUs, in which each sends to the next."""
 
     rate: float  # bytes/s that each GPU sends
-    latency: float  # seconds until a first byte has been everywhere
+    latency: float  # seconds in which a byte passes all GPUs
 
 
 def ring(size: int, in_node: int, gpu: Gpu, assumed: Assumptions) -> Ring:
     """A ring of `size` GPUs, of which `in_node` are in each node.
 
-    NCCL makes a ring over every network card. So a group between nodes has as many cards as it has GPUs in a node.
+    NCCL makes one ring for each network card. A group of several nodes uses as many cards as it has GPUs in a node.
     """
     in_node = min(size, in_node)
     nodes = -(-size // in_node)
@@ -446,7 +449,8 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     plan = resolve(config, gpus)
     copies, shard = config.parallel.replicate, gpus // config.parallel.replicate
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
-    kinds = memory(shape, config, shard, plan.micro_batch, assumed)
+    # The number of masked positions changes with every micro-batch. In one of a few rows it can be nearly all of them.
+    kinds = memory(shape, config, shard, plan.micro_batch, replace(assumed, masked=1.0))
     sent = traffic(shape, config, gpus, shard, plan.accumulation)
     calls = collectives(shape, config, copies, shard, plan.accumulation)
     within = ring(shard, gpu.per_node, gpu, assumed)
@@ -454,22 +458,22 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     rings = {"all_gather": (within, 1), "reduce_scatter": (within, 1), "all_reduce": (across, 2)}
     latency = sum(calls[kind] * (assumed.collective + rounds * one.latency) for kind, (one, rounds) in rings.items())
     communication = latency + sum(sent[kind] / one.rate for kind, (one, _) in rings.items())
-    communication = max(communication, sent["host"] / assumed.host_link)  # links of their own
+    communication = max(communication, sent["host"] / assumed.host_link)  # these use separate links
     counted, products, attention = step_flops(shape, config, assumed.masked)
     flops, moving = gpu.peak * assumed.compute_efficiency, gpu.bandwidth * assumed.memory_efficiency
     compute = products / gpus / flops + attention / gpus / (gpu.peak * assumed.attention_efficiency)
     compute += plan.accumulation * moved_bytes(shape, config, shard, assumed.masked) / moving
     muon, host = config.optim.name == "muon", config.parallel.offload
     matrices, parameters = muon_parameters(shape) if muon else 0, sizes(shape).total
-    # The norm reads a gradient, and clipping reads and writes it. AdamW reads parameter, gradient and two moments and
-    # writes all but the gradient, in one pass. Muon makes eight passes, which read and write 18 numbers a parameter.
+    # The norm reads the gradient, and clipping reads and writes it. AdamW reads parameter, gradient and two moments and
+    # writes all but the gradient, in one pass. Muon makes eight passes, which read and write 18 values per parameter.
     passes = (40 * (parameters - matrices) + 84 * matrices) / shard
     optimizer = passes / (assumed.host_memory if host else moving)
-    if muon:  # each rank sends to every other by itself, through its own card
+    if muon:  # in an all-to-all, each rank sends to all others through its own card
         to_owners = gpu.near if shard <= gpu.per_node else gpu.far
         optimizer += muon_flops(shape, shard) / flops + sent["all_to_all"] / (to_owners * assumed.link_efficiency)
         optimizer += calls["all_to_all"] * (assumed.collective + within.latency)
-    seconds = max(compute, communication) + optimizer  # collectives of one block run under the products of another
+    seconds = max(compute, communication) + optimizer  # collectives of one block overlap with computation of another
     states = sum(state_bytes(config, shape, shard).values())
     total = seconds * config.run.steps
     saved = parameters * (16 if config.optim.ema_decay is not None else 12) - 4 * matrices

@@ -249,7 +249,7 @@ def test_what_does_not_fit_gets_a_proposal_that_does(tmp_path):
     out = tmp_path / "plan.json"
     tight = command(*config, "--gpus", "8,7", "--gpu", "h100", "--json", str(out))
     result = json.loads(out.read_text())
-    proposal = result["plans"][0]["best"]["words"]
+    proposal = result["plans"][0]["best"]["arguments"]
     assert tight.returncode == 0 and not result["plans"][0]["fits"] and proposal in tight.stdout
     assert "7 GPUs: run.global_batch=1024 does not divide" in result["refused"][0]
     assert command(*config, *proposal.split(), "--gpus", "8", "--gpu", "h100", "--json", str(out)).returncode == 0

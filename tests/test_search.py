@@ -1,4 +1,4 @@
-"""The search against brute force, and every arrangement that it proposes against the rules of the configuration."""
+"""The search against brute force. Every arrangement that it returns is valid and fits into memory."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def config_of(*more: str, batch: int = 64) -> configuration.Config:
 
 
 def test_it_finds_what_brute_force_finds():
-    """A small space, written out here: the same arrangements in the same order. The slowest takes far longer."""
+    """A small space, written out here, gives the same arrangements in the same order. The slowest takes far longer."""
     config, shape, prices = config_of(batch=16), ModelShape(**SHAPE), {}
     for micro, recompute, copies, reshard, compiled, offload, chunk in product(
         (1, 2, 4), ("none", "selective", "ops", "full"), (1, 2, 4), *[(True, False)] * 3, (4096, None)
@@ -55,7 +55,24 @@ def test_it_finds_what_brute_force_finds():
     assert found[0].cost.step_seconds < 0.7 * max(prices.values())
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "gpus", "close"),
+    [("170m", 32768, 1, 1.0), ("170m", 32768, 8, 1.0), ("1b", 32768, 8, 1.0), ("1b", 32768, 64, 1.0),
+     ("8b", 126464, 64, 1.0), ("8b", 126464, 256, 1.0), ("8b", 126464, 1024, 1.01)],
+)  # fmt: skip
+def test_presets_are_what_the_search_finds(name, vocabulary, gpus, close):
+    """As their comments say. Without compilation a step would take more than 1.1 times as long."""
+    config = configuration.load([str(ROOT / f"configs/{name}.yaml"), f"model.vocab_size={vocabulary}"])
+    shape = model_shape(config.model, vocabulary)
+    assert divisible_batch(config, gpus)[1] is None
+    planned, best = cost(config, shape, gpus, GPU, ASSUMED), search(config, shape, gpus, GPU, ASSUMED)[0]
+    assert planned.fits and planned.step_seconds <= close * best.cost.step_seconds
+    eager = config.parallel.model_copy(update={"compile": False, "head_chunk": 4096})
+    slower = cost(config.model_copy(update={"parallel": eager}), shape, gpus, GPU, ASSUMED)
+    assert slower.step_seconds > 1.1 * planned.step_seconds
+
+
+@settings(max_examples=15, deadline=None)
 @given(
     gpus=st.integers(1, 48),
     batch=st.integers(1, 300),
@@ -73,7 +90,7 @@ def test_every_proposal_fits_and_is_legal(gpus, batch, views, gpu, layers, lengt
         tree = config.model_dump(mode="json")
         for section, values in one.overlay.items():
             tree[section].update(values)
-        again = configuration.validate(tree, "the overlay")  # as a file over the others
+        again = configuration.validate(tree, "the overlay")  # as a file after the others
         assert again == one.config and resolve(again, gpus).world_size == gpus
         price = cost(again, shape, gpus, GPUS[gpu], ASSUMED)
         assert price.fits and price.step_seconds == one.cost.step_seconds
@@ -99,11 +116,11 @@ def test_a_batch_that_does_not_divide_becomes_the_nearest_that_does(gpus, batch,
 
 
 def test_latency_in_closed_form():
-    """1,024 GPUs in nodes of 8: a ring has 127 hops between nodes and 896 inside. Doubling micro-steps doubles it."""
+    """1,024 GPUs in nodes of 8: a ring has 127 hops between nodes and 896 inside."""
     assert ring(1024, 8, GPU, ASSUMED).latency == pytest.approx(127 * ASSUMED.far_hop + 896 * ASSUMED.near_hop)
     assert ring(8, 8, GPU, ASSUMED).latency == pytest.approx(7 * ASSUMED.near_hop)
     assert ring(1, 8, GPU, ASSUMED).latency == 0
-    # Between nodes a ring has the cards of all its GPUs in a node, up to what NVLink takes.
+    # Between nodes, a ring uses the cards of all its GPUs in a node, up to the speed inside a node.
     assert ring(1024, 8, GPU, ASSUMED).rate == pytest.approx(8 * GPU.far * ASSUMED.link_efficiency)
     assert ring(128, 1, GPU, ASSUMED).rate == pytest.approx(GPU.far * ASSUMED.link_efficiency)
     assert ring(8, 8, GPU, ASSUMED).rate == pytest.approx(GPU.near * ASSUMED.link_efficiency)
@@ -115,7 +132,12 @@ def test_latency_in_closed_form():
     one = cost(config, shape, 1024, GPU, ASSUMED)
     once = ASSUMED.collective + 127 * ASSUMED.far_hop + 896 * ASSUMED.near_hop
     assert one.latency_seconds == pytest.approx((3 * groups - 1) * once)
-    assert one.latency_seconds > 0.05  # thousands of hops are not free
+    assert one.latency_seconds > 0.05  # of a step that takes less than a second
+    # 128 copies of 8 GPUs: a copy is a node, and every GPU has a ring of its own over the 128 nodes.
+    config = config_of("parallel.replicate=128", batch=4096)
+    apart = cost(config, shape, 1024, GPU, ASSUMED)
+    inside, across = ASSUMED.collective + 7 * ASSUMED.near_hop, ASSUMED.collective + 2 * 127 * ASSUMED.far_hop
+    assert apart.latency_seconds == pytest.approx((3 * groups - 1) * inside + groups * across)
 
 
 def test_what_is_written_is_a_configuration(tmp_path):

@@ -28,10 +28,11 @@ from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config
 from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, Gpu, cost, muon_traffic, shape_of, traffic
 from mdmtrain.model.presets import ModelShape, describe_shape
-from mdmtrain.search import Found, divisible_batch, search
+from mdmtrain.search import Arrangement, divisible_batch, search
 
 SHOWN = 5  # arrangements in the table of --best
-WORTH_SAYING = 0.95  # a faster arrangement is mentioned if its step takes less than this share of the planned one
+NOTHING_FITS = "nothing fits: take more GPUs, a smaller model or a smaller data.sequence_length"
+FASTER = 0.95  # an arrangement is proposed if its step takes less than this share of the configured one
 
 
 def table_of(costs: list[Cost], capacity: float) -> Table:
@@ -68,11 +69,11 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     return table
 
 
-def table_of_found(found: list[Found], gpus: int) -> Table:
-    """The fastest arrangements, one a row."""
+def table_of_arrangements(found: list[Arrangement], gpus: int) -> Table:
+    """One arrangement in each row."""
     heads = ("rows x accum.", "recompute", "copies x shard", "reshard", "compile", "offload", "head_chunk",
              "step, s", "MFU", "GiB", "GB sent", "compute, s", "comm., s")  # fmt: skip
-    table = Table(*heads, title=f"{gpus:,} GPUs, the fastest")
+    table = Table(*heads, title=f"the fastest arrangements on {gpus:,} GPUs that fit")
     for one in found:
         run, parallel, price = one.config.run, one.config.parallel, one.cost
         accumulation = run.global_batch // (gpus * run.micro_batch)
@@ -87,46 +88,40 @@ def table_of_found(found: list[Found], gpus: int) -> Table:
     return table
 
 
-def write_overlay(file: Path, best: Found, about: list[str]) -> None:
-    """The best arrangement as a file to lay over the others. Raises ValueError where the file is there."""
-    text = "".join(f"# {line}\n" for line in about) + yaml12.dump(best.overlay)
-    try:
-        with file.open("x") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise ValueError(f"--write {file}: the file exists: remove it, or give another name") from None
-
-
 def show_best(
     config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions, console: Console, write: Path | None
-) -> list[Found]:
-    """Search, print, and write the fastest. Raises ValueError where nothing fits."""
+) -> list[Arrangement]:
+    """Print the fastest arrangements, and write the first to a file. Raises ValueError if none fits."""
     _, changed = divisible_batch(config, gpus)
     found = search(config, shape, gpus, gpu, assumed)
     if not found:
-        raise ValueError(f"{gpus:,} GPUs: nothing fits: take more GPUs, or a smaller model or data.sequence_length")
+        raise ValueError(f"{gpus:,} GPUs: {NOTHING_FITS}")
     if changed:
         console.print(f"{gpus:,} GPUs: {changed}", highlight=False, soft_wrap=True)
-    console.print(table_of_found(found[:SHOWN], gpus))
-    console.print(found[0].words, highlight=False, soft_wrap=True)
+    console.print(table_of_arrangements(found[:SHOWN], gpus))
+    best = found[0]
+    console.print(f"{gpus:,} GPUs: the fastest: {best.arguments}", highlight=False, soft_wrap=True)
     if write:
-        command = shlex.join(["tools/plan_run.py", *sys.argv[1:]])
-        planned = f"Planned, not measured: {found[0].cost.step_seconds:.3g} s a step, MFU {found[0].cost.mfu:.1%}."
-        write_overlay(write, found[0], [command, planned, *([changed] if changed else [])])
+        comments = [
+            shlex.join(["tools/plan_run.py", *sys.argv[1:]]),
+            f"Planned, not measured: {best.cost.step_seconds:.3g} s a step, MFU {best.cost.mfu:.1%}.",
+            *([changed] if changed else []),
+        ]
+        write_atomically(write, "".join(f"# {line}\n" for line in comments) + yaml12.dump(best.overlay))
         console.print(f"written to {write}: give it after the other configuration files", highlight=False)
-    return found
+    return found[:SHOWN]
 
 
 def show_trace(config: Config, shape: ModelShape, gpus: int, console: Console) -> dict[str, float]:
-    """What one micro-step of the real model sends, against the plan."""
+    """Print the bytes that one micro-step of the real model sends next to the plan, and return them by collective."""
     shard = gpus // config.parallel.replicate
     by_rank = muon_traffic(shape, shard)
-    busiest = by_rank.index(max(by_rank))  # the plan's rank; all send the same but for Muon
+    busiest = by_rank.index(max(by_rank))  # the plan is for this rank; without Muon all ranks send equally much
     traced, _ = traced_traffic(config, shape, gpus, busiest)
     planned = traffic(shape, config, gpus, shard, 1)
     for kind, sent in traced.items():
         console.print(
-            f"{gpus:,} GPUs: one micro-step sends {sent:,} bytes by {kind}, the plan says {planned[kind]:,.0f} "
+            f"{gpus:,} GPUs: one micro-step sends {sent:,} bytes by {kind}, the plan has {planned[kind]:,.0f} "
             f"({planned[kind] / sent - 1:+.2%})",
             highlight=False,
         )
@@ -138,15 +133,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as in mdmtrain.train")
     parser.add_argument("--gpus", required=True, help="numbers of GPUs, separated by commas")
     parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="kind of GPU")
-    parser.add_argument("--best", action="store_true", help="search the fastest arrangement that fits")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--best", action="store_true", help="find the fastest arrangement that fits into memory")
+    other.add_argument("--roofline", action="store_true", help="show the time of a micro-step by kind of operation")
+    other.add_argument("--trace", action="store_true", help="compare with the bytes that the engine sends")
     parser.add_argument(
-        "--write", type=output_file, metavar="FILE", help="with --best: write it as a configuration file"
+        "--write", type=output_file, metavar="FILE", help="with --best: write it to this new configuration file"
     )
-    parser.add_argument("--roofline", action="store_true", help="milliseconds of a micro-step by kind of operation")
     for assumed in fields(Assumptions):
         flag = "--" + assumed.name.replace("_", "-")
         parser.add_argument(flag, type=float, default=assumed.default, help=f"assumed (default: {assumed.default:g})")
-    parser.add_argument("--trace", action="store_true", help="compare with the bytes that the engine sends")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan to this file too")
     args = parser.parse_intermixed_args(arguments)
     assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
@@ -158,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape, counts = shape_of(config), [int(part) for part in args.gpus.split(",")]
     if args.write and not (args.best and len(counts) == 1):
         raise ValueError("--write needs --best and one number of GPUs")
-    if args.write and args.write.exists():  # said before the search, not after
+    if args.write and args.write.exists():
         raise ValueError(f"--write {args.write}: the file exists: remove it, or give another name")
     console = Console(width=max(140 if args.best else 100, 40 + 20 * len(counts)))
     console.print(describe_shape(shape), highlight=False, soft_wrap=True)
@@ -167,10 +163,10 @@ def main(arguments: list[str] | None = None) -> None:
         found = {n: show_best(config, shape, n, gpu, assumed, console, args.write) for n in counts}
         result["best"] = [
             {"overlay": one.overlay, **asdict(one.cost), "memory_total": one.cost.memory_total}
-            for ranked in found.values() for one in ranked[:SHOWN]
+            for ranked in found.values() for one in ranked
         ]  # fmt: skip
     elif args.roofline:
-        from roofline import roofline, table_of_roofline  # the compiler takes seconds to import
+        from roofline import roofline, table_of_roofline  # importing the compiler takes seconds
 
         lines = [roofline(config, shape, n, gpu, assumed) for n in counts]
         for count, line in zip(counts, lines, strict=True):
@@ -187,7 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
 def plain(
     config: Config, shape: ModelShape, counts: list[int], gpu: Gpu, assumed: Assumptions, console: Console, trace: bool
 ) -> tuple[list[dict], list[str]]:
-    """The configuration as it is, on each number of GPUs: (plans, what is refused). Raises ValueError if all are."""
+    """Print the plan of the configuration as it is on each number of GPUs.
+
+    Returns (the plans, one error line for each number on which it is not valid). Raises ValueError if it is valid on
+    none.
+    """
     costs, refused = [], []
     for count in counts:
         try:
@@ -195,25 +195,25 @@ def plain(
         except ValueError as error:
             refused.append(f"{count:,} GPUs: {error}")
     if not costs:
-        raise ValueError("; ".join(refused))
+        raise ValueError("; ".join(refused) + "; --best finds valid settings")
     for reason in costs[0].reasons[1:]:
         console.print(reason, highlight=False)
     for one in costs:
         console.print(f"{one.gpus:,} GPUs: {one.reasons[0]}", highlight=False)
     console.print(table_of(costs, gpu.memory))
     for line in refused:
-        console.print(f"{line}; --best finds a batch that does", highlight=False, soft_wrap=True)
+        console.print(f"{line}; --best finds valid settings", highlight=False, soft_wrap=True)
     report = [{**asdict(one), "memory_total": one.memory_total} for one in costs]
     for one, entry in zip(costs, report, strict=True):
         best = next(iter(search(config, shape, one.gpus, gpu, assumed)), None)
-        better = best is not None and (not one.fits or best.cost.step_seconds < WORTH_SAYING * one.step_seconds)
-        entry["best"] = {"words": best.words, "step_seconds": best.cost.step_seconds} if better else None
+        better = best is not None and (not one.fits or best.cost.step_seconds < FASTER * one.step_seconds)
+        entry["best"] = {"arguments": best.arguments, "step_seconds": best.cost.step_seconds} if better else None
         state = "fits" if one.fits else "does not fit"
         if better:
-            line = f"{one.gpus:,} GPUs: {state}; the fastest found, {best.cost.step_seconds:.3g} s a step: {best.words}"
-            console.print(line, highlight=False, soft_wrap=True)
+            advice = f"{best.cost.step_seconds:.3g} s a step with {best.arguments}"
+            console.print(f"{one.gpus:,} GPUs: {state}; {advice}", highlight=False, soft_wrap=True)
         elif not one.fits:
-            console.print(f"{one.gpus:,} GPUs: nothing fits: more GPUs, or a smaller model or data.sequence_length")
+            console.print(f"{one.gpus:,} GPUs: {NOTHING_FITS}", highlight=False, soft_wrap=True)
         if trace:
             entry["traced_micro_step"] = show_trace(config, shape, one.gpus, console)
     return report, refused

@@ -1,8 +1,8 @@
-"""What one micro-step of the real model computes and moves, by kind of operation, on fake tensors.
+"""Count the FLOPs and bytes of one micro-step of the real model, by kind of operation, on fake tensors.
 
-Not compiled, every operation reads its inputs from memory and writes its outputs. Compiled, the graphs are those of the
-compiler's own partition, and everything between two products counts as one kernel. RMSNorm is one kernel in both, as on
-CUDA. Nothing here is measured, and the time to launch a kernel is not counted.
+In eager mode, every operation reads its inputs from memory and writes its outputs. In compiled mode, the graphs come
+from the compiler's own partition, and all operations between two matrix products count as one kernel. RMSNorm is one
+kernel in both, as on CUDA. Nothing is measured. The time to launch a kernel is not included.
 """
 
 from collections import defaultdict
@@ -36,24 +36,24 @@ from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
-# Of the CPU, where the fake tensors are; FlopCounterMode has no formulas for these.
+# The kernels of the CPU, where the fake tensors are. FlopCounterMode has no formulas for them.
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-# The kind of an operation that is neither a product nor attention, by the innermost module that it belongs to.
+# The kind of an operation that is neither a matrix product nor attention, by a module that it belongs to.
 KINDS = {"head": "head, cross-entropy", "attention": "rotary", "mlp": "elementwise"}
 FUSED = "elementwise, norms and rotary, fused"
 
 
 @dataclass
 class Work:
-    """What operations of one kind amount to."""
+    """The sums over all operations of one kind."""
 
     flops: float = 0.0
     bytes: float = 0.0
     kernels: int = 0
 
 
-class Books:
+class Tally:
     """Work by kind."""
 
     def __init__(self):
@@ -63,12 +63,12 @@ class Books:
         work = self.kinds[kind]
         work.flops, work.bytes, work.kernels = work.flops + flops, work.bytes + bytes, work.kernels + kernels
 
-    def add_all(self, other: "Books", times: int = 1) -> None:
+    def add_all(self, other: "Tally", times: int = 1) -> None:
         for kind, work in other.kinds.items():
             self.add(kind, work.bytes * times, work.flops * times, work.kernels * times)
 
     def operation(self, func, inputs: Iterable[Tensor], outputs: Iterable[Tensor], kind: str) -> None:
-        """One operation that is a kernel by itself; `kind` where its function does not say it."""
+        """Add an operation that is one kernel. Matrix products and attention have their own kind instead of `kind`."""
         inputs, outputs = list(inputs), list(outputs)
         flops = 0.0
         if func in PRODUCTS:
@@ -81,7 +81,7 @@ class Books:
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes that reading a tensor takes from memory; of an expanded one, those that are there."""
+    """The bytes that reading a tensor takes from memory. An expanded tensor is read once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
@@ -90,26 +90,27 @@ class Roofline:
     """One micro-step of a rank, with its share of the optimizer's step."""
 
     kinds: dict[str, Work]
-    milliseconds: dict[str, float]  # by kind; communication runs beside the others
-    model_milliseconds: float  # what the FLOPs that MFU counts take at the peak
+    milliseconds: dict[str, float]  # by kind; communication overlaps with the others
+    model_milliseconds: float  # the FLOPs that MFU counts, at the peak
 
     @property
     def total(self) -> float:
-        """Milliseconds; of communication, what computation does not hide."""
+        """Milliseconds of the micro-step. Communication counts only where it is longer than the computation."""
         hidden = {"communication", "optimizer"}
         compute = sum(ms for kind, ms in self.milliseconds.items() if kind not in hidden)
         return max(compute, self.milliseconds["communication"]) + self.milliseconds["optimizer"]
 
     def mfu(self, without: str | None = None) -> float:
-        """MFU of the micro-step; without: as if this kind took no time."""
+        """MFU of the micro-step. `without`: a kind that is counted as if it took no time."""
         times = {kind: 0.0 if kind == without else ms for kind, ms in self.milliseconds.items()}
         return self.model_milliseconds / replace(self, milliseconds=times).total
 
 
 def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Roofline:
-    """The real operations at the speeds that cost.py assumes, and cost.py's FSDP copies, optimizer and communication.
+    """The operations of the real model at the speeds that cost.py assumes.
 
-    Raises ValueError where the configuration does not resolve on so many ranks.
+    FSDP's copies, the optimizer and communication are those of cost.py. Raises ValueError if the configuration is not
+    valid for this number of GPUs.
     """
     plan, price = resolve(config, gpus), cost(config, shape, gpus, gpu, assumed)
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
@@ -126,7 +127,7 @@ def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: As
 
 
 def table_of_roofline(line: Roofline, config: Config, gpus: int) -> Table:
-    """Milliseconds by kind of operation."""
+    """One kind of operation in each row, the slowest first."""
     title = f"one micro-step of {config.run.micro_batch} rows on {gpus:,} GPUs: a roofline, not a measurement"
     table = Table("operations", "TFLOP", "GB", "kernels", "ms", "share", "MFU without", title=title)
     for kind, ms in sorted(line.milliseconds.items(), key=lambda item: -item[1]):
@@ -135,16 +136,16 @@ def table_of_roofline(line: Roofline, config: Config, gpus: int) -> Table:
             [f"{work.flops / 1e12:.2f}", f"{work.bytes / 1e9:.1f}", str(work.kernels or "")] if work else ["", "", ""]
         )
         table.add_row(kind, *counted, f"{ms:.1f}", f"{ms / line.total:.0%}", f"{line.mfu(without=kind):.1%}")
-    table.add_row("all (communication beside them)", "", "", "", f"{line.total:.1f}", "", f"MFU {line.mfu():.1%}")
+    table.add_row("all (communication overlaps)", "", "", "", f"{line.total:.1f}", "", f"MFU {line.mfu():.1%}")
     return table
 
 
 def traced(config: Config, shape: ModelShape, masked: float) -> dict[str, Work]:
-    """The forward and backward pass of one micro-batch on one rank; FSDP's copies and the optimizer are not in it.
+    """The forward and backward pass of one micro-batch on one rank, without FSDP's copies and the optimizer.
 
-    masked: share of the positions that pass the head.
+    masked: the share of the positions that the head computes.
     """
-    parallel, length, total = config.parallel, config.data.sequence_length, Books()
+    parallel, length, total = config.parallel, config.data.sequence_length, Tally()
     if parallel.compile:
         torch.compiler.reset()
         set_up_compiler(parallel)
@@ -162,46 +163,46 @@ def traced(config: Config, shape: ModelShape, masked: float) -> dict[str, Work]:
     return dict(total.kinds)
 
 
-def ends(config: Config, shape: ModelShape, masked: float) -> Books:
-    """Embedding, the gathering of rows, their norm and the head: a model without blocks."""
+def ends(config: Config, shape: ModelShape, masked: float) -> Tally:
+    """The model without its blocks: embedding, gathering of the masked rows, their norm and the head."""
     model = Transformer(replace(shape, n_layers=0), config.parallel.head_chunk)
     ids = torch.zeros(config.run.micro_batch, config.data.sequence_length, dtype=torch.long)
     positions = torch.arange(int(ids.numel() * masked))
-    targets, books = torch.zeros_like(positions), Books()
-    if config.parallel.compile:  # the loss by itself, and not in the rest
+    targets, tally = torch.zeros_like(positions), Tally()
+    if config.parallel.compile:  # count the loss alone, and leave it out of the rest
         rows = torch.zeros(len(positions), shape.d_model, requires_grad=True)
         again = len(rows) > model.head.chunk  # a chunk is recomputed as a whole
-        books = compiled(
+        tally = compiled(
             cross_entropy, rows, targets, model.embed.weight, kind=KINDS["head"], forwards=2 if again else 1
         )
         model.head.cross_entropy = lambda rows, targets, weight: OneKernel.apply(
             lambda _: None, targets.shape, rows, weight
         )
-    books.add_all(eager(model, ids, positions, targets))
-    return books
+    tally.add_all(eager(model, ids, positions, targets))
+    return tally
 
 
 # ---- uncompiled
 
 
-def eager(module: Callable[..., Tensor], *inputs: Tensor | None) -> Books:
-    """Every operation of a forward and backward pass as a kernel of its own, but for norms."""
-    books, tracker = Books(), ModuleTracker()
+def eager(module: Callable[..., Tensor], *inputs: Tensor | None) -> Tally:
+    """Count every operation of a forward and backward pass as one kernel, and every norm as one kernel."""
+    tally, tracker = Tally(), ModuleTracker()
 
     def norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
-        return OneKernel.apply(lambda passes: books.add("norms", passes * size(x)), x.shape, x, self.weight)
+        return OneKernel.apply(lambda passes: tally.add("norms", passes * size(x)), x.shape, x, self.weight)
 
-    with patch.object(nn.RMSNorm, "forward", norm), tracker, Watch(books, tracker):
+    with patch.object(nn.RMSNorm, "forward", norm), tracker, Watch(tally, tracker):
         module(*inputs).sum().backward()
-    return books
+    return tally
 
 
 class Watch(TorchDispatchMode):
-    """Writes down each operation that moves memory."""
+    """Adds each operation that reads or writes memory to a tally."""
 
-    def __init__(self, books: Books, tracker: ModuleTracker):
+    def __init__(self, tally: Tally, tracker: ModuleTracker):
         super().__init__()
-        self.books, self.tracker = books, tracker
+        self.tally, self.tracker = tally, tracker
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -212,13 +213,14 @@ class Watch(TorchDispatchMode):
         if not view and "empty" not in func.name():
             parts = {part for name in self.tracker.parents for part in name.split(".")}
             kind = next((kind for part, kind in KINDS.items() if part in parts), "elementwise")
-            self.books.operation(func, inputs, outputs, kind)
+            self.tally.operation(func, inputs, outputs, kind)
         return result
 
 
 class OneKernel(torch.autograd.Function):
-    """Stands for a kernel and its backward pass. It computes nothing, and calls record(2) and record(3): how many times
-    the size of its input is moved.
+    """Stands for a kernel and its backward pass, and computes nothing.
+
+    The kernel moves its input twice, and the backward pass moves it three times: it calls record(2) and record(3).
     """
 
     @staticmethod
@@ -237,16 +239,17 @@ class OneKernel(torch.autograd.Function):
 # ---- compiled
 
 
-def compiled(function: Callable[..., Tensor], *inputs: Tensor | None, kind: str = FUSED, forwards: int = 1) -> Books:
-    """The graphs of some forward passes and one backward pass, as the compiler divides them. kind: that of the fused
-    operations.
+def compiled(function: Callable[..., Tensor], *inputs: Tensor | None, kind: str = FUSED, forwards: int = 1) -> Tally:
+    """Count the graphs of `forwards` forward passes and one backward pass, as the compiler partitions them.
+
+    kind: the kind of the fused operations.
     """
-    books = Books()
+    tally = Tally()
 
     def count(graph: fx.GraphModule, _, times: int = 1) -> Callable:
-        books.add_all(count_graph(graph, kind), times)
+        tally.add_all(count_graph(graph, kind), times)
 
-        def run(arguments: list):  # on fake tensors, to know the shapes of what comes back
+        def run(arguments: list):  # on fake tensors, for the shapes of its outputs
             values = list(arguments)
             arguments.clear()
             return graph.forward(*values)
@@ -259,18 +262,21 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor | None, kind: str 
         decompositions=select_decomp_table(),
         partition_fn=partitioners.min_cut_rematerialization_partition,
     )  # fmt: skip
-    # Attention without dropout draws nothing: where it is recomputed, no random state is kept.
+    # Attention without dropout draws no random numbers, so its recomputation needs no random state.
     with patch.object(partitioners, "functionalize_rng_ops", lambda joint, forward, backward, _: (forward, backward)):
         torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs).sum().backward()
-    return books
+    return tally
 
 
-def count_graph(graph: fx.GraphModule, kind: str) -> Books:
-    """Products and attention as they are. What lies between is one kernel for each number of these on the way to it: it
-    reads what comes from elsewhere and writes what is used elsewhere. Everything is computed as late as it can be.
+def count_graph(graph: fx.GraphModule, kind: str) -> Tally:
+    """Count the kernels of a graph.
+
+    Matrix products and attention are one kernel each. Let the depth of a node be the largest number of them on a path
+    to it, where every node runs as late as possible. All other nodes of one depth are one kernel. It reads the values
+    of other kernels that it uses, and writes the values that other kernels use.
     """
-    books = Books()
-    origin: dict[fx.Node, fx.Node] = {}  # of a view, the node that made the memory
+    tally = Tally()
+    origin: dict[fx.Node, fx.Node] = {}  # of a view: the node that allocated its memory
     depth: dict[fx.Node, int] = {}
     users: defaultdict[fx.Node, set[fx.Node]] = defaultdict(set)
     for node in graph.graph.nodes:
@@ -285,7 +291,7 @@ def count_graph(graph: fx.GraphModule, kind: str) -> Books:
         if alone(node):
             depth[node] += 1
             outputs = [t for t in tree_leaves(node.meta["val"]) if isinstance(t, Tensor)]
-            books.operation(node.target, [one.meta["val"] for one in node.all_input_nodes], outputs, kind)
+            tally.operation(node.target, [one.meta["val"] for one in node.all_input_nodes], outputs, kind)
     fused = [n for n in graph.graph.nodes if n.op == "call_function" and origin[n] is n and n.target is not getitem]
     fused = [node for node in fused if not alone(node)]
     for node in reversed(fused):
@@ -297,8 +303,8 @@ def count_graph(graph: fx.GraphModule, kind: str) -> Books:
     for nodes in kernels.values():
         read = {origin[one] for node in nodes for one in node.all_input_nodes} - nodes
         written = {node for node in nodes if users[node] - nodes}
-        books.add(kind, sum(node.meta["val"].numel() * node.meta["val"].itemsize for node in read | written))
-    return books
+        tally.add(kind, sum(node.meta["val"].numel() * node.meta["val"].itemsize for node in read | written))
+    return tally
 
 
 def alone(node: fx.Node) -> bool:
@@ -313,7 +319,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_widened(node: fx.Node) -> bool:
-    """Is it a number in a wider dtype? Every kernel that reads it makes it anew."""
+    """Whether a node only converts its input to a wider dtype. Each kernel that reads it converts it again."""
     value, inputs = node.meta["val"], node.all_input_nodes
     return (
         node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default)

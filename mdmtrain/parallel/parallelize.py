@@ -74,7 +74,7 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if world.size > 1:  # one rank would divide all gradients by 1
+            if world.size > 1:  # on one rank, FSDP would spend a pass over all gradients on dividing them by 1
                 module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model.to_empty(device="cpu" if config.offload else world.device)
@@ -103,9 +103,10 @@ def set_up_compiler(config: ParallelConfig) -> None:
     import torch._functorch.config
     import torch._inductor.config
 
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # torch starts as many on each rank as the node has cores
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch._inductor.config.compile_threads = max(1, torch._inductor.config.decide_compile_threads() // here)
+    workers = torch._inductor.config.decide_compile_threads()
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each rank would start one worker for each core of the node
+        workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch._inductor.config.compile_threads = workers
     budget = config.recompute_budget if config.activation_checkpointing == "budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = MOST_GRAPHS  # more than 8, the default, would be an error

@@ -295,17 +295,20 @@ def slurm_options(arguments: str, workers: int) -> argparse.Namespace:
 
 def explain(plan: Plan, making: Preparation, tasks: int) -> list[str]:
     largest = max(plan.bytes_of(part) for part in range(len(plan.parts)))
+    parts = len(plan.parts)
+    idle = [f"note    a smaller --part-bytes makes more parts: only {parts:,} of {tasks:,} tasks have one"]
     return [
         f"inputs  {len(plan.inputs):,} files, {sum(plan.sizes) / 1e6:,.1f} MB",
-        f"parts   {len(plan.parts):,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, len(plan.parts)):,} tasks",
+        f"parts   {parts:,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, parts):,} tasks",
+        *(idle if parts < tasks else []),
         f"steps   {', '.join(PHASES[stage] for stage in making.stages() if stage != 'tokenizer' or not plan.model)}",
     ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
-    if args.tokenizer and (Path(args.tokenizer) / "checkpoints").is_dir():
-        args.tokenizer = str(store.find(args.tokenizer))
+    if args.tokenizer:
+        args.tokenizer = store.tokenizer_path(args.tokenizer)
     inputs, options = read_options(args)
     plan, out, begin = Plan.of(inputs, options), args.out.absolute(), time.monotonic()
     work = work_folder(out)
@@ -315,7 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
     slurm = None if args.slurm is None else slurm_options(args.slurm, args.workers)
     tasks = JobArray(work, slurm, args.workers) if slurm else Processes(work, args.workers)
     print(*explain(plan, Preparation(plan, work), args.tasks), sep="\n", flush=True)
-    script = f"\n{executor(work, slurm, args.tasks).script(args.tasks)}\n" if slurm else ""
+    most = min(args.tasks, len(plan.parts))
+    script = f"\n{executor(work, slurm, most).script(most)}\n" if slurm else ""
     if args.dry_run:
         print(f"{script}nothing started (--dry-run)")
         return

@@ -150,7 +150,7 @@ def read_tasks(file: Path) -> list[Task]:
 
 def task_of(fields: dict) -> Task:
     """The task in a record. Raises BadRecord."""
-    wanted = "every line needs 'kind', 'prompt' and 'response', strings that are not empty"
+    wanted = "every record needs 'kind', 'prompt' and 'response', strings that are not empty"
     values = [string_field(fields, name, wanted) for name in ("kind", "prompt", "response")]
     if not all(values):
         raise BadRecord("an empty string", f": {wanted}")

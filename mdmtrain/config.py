@@ -384,10 +384,16 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is sharded over ranks, and how memory is saved. Only compute_dtype changes results."""
+    """How the model is sharded over ranks, and how memory is saved. Only compute_dtype and float8 change results."""
 
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the forward and backward pass; parameters and reductions stay float32"
+    )
+    float8: bool = Field(
+        False,
+        description="multiply in float8 in the linear layers of the blocks (torchao, pip install mdmtrain[float8]); "
+        "parameters, checkpoints, mdmtrain.evaluate and generate do not use it; needs a GPU of compute capability 8.9 "
+        "or more, such as the H100; a CPU emulates it, slowly",
     )
     replicate: int = Field(
         1,

@@ -201,7 +201,7 @@ def _continuations(source: Input, name: str, reading: Reading, loaded: LoadedMod
     length = loaded.config.data.sequence_length
 
     def as_pair(fields: dict) -> tuple[tuple[list[int], list[int]], int]:
-        wanted = "every line needs 'continuation', a string that is not empty, and 'prefix', a string"
+        wanted = "every record needs 'continuation', a string that is not empty, and 'prefix', a string"
         prefix = string_field(fields, "prefix", wanted) if present(fields, "prefix") else ""
         continuation = string_field(fields, "continuation", wanted)
         if not continuation:
@@ -332,8 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoint", help="run folder (its newest checkpoint is used), checkpoint folder, or exported folder")
     inputs = (
-        "prepared folders, text files, or files of JSON lines with 'text', with 'prompt' and 'response', or with "
-        "'prefix' and 'continuation'; - is standard input (default: the data of the run)"
+        "prepared folders, text files, or files of JSON lines, Parquet or Arrow files whose records have 'text', "
+        "'prompt' and 'response', or 'prefix' and 'continuation'; - is standard input (default: the data of the run)"
     )
     add("--data", nargs="+", metavar="PATH", help=inputs)
     add_format_option(parser)

@@ -1,7 +1,7 @@
 """Generate or infill text: start from mask tokens, and unmask a few at each step.
 
     python -m mdmtrain.generate RUN_OR_CHECKPOINT [--prefix TEXT] [--suffix TEXT] [--gen-length N] [--steps N] [--watch]
-    python -m mdmtrain.generate RUN_OR_CHECKPOINT --input FILE.jsonl --output FILE.jsonl
+    python -m mdmtrain.generate RUN_OR_CHECKPOINT --input FILE --output FILE.jsonl
 
 The sampler is in `unmask.py`. Attention is bidirectional, so the model uses the text before and after a gap. A text may
 have any number of gaps.
@@ -189,7 +189,7 @@ def utf8_text(argument: str) -> str:
 
 def parts_around_gaps(fields: dict) -> tuple[dict, list[str]]:
     """A record, and its given parts, which have gaps between them. Raises BadRecord."""
-    wanted = f"every line needs 'text' with {GAP} for every gap, or 'prefix' and 'suffix', or 'prompt', all strings"
+    wanted = f"every record needs 'text' with {GAP} for every gap, or 'prefix' and 'suffix', or 'prompt', all strings"
     around = present(fields, "prefix", "suffix")
     if present(fields, "text"):
         parts = string_field(fields, "text", wanted).split(GAP)
@@ -201,15 +201,19 @@ def parts_around_gaps(fields: dict) -> tuple[dict, list[str]]:
         parts = [string_field(fields, "prompt", wanted), ""]
     else:
         raise BadRecord("no text to fill", f": {wanted}")
+    try:
+        json.dumps(fields)  # the output repeats the record
+    except TypeError as error:  # of a table: times, bytes
+        raise BadRecord("a column that JSON cannot hold", f" ({error}): convert or remove it") from None
     return fields, parts
 
 
-def read_prompts(path: Path, reading: Reading) -> list[tuple[str, dict, list[str]]]:
-    """(place, record, given parts) of every line. Raises ValueError that names the line."""
-    found = read_records(open_name(path), reading, parts_around_gaps)
+def read_prompts(name: str, reading: Reading) -> list[tuple[str, dict, list[str]]]:
+    """(place, record, given parts) of every record of an input. Raises ValueError that names the line or the row."""
+    found = read_records(open_name(name), reading, parts_around_gaps)
     prompts = [(str(place), record, parts) for (record, parts), place, _ in found]
     if not prompts:
-        raise ValueError(f"{path}: has no usable record: {', '.join(reading.left_out)}")
+        raise ValueError(f"{name}: has no usable record: {', '.join(reading.left_out)}")
     return prompts
 
 
@@ -269,15 +273,20 @@ def as_prompt(args: argparse.Namespace, place: str, record: dict, parts: list[st
     return Prompt(place, record, parts, gaps, sampling)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
-    add = parser.add_argument
+def parser() -> CommandParser:
+    made = CommandParser(prog="python -m mdmtrain.generate", description="Generate or infill text.")
+    add = made.add_argument
     add("checkpoint", help="run folder (its newest checkpoint is used), checkpoint folder, or exported folder")
     add("--prefix", type=utf8_text, default="", help="text before the gap")
     add("--suffix", type=utf8_text, default="", help="text after the gap")
     fields = f"'prefix' and 'suffix', or 'prompt', or 'text' with {GAP} for each gap"
-    add("--input", type=Path, metavar="FILE", help=f"file with one JSON object per line: {fields}; - is standard input")
-    add_bad_record_option(parser)
+    add(
+        "--input",
+        metavar="FILE",
+        help=f"JSON lines (also compressed), Parquet or Arrow file, or URL of one; each record has {fields}; - is "
+        "standard input",
+    )
+    add_bad_record_option(made)
     add(
         "--output",
         type=output_file,
@@ -338,26 +347,35 @@ def main(arguments: list[str] | None = None) -> None:
         help="weight average or raw weights (default: the average, if the run has one)",
     )
     add("--json", type=output_file, metavar="FILE", help="write settings, samples and their quality to this file too")
-    args = parser.parse_args(arguments)
+    return made
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, if their values fit together. Raises ValueError."""
     for name in ("samples", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1")
-    if args.input and (args.prefix or args.suffix):
+    if args.input is not None and (args.prefix or args.suffix):
         raise ValueError("--input cannot be combined with --prefix or --suffix: the texts are in the input file")
+    return args
+
+
+def wanted_prompts(args: argparse.Namespace, reading: Reading, world: World) -> list[Prompt]:
+    """The prompts of the input file, or the one of the command line. A collective. Raises AgreedError."""
     given = {"prefix": args.prefix, "suffix": args.suffix}
-    reading = Reading(args.on_bad_record, "jsonl")
-    if args.output or args.json:
-        survive_terminal()  # the results go to the file
-    world = init_world()
     read = [("the prompt", given, list(given.values()))]
-    if args.input:  # only one rank reads, because only one rank has the standard input
+    if args.input is not None:  # only one rank reads, because only one rank has the standard input
         read = world.agree(lambda: read_prompts(args.input, reading), main_only=True)
-    prompts = world.agree(lambda: [as_prompt(args, *one) for one in read])
-    loaded = load_model(args.checkpoint, args.weights, world)
-    if loaded.model.shape.causal:
-        raise AgreedError(f"{loaded.folder} is a causal model, which cannot fill masks: use a masked diffusion model")
-    world.agree(lambda: check_lengths(prompts, loaded))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    return world.agree(lambda: [as_prompt(args, *one) for one in read])
+
+
+def generate(
+    prompts: list[Prompt], args: argparse.Namespace, loaded: LoadedModel, world: World, console: Console
+) -> tuple[list[dict], list[Estimate]]:
+    """Fill each prompt --samples times, and write or print each text when its batch is done.
+
+    Returns the output record and the NELBO of each text. A collective.
+    """
     draws = [(prompt, number) for number, prompt in enumerate(p for p in prompts for _ in range(args.samples))]
     size = 1 if args.watch else args.batch
     results: list[dict] = []
@@ -387,8 +405,14 @@ def main(arguments: list[str] | None = None) -> None:
                 elif world.is_main:
                     styled = (Text(t, "dim" if i % 2 == 0 else "bold") for i, t in enumerate(text.spans))
                     console.print(*styled, sep="")
-    if not world.is_main:
-        return
+    return results, estimates
+
+
+def report(
+    results: list[dict], estimates: list[Estimate], prompts: list[Prompt], args: argparse.Namespace, folder: Path,
+    console: Console,
+) -> None:  # fmt: skip
+    """Print the quality of all texts together, and write it with the texts to --json. folder: the checkpoint."""
     whole = Estimate(
         nats=np.concatenate([one.nats for one in estimates]),
         noise=np.concatenate([one.noise for one in estimates]),
@@ -401,15 +425,32 @@ def main(arguments: list[str] | None = None) -> None:
     }  # fmt: skip
     if args.json:
         settings = asdict(prompts[0].sampling)
-        numbers = {"checkpoint": str(loaded.folder), **settings, **overall, "samples": results}
+        numbers = {"checkpoint": str(folder), **settings, **overall, "samples": results}
         store.write_atomically(args.json, json.dumps(numbers, indent=1) + "\n")
     console.print(
         f"{len(results)} texts, {whole.tokens.sum():,} tokens: NELBO {whole.nelbo:.3f} +- {whole.noise_error:.3f} "
         f"nats/token under the same model, token entropy {overall['token_entropy']:.3f} nats",
         style="dim",
     )
-    for line in reading.summary():
-        console.print(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = checked(parser().parse_args(arguments))
+    reading = Reading(args.on_bad_record, "jsonl")  # also a file with another name: plain text has no gaps
+    if args.output or args.json:
+        survive_terminal()  # the results go to the file
+    world = init_world()
+    prompts = wanted_prompts(args, reading, world)
+    loaded = load_model(args.checkpoint, args.weights, world)
+    if loaded.model.shape.causal:
+        raise AgreedError(f"{loaded.folder} is a causal model, which cannot fill masks: use a masked diffusion model")
+    world.agree(lambda: check_lengths(prompts, loaded))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    results, estimates = generate(prompts, args, loaded, world, console)
+    if world.is_main:
+        report(results, estimates, prompts, args, loaded.folder, console)
+        for line in reading.summary():
+            console.print(line)
 
 
 if __name__ == "__main__":

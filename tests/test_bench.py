@@ -1,13 +1,17 @@
 """The measuring tools: every door of the loop is hit, and gpu_check.py is not rotten on the day a GPU is lent."""
 
+import ast
+import inspect
 import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
+from mdmtrain import train
 from tests.conftest import ROOT, write_config
 
 
@@ -19,7 +23,7 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_bench_step(small_run, tmp_path):
     tree = small_run({"monitor": {"log_every": 5, "tensorboard": False}, "run": {"global_batch": 8, "micro_batch": 4}})
     out, config = tmp_path / "bench.json", write_config(tree, tmp_path / "config.yaml")
-    parts = "loop,recompute,memory,optimizer"
+    parts = "loop,recompute,memory,optimizer,machinery"
     done = tool("bench/step.py", str(config), "--only", parts, "--repeat", "1", "--json", str(out))
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -29,9 +33,38 @@ def test_bench_step(small_run, tmp_path):
     assert sum(part["seconds"] for part in loop["parts"].values()) > 0 and loop["steps"] == 10
     assert 0 < loop["overhead"] < 1 and 0 < loop["mfu"] < 1
     assert result["recompute"]["full"]["memory_ratio"] < result["recompute"]["none"]["memory_ratio"] == 1
+    assert result["machinery"]["machinery_seconds"] > 0 and result["machinery"]["bytes_per_step"] > 0
     by_muon = result["optimizer"]["muon"]  # one moment less; on one rank no buffers
     assert by_muon["memory_ratio"] < result["optimizer"]["adamw"]["memory_ratio"] == 1 < by_muon["time_ratio"]["median"]
     assert not (tmp_path / "run").exists(), "it trains in a folder of its own"
+
+
+def calls_in(statements: list[ast.stmt]) -> set[str]:
+    """The names of the functions that statements call, as "name" or "object.method"."""
+    functions = [node.func for one in statements for node in ast.walk(one) if isinstance(node, ast.Call)]
+    return {name for name in map(ast.unparse, functions) if name.replace(".", "").isidentifier()}
+
+
+def parsed(function) -> ast.FunctionDef:
+    (found,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(found, ast.FunctionDef)
+    return found
+
+
+def test_the_machinery_benchmark_makes_the_calls_of_the_loop(monkeypatch):
+    """A call that a step gains or loses must reach tools/bench/machinery.py, which repeats the step."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    import machinery
+
+    (loop,) = (node for node in ast.walk(parsed(train.take_steps)) if isinstance(node, ast.While))
+    end = next(i for i, one in enumerate(loop.body) if "watch.stop.poll" in calls_in([one]))
+    step = calls_in(loop.body[:end])
+    nested = ast.walk(parsed(machinery.measure_machinery))
+    (repeated,) = (node for node in nested if isinstance(node, ast.FunctionDef) and node.name == "machinery")
+    benchmark = calls_in(repeated.body)
+    assert len(benchmark & step) > 15
+    assert step - benchmark == {name for names in machinery.LEFT_OUT.values() for name in names} | {"range"}
+    assert benchmark - step == {"cross_entropy", "torch.zeros"}
 
 
 def test_gpu_check_rehearsed(corpus, tmp_path):

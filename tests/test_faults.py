@@ -179,6 +179,16 @@ def test_clocks_start_with_the_first_step(two_ranks):
     assert 16 * 64 / speed < 8 * SLOW_BATCH
 
 
+@pytest.mark.parametrize(("factor", "shown"), [(0.5, "loss 2.0000  bits/byte 1.500"), (None, "loss 2.0000  7 tok")])
+def test_bits_per_byte_are_shown_only_of_a_bound(capsys, factor, shown):
+    """The loss per eligible token of another objective than the NELBO bounds no bits."""
+    progress = TrainingProgress(0, 10, bits_per_nat=factor, visible=True)
+    progress.start()
+    record = {"step": 2, "loss": 2.0, "nelbo": 3.0, "tokens_per_second": 7.0, "data_wait": 0.0}
+    progress.update(record | {"mfu": None, "memory_gib": 0.0})
+    assert shown in capsys.readouterr().out
+
+
 def test_the_time_left_counts_steps_alone(capsys, monkeypatch):
     clock = iter([100.0, 104.0])  # the steps begin; two of ten are done
     monkeypatch.setattr("mdmtrain.monitor.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -275,7 +285,15 @@ def stop_in_preparation(number: int) -> None:
     if number == 0:
         shards.sha256_of = lambda file: time.sleep(1000)
     else:
-        threading.Timer(5.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        from mdmtrain.parallel.watchdog import Watchdog
+
+        entered = Watchdog.__enter__
+
+        def entering(watch):  # from here on, signals are handled
+            threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            return entered(watch)
+
+        Watchdog.__enter__ = entering
 
 
 def run_out_of_memory(number: int) -> None:

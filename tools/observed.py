@@ -30,6 +30,7 @@ def traced_traffic(
     sent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     copies = config.parallel.replicate
+    parallel = config.parallel.model_copy(update={"compile": False})  # compilation does not change what is sent
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -57,7 +58,7 @@ def traced_traffic(
         data_mesh(config.parallel, here)  # made before tensors are fake
         rows, length = config.run.micro_batch, config.data.sequence_length
         with FakeTensorMode(allow_non_fake_inputs=True), Watch():
-            model = build_model(shape, config.parallel, here)
+            model = build_model(shape, parallel, here)
             ids = torch.zeros(rows, length, dtype=torch.long)
             model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
             if config.optim.name == "muon":

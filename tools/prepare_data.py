@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers} is not positive")
-    if args.tokenizer and os.path.isdir(os.path.join(args.tokenizer, "checkpoints")):
+    if args.tokenizer:
         from mdmtrain.checkpoint import store
 
-        args.tokenizer = str(store.find(args.tokenizer))
+        args.tokenizer = store.tokenizer_path(args.tokenizer)
     inputs, options = read_options(args)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, partial(_stop, work_folder(args.out)))

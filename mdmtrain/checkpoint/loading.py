@@ -115,6 +115,7 @@ def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Co
     places, recorded: see `find_data`.
     """
     elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
+    elsewhere |= {"float8": False}  # of training only
     sources = tuple(
         source.model_copy(update={"path": find_data(source.path, places, config.run.dir, recorded)})
         for source in config.data.sources

@@ -304,6 +304,14 @@ def find(path: str | Path) -> Path:
     return path
 
 
+def tokenizer_path(path: str) -> str:
+    """What --tokenizer names, for `Tokenizer.load`: of a run, its newest checkpoint; any other path itself.
+
+    Raises ValueError if the run has no complete checkpoint.
+    """
+    return str(find(path)) if (Path(path) / "checkpoints").is_dir() else path
+
+
 def read_meta(folder: Path) -> dict:
     """The meta.json of a checkpoint. Raises ValueError if it is missing or damaged, or if a file has another size."""
     marker = folder / "meta.json"

@@ -42,6 +42,7 @@ HEAD = 1 << 12  # bytes that are looked at to recognise a format
 _BLOCK = 1 << 17  # bytes that are unpacked at once
 ID_ENDINGS = {".bin", ".npy"}
 RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
+COLUMN_ENDINGS = {".csv": "a CSV file", ".tsv": "a TSV file"}  # tables that are text, and are not read
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "tokens"]
 FormatOption = Literal["auto", "text", "jsonl"]
@@ -324,7 +325,7 @@ def _gunzip(raw: BinaryIO) -> BinaryIO:
 
 
 _UNPACK = "unpack it, or compress it with gzip instead"
-_CONVERT = "convert it to .jsonl with a 'text' field"
+_CONVERT = "convert it to Parquet, or to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
 _SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
 _BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
@@ -410,6 +411,11 @@ def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = Fal
                 by_name = bool(endings) and endings[-1] in RECORD_ENDINGS
                 by_content = not by_name and _JSON_OBJECT.match(head) is not None
                 kind: Literal["text", "jsonl"] = "jsonl" if by_name or by_content else "text"
+                if kind == "text" and endings and endings[-1] in COLUMN_ENDINGS:
+                    raise ValueError(
+                        f"{source.name}: {COLUMN_ENDINGS[endings[-1]]}, which is not read here: {_CONVERT}, give "
+                        "--format text to take it as text, or leave it out with --exclude"
+                    )
             else:
                 kind = option
             if kind == "jsonl":

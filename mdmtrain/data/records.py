@@ -444,7 +444,7 @@ def as_document(record: dict[str, Any], fields: Fields = USUAL_FIELDS) -> Docume
     elif fields.messages is not None:
         document = _conversation(record, fields)
     elif fields.prompts() is None:
-        wanted = "every line must be an object with a 'text' field, or with 'prompt' and 'response'"
+        wanted = "every record (a JSON object or a row) must have a 'text' field, or 'prompt' and 'response'"
         wanted += ": otherwise name the fields, see --field"
         given = present(record, "text", "prompt", "response")
         if len(given) == 3:

@@ -11,12 +11,16 @@ from mdmtrain.monitor.logs import log
 class TrainingProgress:
     """Prints the progress of a run, on rank 0.
 
-    It shows the step, percentage, loss, bits/byte, tokens/s, MFU (if the GPU is known), the largest peak memory of any
-    rank, the share of the time spent waiting for data, and the remaining time.
+    It shows the step, percentage, loss, bits/byte (if the loss estimates them), tokens/s, MFU (if the GPU is known),
+    the largest peak memory of any rank, the share of the time spent waiting for data, and the remaining time.
     """
 
-    def __init__(self, first_step: int, steps: int, bits_per_nat: float, visible: bool):
-        """bits_per_nat: converts nats per eligible token to bits per byte. visible: print anything at all."""
+    def __init__(self, first_step: int, steps: int, bits_per_nat: float | None, visible: bool):
+        """visible: print anything at all.
+
+        bits_per_nat: converts nats per eligible token to bits per byte. None: the training loss is neither the NELBO
+        nor the next-token loss, so its bits per byte would be no bound.
+        """
         self._first = first_step
         self._steps = steps
         self._bits_per_nat = bits_per_nat
@@ -40,7 +44,9 @@ class TrainingProgress:
         step = record["step"]
         loss = "not finite"
         if record["loss"] is not None:
-            loss = f"{record['loss']:.4f}  bits/byte {record['nelbo'] * self._bits_per_nat:.3f}"
+            loss = f"{record['loss']:.4f}"
+            if self._bits_per_nat is not None:
+                loss += f"  bits/byte {record['nelbo'] * self._bits_per_nat:.3f}"
         seconds_per_step = (time.monotonic() - self._start) / (step - self._first)
         left = round(seconds_per_step * (self._steps - step))
         numbers = f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s"

@@ -18,7 +18,9 @@ class RunLog:
     """Writes metrics.jsonl, skipped.jsonl, the displays and the terminal. All ranks call it, only rank 0 writes."""
 
     def __init__(self, config: Config, step: int, world: World, bits_per_nat: float):
-        """step: the step from which the run starts; later records are moved away. bits_per_nat: see TrainingProgress.
+        """step: the step from which the run starts; later records are moved away.
+
+        bits_per_nat: converts nats per eligible token to bits per byte.
 
         A collective. Raises AgreedError.
         """
@@ -28,7 +30,8 @@ class RunLog:
         self._displays: list[Display] = world.agree(
             lambda: open_displays(folder, step, config) if world.is_main else []
         )
-        self._progress = TrainingProgress(step, config.run.steps, bits_per_nat, world.is_main)
+        is_bound = config.diffusion.trains_nelbo or config.diffusion.objective == "ar"
+        self._progress = TrainingProgress(step, config.run.steps, bits_per_nat if is_bound else None, world.is_main)
         self.notes = self._metrics.notes if self._metrics is not None else []  # see MetricsLog
 
     def start_clock(self) -> None:

@@ -29,6 +29,7 @@ from mdmtrain.parallel.world import AgreedError, World, describe_error
 _aten = torch.ops.aten
 KEPT = [
     _aten.mm.default,
+    _aten._scaled_mm.default,  # in float8
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
@@ -49,6 +50,8 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
         raise AgreedError(
             f"parallel.fused_head=true needs torch 2.13, but this is {torch.__version__}: remove the setting"
         )
+    if config.float8:
+        world.agree(lambda: refuse_float8(shape, world.device))
     with torch.device("meta"):
         model = Transformer(shape, config.head_chunk, config.fused_head)
     policy = MixedPrecisionPolicy(
@@ -64,6 +67,8 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
         layer.recompute = recompute_options(config, index)
+        if config.float8:
+            multiply_in_float8(layer, world.device)
         if config.compile:
             layer.compile(fullgraph=True, dynamic=False)
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
@@ -95,6 +100,33 @@ def check_compiler(device: torch.device) -> None:
             f"parallel.compile=true needs {lacks} on this machine ({describe_error(error)}): install it, or set "
             "parallel.compile=false"
         ) from None
+
+
+def refuse_float8(shape: ModelShape, device: torch.device) -> None:
+    """Raise ValueError if float8 products are not possible: the sizes, torchao, or the GPU."""
+    linear = (module for module in Block(shape).modules() if isinstance(module, torch.nn.Linear))
+    sizes = {size for layer in linear for size in (layer.in_features, layer.out_features)}
+    if odd := sorted(size for size in sizes if size % 16):
+        raise ValueError(f"parallel.float8=true needs layer sizes that are multiples of 16, but the model has {odd[0]}")
+    try:
+        import torchao.float8  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"parallel.float8=true needs torchao ({error}): pip install mdmtrain[float8]") from None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"parallel.float8=true needs a GPU of compute capability 8.9 or more, but this is {name}")
+
+
+def multiply_in_float8(layer: Block, device: torch.device) -> None:
+    """Replace the linear layers of a block by those of torchao, with the same parameters.
+
+    Operands are scaled by the largest value of each tensor, computed at each product: weights and inputs to e4m3,
+    gradients to e5m2 (arXiv 2209.05433). Sums are float32. On a CPU the same values are multiplied in float32. The
+    gradient of a weight sums over tokens, whose number the GPU needs to be a multiple of 16: zeros are added.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(layer, config=Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda"))
 
 
 def set_up_compiler(config: ParallelConfig) -> None:

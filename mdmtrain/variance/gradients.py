@@ -29,7 +29,6 @@ from mdmtrain.diffusion.objective import (
     MaskedBatch,
     MaskingRates,
     plain_process,
-    rate_range,
     row_losses,
 )
 from mdmtrain.diffusion.rates import Density, fit
@@ -77,7 +76,7 @@ class Bench:
         self.mask_id = tokenizer.mask_id
         self._pieces = tokenizer.pieces()
         self._probe = Probe(model, config, tokenizer.mask_id, world)
-        self.densities: dict[tuple, Density] = {}
+        self.densities: dict[DiffusionConfig, Density] = {}  # see `fitted_settings`
         self._nothing = torch.cat([torch.zeros_like(local(p)).flatten() for p in model.parameters()])
 
     def step_noise(self, diffusion: DiffusionConfig, pairs: int, on_step: Progress) -> tuple[ArmNoise, np.ndarray]:
@@ -265,11 +264,18 @@ class Bench:
         process = plain_process(diffusion, token_table(diffusion.isad_tokens, self._pieces, "diffusion.isad_tokens"))
         if diffusion.sampler == "uniform":
             return process
-        key = (diffusion.masks, rate_range(diffusion), diffusion.target, diffusion.form, diffusion.objective)
-        if key not in self.densities:
-            uniform = plain_process(diffusion.model_copy(update={"sampler": "uniform", **FIT}))
-            self.densities[key] = self._probe.fit(uniform, self.sources)
-        return replace(process, density=self.densities[key])
+        settings = fitted_settings(diffusion)
+        if settings not in self.densities:
+            self.densities[settings] = self._probe.fit(plain_process(settings), self.sources)
+        return replace(process, density=self.densities[settings])
+
+
+def fitted_settings(diffusion: DiffusionConfig) -> DiffusionConfig:
+    """The settings that p is fitted under: those of the arm, with uniform rates. Arms that share them share the fit.
+
+    `Probe.fit` has strata of its own, so arms that differ in theirs share a fit too.
+    """
+    return diffusion.model_copy(update={"sampler": "uniform", "strata": "global", **FIT})
 
 
 # ---- slots one by one

@@ -87,3 +87,14 @@ def test_places_that_nothing_reaches():
     for place in ("nosuchstore://bucket/run", "abfs://container/run"):
         with pytest.raises(ValueError, match=f"^{place}: .*install its package"):
             storage.place(place)
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path):
+    """--tokenizer of the preparation takes a run; any other path is left to `Tokenizer.load`."""
+    newest = [folder(tmp_path / "run/checkpoints", step) for step in (2, 4)][-1]
+    assert store.tokenizer_path(str(tmp_path / "run")) == str(newest)
+    assert store.tokenizer_path(str(newest)) == str(newest)
+    assert store.tokenizer_path("org/model/tokenizer.json") == "org/model/tokenizer.json"
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty: no complete checkpoint in this run"):
+        store.tokenizer_path(str(tmp_path / "empty"))

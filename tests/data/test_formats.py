@@ -324,6 +324,13 @@ BAD: dict[str, tuple] = {
     "parquet page damaged": ({"a.parquet": overwritten(COLUMNS, len(COLUMNS) // 3)}, "damaged Parquet file"),
     "parquet that is text": ({"a.parquet": b"text"}, "named like a Parquet file, but it begins with b'text'"),
     "parquet in gzip": ({"a.parquet.gz": gzip.compress(COLUMNS)}, "a Parquet file inside a gzip file"),
+    "CSV": ({"a.csv": b"id,text\n1,one\n"}, "a.csv: a CSV file, which is not read here: convert it to Parquet"),
+    "CSV in gzip": ({"A.CSV.GZ": gzip.compress(b"id,text\n1,one\n")}, "A.CSV.GZ: a CSV file, which is not read here"),
+    "TSV": ({"a.tsv": b"id\ttext\n1\tone\n"}, "a.tsv: a TSV file, which is not read here: convert it to Parquet"),
+    "no text in a record": (
+        {"a.jsonl": b'{"txt": "a"}\n'},
+        "no 'text' field with a string: every record (a JSON object or a row) must have a 'text' field",
+    ),
     "wrong field": ({"a.parquet": COLUMNS}, "has no column 'content': it has text", {"fields": Fields("content")}),
     "wrong nested field": ({"a.parquet": COLUMNS}, "has no column 'a'", {"fields": Fields("a.b")}),
     "field inside text": ({"a.parquet": COLUMNS}, "no 'b' in column 'text.b'", {"fields": Fields("text.b")}),
@@ -403,6 +410,14 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(name, given_tokenizer, token
         prepare(find_inputs([str(folder)], [], [], tmp_path / "out"), tmp_path / "out", options, 1)
     assert words in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_table_that_is_text_is_prose_only_on_request(tmp_path):
+    """--format text takes a CSV file as text. JSON objects in a file of this name are still JSON lines."""
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n")
+    (tmp_path / "b.csv").write_text('{"text": "two"}\n')
+    assert [document.text for document in read(tmp_path / "a.csv", format="text")] == ["id,text\n1,one\n"]
+    assert [document.text for document in read(tmp_path / "b.csv")] == ["two"]
 
 
 def test_fields_that_exclude_each_other():

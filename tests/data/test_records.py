@@ -5,6 +5,9 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,7 +18,7 @@ from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Document, Reading, as_document, read_documents, read_records
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.generate import parts_around_gaps
+from mdmtrain.generate import parts_around_gaps, read_prompts
 
 
 def read(path: Path, content: bytes, **options) -> tuple[list[str], dict[str, int]]:
@@ -165,6 +168,22 @@ def test_generate_and_prepare_find_the_same_fault(tmp_path):
 )
 def test_what_generate_fills(record, parts):
     assert parts_around_gaps(record) == (record, parts)
+
+
+def test_generate_reads_what_the_preparation_reads(tmp_path):
+    """JSON lines, also compressed, and the rows of tables; but not a row that the output could not repeat."""
+    records = [{"prompt": "a"}, {"prompt": "b"}]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(pa.Table.from_pylist(records), tmp_path / "a.arrow")
+    for file in sorted(tmp_path.iterdir()):
+        found = read_prompts(str(file), Reading("error", "jsonl"))
+        assert found == [(f"{file}:{i + 1}", record, [record["prompt"], ""]) for i, record in enumerate(records)]
+    pq.write_table(pa.table({"prompt": ["a", "b"], "raw": [None, b"x"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b.parquet:2: a column that JSON cannot hold \(.*bytes.*\): convert"):
+        read_prompts(str(tmp_path / "b.parquet"), Reading("error", "jsonl"))
 
 
 # ---- awkward documents

@@ -8,6 +8,7 @@ sampler's breaks, an expectation is exact.
 
 from itertools import combinations, pairwise, permutations, product
 from math import comb, factorial
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -700,6 +701,11 @@ CHOICES = dict(
     weights=("rate", "count"), objective=("nelbo", "plain", "bell", "ar"), anneal_fraction=(0.0, 0.4),
     isad_tokens=((), (1,)), syrm_tokens=((), (1,)), rate_low=(None, 0.3),
 )  # fmt: skip
+# Choices that are not among the combinations: they change the rates of a step and the fit of p, not the expected loss.
+# `test_forward_process` samples all strata; `test_every_form_of_a_fit_has_its_target` fits to two statistics.
+BESIDE = dict(
+    strata=("none", "rank", "global"), target=("loss", "gradient"), form=("histogram", "epr"), when=("online", "once"),
+)  # fmt: skip
 # No two of these together, each row with its reason; everything else is legal.
 APART = [
     *(("schedule", "cosine", name, value) for name, value in (("sampler", "ppots"), ("masks", "counted"))),
@@ -750,3 +756,40 @@ def test_exactly_the_legal_combinations_are_accepted_and_each_has_its_test():
             with pytest.raises(ValidationError, match=r"cannot be combined with|has no effect"):
                 DiffusionConfig(**choice)
     assert legal > 100
+
+
+def not_listed(section):
+    """The literals of the fields of a configuration section that neither CHOICES nor BESIDE has, as (field, value)."""
+    literals = {
+        (name, value)
+        for name, field in section.model_fields.items()
+        if get_origin(field.annotation) is Literal
+        for value in get_args(field.annotation)
+    }
+    return literals - {(name, value) for name, values in {**CHOICES, **BESIDE}.items() for value in values}
+
+
+def test_every_choice_of_the_configuration_is_listed():
+    """A new literal needs its exactness test: in CHOICES, where the test above asks for it, or in BESIDE."""
+
+    class Longer(DiffusionConfig):
+        masks: Literal["independent", "counted", "span"] = "independent"
+        order: Literal["random", "left"] = "random"
+
+    assert not_listed(DiffusionConfig) == set()
+    assert not_listed(Longer) == {("masks", "span"), ("order", "random"), ("order", "left")}
+
+
+@pytest.mark.parametrize("form", BESIDE["form"])
+@pytest.mark.parametrize("power", [-1.0, 1.0])
+def test_every_form_of_a_fit_has_its_target(form, power):
+    """Whatever the statistic is that p is fitted to: here t^-1 and t."""
+
+    def fitted(low, high):
+        edges = np.linspace(low, high, CELLS + 1)
+        return fit(edges, ((edges[1:] + edges[:-1]) / 2) ** power, np.ones(CELLS), 0.2, form)
+
+    choice = dict(masks="independent", views="single", weights="rate", objective="nelbo")
+    process = make_process(fitted, sampler="ppots", form=form, **choice)
+    assert not np.allclose(process.density.p, 1)
+    assert expectation(process, L) == pytest.approx(target(choice, L), rel=3e-6)

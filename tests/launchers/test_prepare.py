@@ -158,6 +158,9 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
     for line in ("#SBATCH --array=0-2%3", "#SBATCH --cpus-per-task=2", "#SBATCH --mem=2G", "#SBATCH --time=1:00:00"):
         assert f"{line}\n" in script
     assert "\nmodule load x\n" in script and f"cd {work_folder(tmp_path / 'out')}/code" in script
+    launcher.main([*command, "--tasks", "20", "--slurm", "--time 1:00:00"])
+    said = capsys.readouterr().out
+    assert "only 8 of 20 tasks have one" in said and "#SBATCH --array=0-7%8\n" in said
     assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
 
 

@@ -18,7 +18,7 @@ from mdmtrain.monitor.metrics import (
     thinned,
     validation_scores,
 )
-from mdmtrain.monitor.recorder import Layout, StepRecorder, finite, peak_memory
+from mdmtrain.monitor.recorder import Layout, StepRecorder, finite, peak_memory, sums_of_a_step
 from tests.conftest import WALL_CLOCK
 
 EPS, ROWS, LENGTH = 0.2, 4, 10
@@ -183,6 +183,11 @@ def run_step(recorder, step, rates, losses, masked, eligible, norm=0.5, skipped=
     return sums
 
 
+def layout_of(world=1):
+    """The layout of the sums of a step of `make_recorder(world=world)`."""
+    return Layout(sums_of_a_step(BINS, world, 0))
+
+
 RATES = np.array([0.2, 0.99, 0.25, 1.0])  # octiles of [.2, 1]: 0, 7, 0, 7
 LOSSES = [3.0, 5.0, 8.0, 6.5]
 
@@ -223,7 +228,9 @@ def make_flushed(recorder) -> dict:
 def test_a_record_is_the_naive_sum():
     recorder = make_recorder()
     sums = run_step(recorder, 3, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10])
-    assert sums[2 * BINS :].tolist() == [38, 0, 0, 22, 0, 0]
+    parts = layout_of().split(sums)
+    assert (parts["eligible"].item(), parts["masked"].item()) == (38, 22)
+    assert not any(parts[name].any() for name in ("pair", "seconds", "memory"))
     assert recorder.statistics(sums).sum() == pytest.approx(sum(loss**2 for loss in LOSSES))
     (shown,) = recorder.flush()
     by_octile, histogram = [0.0] * OCTILES, [0] * OCTILES
@@ -251,9 +258,11 @@ def test_mfu_follows_the_speed_and_memory_is_that_of_the_fullest_rank():
     recorder = make_recorder(world=2, mfu_per_speed=1e-3)
     sums = recorder.new_sums()
     recorder.add_own(sums)
-    assert peak_memory(torch.device("cpu")) == sums[-2] > 2**20 and sums[-1] == 0
+    memory = layout_of(world=2)["memory"]
+    mine, other = sums[memory]
+    assert peak_memory(torch.device("cpu")) == mine > 2**20 and other == 0
     others = torch.zeros_like(sums)
-    others[-1] = 2.0**50  # of the other rank
+    others[memory][1] = 2.0**50  # of the other rank
     run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
     (shown,) = recorder.flush()
     assert shown["memory_gib"] == 2**20 and shown["mfu"] == pytest.approx(shown["tokens_per_second"] / 1000)
@@ -360,8 +369,10 @@ def test_a_restored_recorder_goes_on_with_the_same_numbers():
 def test_each_rank_has_a_place_for_its_masked_tokens():
     """Two ranks, of which this is the second: a rank's number must not be added to another's."""
     recorder = make_recorder(world=2, rank=1)
-    others = torch.zeros(2 * BINS + 9)
-    others[2 * BINS], others[2 * BINS + 3] = 38, 30  # the first rank: 38 eligible, 30 masked
+    layout = layout_of(world=2)
+    others = torch.zeros(layout.length)
+    others[layout["eligible"]] = 38
+    others[layout["masked"]][0] = 30  # of the first rank
     run_step(recorder, 1, RATES, LOSSES, [1, 9, 2, 10], [10, 10, 8, 10], others=others)
     (shown,) = recorder.flush()
     assert (shown["masked_tokens_min"], shown["masked_tokens_max"]) == (22, 30)
@@ -370,7 +381,7 @@ def test_each_rank_has_a_place_for_its_masked_tokens():
 
 def test_what_a_step_sends_depends_on_the_bins_and_the_ranks_alone():
     sizes = {make_recorder(rows=rows, world=2).new_sums().numel() for rows in (4, 64, 4096)}
-    assert sizes == {2 * BINS + 3 + 3 * 2}
+    assert sizes == {layout_of(world=2).length}
 
 
 def test_gradient_noise_is_shown_where_both_steps_were_taken():

@@ -17,7 +17,7 @@ from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.objective import rate_range, row_losses
 from mdmtrain.diffusion.rates import fit, uniform_density
 from mdmtrain.variance import gradients
-from mdmtrain.variance.gradients import SLOT_STEP, Bench, SlotNoise
+from mdmtrain.variance.gradients import SLOT_STEP, Bench, SlotNoise, fitted_settings
 from mdmtrain.variance.intervals import density_floor, gradient_components, mean_interval, ratio_interval
 from tests.conftest import ROOT, write_config
 from tests.diffusion.test_exact import t3_second_moment
@@ -128,14 +128,32 @@ def test_each_arm_has_the_density_of_its_own_rates():
         assert bench._process(arm).density.edges[[0, -1]].tolist() == [low or arm.eps, high or 1.0]
 
 
+def test_arms_share_a_density_only_where_no_setting_of_the_fit_differs():
+    """Each field of the section is a part of the key, except those that the fit does not read."""
+    bench, fits = CountBench(), []
+    bench.sources = []
+    bench._probe = SimpleNamespace(fit=lambda process, _: fits.append(process.config) or object())
+    arm = DiffusionConfig(sampler="ppots")
+    others = [
+        arm.model_copy(update=change)
+        for change in (
+            {"eps": 0.01}, {"rate_high": 0.8}, {"target": "loss"}, {"form": "epr"}, {"bins": 32}, {"floor": 0.5},
+            {"masks": "counted"}, {"views": "mirror"}, {"objective": "bell"}, {"objective": "bell", "bell": 9.0},
+        )
+    ]  # fmt: skip
+    densities = [bench._process(one).density for one in (arm, *others)]
+    assert len(fits) == len(set(map(id, densities))) == len(others) + 1
+    same = [arm, arm.model_copy(update={"strata": "none"}), arm.model_copy(update={"fit_rates": 99})]
+    assert all(bench._process(one).density is densities[0] for one in same) and len(fits) == len(others) + 1
+    assert all(one.sampler == "uniform" and one.fit_rates == gradients.FIT["fit_rates"] for one in fits)
+
+
 def test_slots_give_the_closed_forms(monkeypatch):
     """N Var of section 9 (T3, T14) for each arm; not without the weight p/r, and not with another's strata."""
     bench = CountBench()
     edges, square = t3_second_moment()
-    bench.densities["independent", (1e-3, 1.0), "loss", "histogram", "nelbo"] = fit(
-        edges, square, np.ones(1000), 1e-9, "histogram"
-    )
     arms = {name: DiffusionConfig(eps=1e-3, **choice) for name, (choice, _) in T3_ARMS.items()}
+    bench.densities[fitted_settings(arms["ppots"])] = fit(edges, square, np.ones(1000), 1e-9, "histogram")
 
     def scores(slots, *names):
         found = bench.slot_noise({name: arms[name] for name in names}, slots, lambda: None)

@@ -1,4 +1,9 @@
-"""Measure the cost of variance reduction in a step, and how evenly it distributes the work: two parts of step.py."""
+"""Measure the cost of variance reduction in a step, and how evenly it distributes the work: two parts of step.py.
+
+`machinery` in `measure_machinery` repeats the step of `take_steps` in mdmtrain/train.py, because the step stands in the
+open there and needs a whole run. It must make the same calls, except for those in LEFT_OUT. tests/test_bench.py
+compares the two.
+"""
 
 import numpy as np
 import torch
@@ -16,6 +21,15 @@ from mdmtrain.monitor.recorder import StepRecorder
 from mdmtrain.optim import build_optimizer, optimizer_step
 from mdmtrain.parallel.world import World
 
+# The calls of the loop's step that are left out here, by reason.
+LEFT_OUT = {
+    "the plain step has them too": ("learning_rate", "model.set_requires_all_reduce", "state.average.update"),
+    "the batch is given": ("batch.eligible.sum", "batch.slots.numpy", "int", "process.corrupt", "recorder.wait_for"),
+    "called by `cross_entropy`": ("masked_cross_entropy",),
+    "the fit is measured by itself": ("sampler.due", "sampler.use", "world.agree"),
+    "measured at the interval of the probe only": ("due_after", "pair.compare", "pair.keep", "recorder.add_pair"),
+    "of the run, not of the step": ("gc.collect", "profiler.before", "watch.at"),
+}
 SIMULATED_RANKS, SIMULATED_BATCH, SIMULATED_STEPS, SIMULATED_ROWS = 64, 1280, 20, 4
 
 
@@ -39,6 +53,7 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
     known = torch.rand(len(batch.positions), device=world.device)
     places = [np.array(plan.slots(world.rank, number)) for number in range(plan.accumulation)]
     eligible, step = batch.noisy.numel(), 0
+    one_source = torch.zeros(len(places[0]), dtype=torch.int64)  # all rows are of the first source
 
     def cross_entropy() -> Tensor:
         return masked_cross_entropy(model, batch, None, 1)
@@ -58,6 +73,8 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
             recorder.add_micro_step(
                 sums, losses.detach(), by_row, process.row_cells(draws.at(place)), len(ce), eligible
             )
+            recorder.add_sources(sums, losses.detach(), one_source)
+        recorder.add_own(sums)
         world.sum(sums)
         norm = skipped = torch.zeros((), device=world.device)
         if learn:

@@ -105,6 +105,15 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def set_up_allocator() -> None:
+    """Let the memory segments of CUDA grow, unless the user has configured the allocator. Call it before CUDA starts.
+
+    The number of masked positions changes with every micro-batch, which would fragment segments of a fixed size.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     """Join the process group that torchrun describes, or make a group of one rank when started with plain `python`.
 
@@ -133,6 +142,7 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
             dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # NCCL appends the rank
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", dump)
+        set_up_allocator()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

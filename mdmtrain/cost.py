@@ -317,7 +317,8 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     The computed ones include recomputation. The backward pass of attention always computes its scores again. A head of
     more than one chunk recomputes its logits. A budget with room for all matrix products and attention recomputes none
     of them. With a smaller budget the recomputed share grows in proportion. This is an upper bound, because the
-    compiler recomputes the cheapest ones.
+    compiler recomputes the cheapest ones. In float8, the products of the blocks count half: a GPU multiplies float8 twice
+    as fast.
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = tokens * 2 * sizes(shape).blocks * sizes(shape).block
@@ -329,7 +330,8 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     again["budget"] = max(0.0, (ops - budget) / (ops - d))
     more = again[config.parallel.activation_checkpointing]
     heads = 3 if head_at_once(config, masked) else 4
-    return 3 * (matrices + attention + head), (3 + more) * matrices + heads * head, (3.5 + more) * attention
+    products = (3 + more) * matrices / (2 if config.parallel.float8 else 1) + heads * head
+    return 3 * (matrices + attention + head), products, (3.5 + more) * attention
 
 
 def head_at_once(config: Config, masked: float) -> bool:
@@ -378,7 +380,19 @@ def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) ->
         once if head_at_once(config, masked) else once + again
     )
     blocks = shape.n_layers * block_bytes(shape, config)
-    return tokens * (blocks + masked * logit * shape.vocab_size) + copied_bytes(shape, config, shard)
+    scaled = float8_bytes(shape, tokens) if config.parallel.float8 else 0
+    return tokens * (blocks + masked * logit * shape.vocab_size) + scaled + copied_bytes(shape, config, shard)
+
+
+def float8_bytes(shape: ModelShape, tokens: int) -> float:
+    """Bytes that scaling to float8 reads and writes in one micro-step, without recomputation.
+
+    An operand is read to find its largest value, and read and written to be rounded: 2 + 2 + 1 bytes per value. The
+    operands are the inputs of the linear layers and the gradients of their outputs, and the weights in both passes.
+    """
+    d, queries, keys = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    values = 7 * d + 2 * queries + 2 * keys + 3 * shape.d_ff
+    return 5 * shape.n_layers * (tokens * values + 2 * (2 * d * (queries + keys) + 3 * d * shape.d_ff))
 
 
 def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:

@@ -12,7 +12,7 @@ from mdmtrain import config as configuration
 from mdmtrain import cost, muon
 from mdmtrain.config import ParallelConfig
 from mdmtrain.model.presets import PRESETS, ModelShape
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import Block, Transformer
 from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
 from tests.conftest import ROOT, SOAK
 from tests.spawn import run_world
@@ -161,6 +161,23 @@ def test_flops_are_those_of_the_model(recompute):
     last = 2 * shape.d_ff * shape.d_model * shape.n_layers * tokens if recompute == "full" else 0
     assert products == counter.get_total_flops() + norms + last
     assert attention == (passes + 0.5) * 4 * length * shape.d_model * shape.n_layers * tokens
+
+
+def test_float8_is_priced():
+    """The products of the blocks take half the time. Scaling reads and writes every operand of a linear layer."""
+    shape, plain = ModelShape(**SHAPE), config_of({"head_chunk": 4096})
+    float8 = config_of({"head_chunk": 4096, "float8": True})
+    counted, products, attention = cost.step_flops(shape, plain, masked=0.5)
+    counted8, products8, attention8 = cost.step_flops(shape, float8, masked=0.5)
+    block = Block(shape)
+    linear = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in linear)
+    norms = sum(p.numel() for p in block.parameters()) - weights  # counted with the products
+    tokens = plain.run.global_batch * plain.data.sequence_length
+    assert (counted8, attention8) == (counted, attention)
+    assert products - products8 == 3 * tokens * 2 * (weights + norms) * shape.n_layers / 2
+    operands = sum(7 * (layer.in_features + layer.out_features) + 2 * layer.weight.numel() for layer in linear)
+    assert cost.float8_bytes(shape, 7) == 5 * shape.n_layers * operands
 
 
 MEMORY_CASES = [

@@ -30,7 +30,7 @@ def traced_traffic(
     sent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     copies = config.parallel.replicate
-    parallel = config.parallel.model_copy(update={"compile": False})  # compilation does not change what is sent
+    parallel = config.parallel.model_copy(update={"compile": False, "float8": False})  # they do not change what is sent
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -206,10 +206,11 @@ def plain(
     report = [{**asdict(one), "memory_total": one.memory_total} for one in costs]
     for one, entry in zip(costs, report, strict=True):
         best = next(iter(search(config, shape, one.gpus, gpu, assumed)), None)
-        better = best is not None and (not one.fits or best.cost.step_seconds < FASTER * one.step_seconds)
-        entry["best"] = {"arguments": best.arguments, "step_seconds": best.cost.step_seconds} if better else None
+        if best and one.fits and best.cost.step_seconds >= FASTER * one.step_seconds:
+            best = None
+        entry["best"] = {"arguments": best.arguments, "step_seconds": best.cost.step_seconds} if best else None
         state = "fits" if one.fits else "does not fit"
-        if better:
+        if best:
             advice = f"{best.cost.step_seconds:.3g} s a step with {best.arguments}"
             console.print(f"{one.gpus:,} GPUs: {state}; {advice}", highlight=False, soft_wrap=True)
         elif not one.fits:

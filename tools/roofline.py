@@ -254,7 +254,7 @@ def compiled(function: Callable[..., Tensor], *inputs: Tensor | None, kind: str 
             arguments.clear()
             return graph.forward(*values)
 
-        run._boxed_call = True
+        run._boxed_call = True  # type: ignore[attr-defined]  # read by AOTAutograd
         return run
 
     backend = aot_autograd(

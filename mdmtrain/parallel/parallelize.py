@@ -9,6 +9,7 @@ a block, then compilation of the block, then FSDP around it. The root module com
 import logging
 import os
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -61,7 +62,7 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if config.compile:
-        check_compiler(world.device)
+        world.agree(lambda: check_compiler(world.device))
         set_up_compiler(config)
         model.head.compile_loss()
     for index, layer in enumerate(model.layers):
@@ -86,17 +87,17 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise AgreedError if torch.compile cannot make code here: torch itself would fail in the middle of a step."""
+    """Raise ValueError if torch.compile cannot make code here: torch itself would fail in the middle of a step."""
     try:
         if device.type == "cuda":
-            import triton  # noqa: F401
+            import_module("triton")
         else:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
     except (ImportError, RuntimeError) as error:
         lacks = "Triton" if device.type == "cuda" else "a C++ compiler"
-        raise AgreedError(
+        raise ValueError(
             f"parallel.compile=true needs {lacks} on this machine ({describe_error(error)}): install it, or set "
             "parallel.compile=false"
         ) from None

@@ -102,7 +102,7 @@ def shard_cache(config: DataConfig) -> ShardCache | None:
 def windows(source: "PreparedSplit | TextSplit", length: int) -> int:
     """Rows of a split: windows of `length` tokens (a last, shorter one is left out), or documents, if it has prompts.
 
-    Raises ValueError where there is none with anything to train on.
+    Raises ValueError if there is none with anything to train on.
     """
     if source.prompts:
         if not source.fits(length):
@@ -163,7 +163,7 @@ def shard_rows(source: PreparedSplit, length: int) -> np.ndarray:
     """Rows of each shard: windows that lie within it (what is left at its end is left out), or its documents: int64
     [shards].
 
-    Raises ValueError where there is none in all.
+    Raises ValueError if there is none in all.
     """
     rows = np.diff(source.first_documents) if source.prompts else np.diff(source.first_tokens) // length
     if not rows.any():

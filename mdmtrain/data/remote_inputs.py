@@ -30,7 +30,7 @@ class Remote:
 
 
 class _Bytes(io.RawIOBase):
-    """The bytes of a file, asked for in pieces. A read raises ValueError where a request fails in the end."""
+    """The bytes of a file, asked for in pieces. A read raises ValueError if a request fails in the end."""
 
     def __init__(self, url: str, size: int):
         self._url, self._size = url, size
@@ -68,7 +68,7 @@ class _Bytes(io.RawIOBase):
 def remote_file(url: str) -> "Remote | BinaryIO":
     """The file of a URL; where its server gives no pieces of files, an unnamed temporary copy of it.
 
-    Raises ValueError where there is none, or it cannot be reached.
+    Raises ValueError if there is none, or it cannot be reached.
     """
     info = remote.ask(url, remote.TIMEOUT, "info")
     if info.get("type") == "directory":

@@ -75,14 +75,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
-        """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
+        """The tokenizer that `path` names, see `read_model`. Raises ValueError if there is none that fits."""
         return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
         """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model to `path`.
 
-        Raises ValueError where `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
+        Raises ValueError if `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
         """
         smallest = 5 + 256 + 3
         if vocab_size < smallest:
@@ -121,7 +121,7 @@ class Tokenizer:
         return cls(model.getvalue(), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
+        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged if they would not give it back."""
         ids = self.encode_unchecked(text)
         back = self._pieces.decode(ids)
         if back == text and self.reserved.isdisjoint(ids):
@@ -170,7 +170,7 @@ class Tokenizer:
         return [piece.replace(SPACE_MARK, " ") for piece in self.raw_pieces()]
 
     def raw_pieces(self) -> list[str]:
-        """Every id's piece as the tokenizer's file has it, "" where there is none."""
+        """Every id's piece as the tokenizer's file has it, "" if there is none."""
         return [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
     def probes(self) -> list[str]:

@@ -128,7 +128,7 @@ class ShardShuffle(Shuffle):
         self._firsts = np.cumsum([0, *shard_rows])  # the first row of each shard
         super().__init__(int(self._firsts[-1]), seed, source, len(shard_rows))
         self._turns = -(-len(shard_rows) // together)  # turns in an epoch
-        self._edges = np.arange(self._turns + 1) * len(shard_rows) // self._turns  # bounds of the turns in the shard order
+        self._edges = np.arange(self._turns + 1) * len(shard_rows) // self._turns  # bounds in the order of shards
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

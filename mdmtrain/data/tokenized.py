@@ -143,7 +143,9 @@ class TokenFile:
             return np.dtype(LLM_C[head]), int(np.frombuffer(header, "<i4")[2])
         found = np.dtype(dtype).newbyteorder("<")
         if self._bytes % found.itemsize:
-            raise ValueError(f"{self.name}: {self._bytes:,} bytes are not a multiple of the size of {dtype}: check --dtype")
+            raise ValueError(
+                f"{self.name}: {self._bytes:,} bytes are not a multiple of the size of {dtype}: check --dtype"
+            )
         return found, self._bytes // found.itemsize
 
     def _read_numpy(self) -> tuple[np.dtype, int]:
@@ -164,9 +166,7 @@ class TokenFile:
             raise ValueError(f"{name}: not an index of Megatron: replace it, or move it away and give --dtype")
         _, version, code, sequences, ends = struct.unpack_from("<9sQBQQ", content)
         if version != 1 or code not in MEGATRON_TYPES:
-            raise ValueError(
-                f"{name}: version {version} with type {code} is not supported: write it with Megatron-LM"
-            )
+            raise ValueError(f"{name}: version {version} with type {code} is not supported: write it with Megatron-LM")
         if len(content) != head + 12 * sequences + 8 * ends:
             raise ValueError(f"{name}: truncated, altered, or of multimodal data: replace it")
         dtype = np.dtype(MEGATRON_TYPES[code])

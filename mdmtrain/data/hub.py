@@ -106,7 +106,7 @@ def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_
         for token in content["added_tokens"]:
             if usual.token_to_id(token["content"]) not in (None, token["id"]):
                 notes.append(
-                    f"{token['content']!r} has the id of the file, {token['id']}; transformers gives it another"
+                    f"{token['content']!r} keeps its id in the file, {token['id']}; transformers gives it another id"
                 )
                 break
         names = _named(content, settings, config, notes)
@@ -116,9 +116,11 @@ def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}, or its settings: not in the format ({error!r}): get the original files") from None
+        raise ValueError(
+            f"{file}, or its settings: not in the expected format ({error!r}): get the original files"
+        ) from None
     if notes:
-        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
+        log.warning("%s: changed so that no text is lost: %s (docs/tokenizers.md)", file, "; ".join(notes))
     return _dump(roles, content), size
 
 
@@ -130,7 +132,7 @@ def _settings(folder: Path) -> dict:
             try:
                 found = {**dict(json.loads((folder / name).read_text(encoding="utf-8"))), **found}
             except (ValueError, TypeError):
-                raise ValueError(f"{folder / name}: damaged (no JSON object): get the original file") from None
+                raise ValueError(f"{folder / name}: damaged (not a JSON object): get the original file") from None
     return found
 
 
@@ -172,7 +174,7 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
             token = by_id.get(number)
             if token is not None and token not in declared and spelled(content, [token]):
                 notes.append(
-                    f"{role}_token_id {number} of config.json is not used, as it is the ordinary piece {token!r}"
+                    f"{role}_token_id {number} of config.json is not used, because it is the ordinary piece {token!r}"
                 )
                 token = None
         if token:
@@ -193,9 +195,9 @@ def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str])
         if name is None and not add_missing:
             raise ValueError(f"it names no {role} token: tokenizer_config.json must have {role}_token")
         if name in ordinary:
-            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which text has: name a token of its own")
+            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which occurs in text: name a special token")
         if name in taken:
-            notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
+            notes.append(f"{role} gets a new token, because {name!r} is also {taken[name]}")
         if name is None or name in taken:
             name = f"<|mdm_{role}|>"
         roles[role], taken[name] = name, role

@@ -180,7 +180,9 @@ def keep_apart(content: dict) -> None:
         content["pre_tokenizer"] = _sequence([*splitters, {"type": "Split", **split}], "pretokenizers")
     unknown = {content["model"].get("unk_token")}  # may be the unknown piece, which `Tokenizer` refuses
     for text in set(spelled(content, found)) - unknown:
-        raise ValueError(f"ordinary text that spells {text!r} becomes this token: give the role a token of its own")
+        raise ValueError(
+            f"ordinary text that spells {text!r} would be encoded as this token: give the role a token of its own"
+        )
 
 
 def spelled(content: dict, texts: list[str]) -> list[str]:

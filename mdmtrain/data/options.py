@@ -56,7 +56,7 @@ class Options:
         if self.max_chars is not None and self.max_chars < (self.min_chars or 0):
             raise ValueError(f"--max-chars {self.max_chars} is less than --min-chars {self.min_chars}")
         if self.dtype and not self.tokenizer:
-            raise ValueError("--dtype is of token ids: give the --tokenizer that made them")
+            raise ValueError("--dtype is only for files of token ids: give the --tokenizer that made them")
 
     def reading(self) -> Reading:
         ids = Ids(self.tokenizer, self.tiktoken_pattern, self.dtype) if self.tokenizer else None

@@ -303,7 +303,7 @@ class Preparation:
             ("train", f"give --validation-fraction {math.floor(highest * 1e4) / 1e4} or less"),
         ):
             if not splits[split]["documents"]:
-                hint = "give more documents, or cut this one up" if count == 1 else hint
+                hint = "give more documents, or divide this one" if count == 1 else hint
                 return f"none of the {count} documents fell into the {split} split: {hint}"
         return None
 

@@ -29,7 +29,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url}: {_one_line(error)}: install what reaches it, or choose another place") from None
+        raise ValueError(f"{url}: {_one_line(error)}: install its package, or choose another place") from None
 
 
 def read(url: str) -> bytes:
@@ -81,7 +81,7 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
         except Exception as error:  # each library has its own types
             error = _reason(error)
             if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
-                raise ValueError(f"{url}: there is nothing of this name") from None
+                raise ValueError(f"{url}: no such file or folder") from None
             if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
                 raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
             if pause is None:

@@ -27,7 +27,7 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder next to `out`, which is renamed to `out` at the end of the block, or removed after an error.
+    """A locked empty folder next to `out`. The end of the block renames it to `out`; an error removes it.
 
     After SIGKILL its files remain until the next call for `out`. Raises ValueError if another process holds the lock.
     """

@@ -61,7 +61,9 @@ class Tokenizer:
             self._pieces = HubPieces(model) if model[:1] == b"{" else SentencePieces(model)
             names = self._pieces.names
             if names["mask"] in (names["bos"], names["eos"], names["pad"]):
-                raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
+                raise ValueError(
+                    f"its mask token {names['mask']!r} also has another role: give mask a token of its own"
+                )
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: {error}") from None
         self.name, self.model, self.sha256 = name, model, hashlib.sha256(model).hexdigest()
@@ -227,7 +229,7 @@ def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
     except ValueError as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     if notes:
-        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", path, "; ".join(notes))
+        log.warning("%s: changed so that no text is lost: %s (docs/tokenizers.md)", path, "; ".join(notes))
     return content, size
 
 
@@ -242,7 +244,7 @@ def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[T
             if not theirs.is_file() and add_missing:
                 return read_model(ours)
             if not theirs.is_file():
-                raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
+                raise ValueError(f"{error}; and {folder} contains no {HUB_FILE}") from None
     if not theirs.is_file():
         raise ValueError(f"{folder} has no {HUB_FILE} and no {MODEL_FILE}: copy the model's tokenizer files there")
     return _bundled(theirs, config, add_missing)
@@ -257,7 +259,7 @@ def _json_object(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
+        raise ValueError(f"{file}: damaged (not a JSON object): get the original file") from None
 
 
 def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:

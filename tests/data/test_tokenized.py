@@ -236,5 +236,5 @@ def test_ids_need_their_tokenizer(tmp_path):
     np.save(tmp_path / "a.npy", np.array([10, 2]))
     with pytest.raises(ValueError, match=r"a.npy: token ids, not text: tools/prepare_data.py reads them with"):
         prepare([tmp_path / "a.npy"], tmp_path / "out", Options(vocab_size=300), 1)
-    with pytest.raises(ValueError, match="--dtype is of token ids: give the --tokenizer"):
+    with pytest.raises(ValueError, match="--dtype is only for files of token ids: give the --tokenizer"):
         Options(dtype="uint16")

@@ -86,7 +86,7 @@ def shared_documents(train: list[PreparedSplit], validation: list[PreparedSplit]
         hashes = np.concatenate([np.empty(0, np.int64), *held_out.document_hashes(MOST_COMPARED)])
         if len(hashes) < held_out.documents_of(held_out.some_shards(MOST_COMPARED)):
             lines.append(
-                f"{held_out.folder}: made by an older version: it is not known whether train splits contain its documents"
+                f"{held_out.folder}: made by an older version: it is not known whether train splits share documents"
             )
             continue
         wanted, places = np.unique(hashes, return_inverse=True)

@@ -101,7 +101,7 @@ class SentencePieces:
         }
         if not all(needed.values()):
             missing = ", ".join(option for option, there in needed.items() if not there)
-            raise ValueError(f"it does not give text back: train yours with {missing}, or train one with --vocab-size")
+            raise ValueError(f"it does not preserve text: train yours with {missing}, or train one with --vocab-size")
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(escape(text))

@@ -140,7 +140,7 @@ class Tokenizer:
         else:
             piece = self._pieces.id_to_piece(bad)
             at, what = max(text.find(piece), 0), f"it would encode text as its reserved token {piece!r}"
-        raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
+        raise TextChanged(f"tokenizer {self.name} does not preserve text: {what}", text.count("\n", 0, at) + 1)
 
     def encode_unchecked(self, text: str) -> list[int]:
         """The ids of `text` without the check of `encode`, to measure what the check costs."""

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure preparation on one core against datatrove's DocumentTokenizer, on the same files with the same tokenizer.
 
-datatrove has its own environment: python3 -m venv peer && peer/bin/pip install 'datatrove[io,processing]'. Both programs
-run in turn, as a user starts them. Times are of the processor, start included. The fastest round of each counts.
+datatrove has its own environment: python3 -m venv peer && peer/bin/pip install "datatrove[io,processing]". Both
+programs run in turn, as a user starts them. Times are of the processor, start included. The fastest round counts.
 
 Example:
   tools/bench/prepare_peer.py corpus/ --pattern '*.parquet' --tokenizer tokenizer.json --peer-python peer/bin/python

@@ -222,8 +222,8 @@ class _Phase:
         self._period = lcm(*(share.denominator for share in shares))
         if self._period > _LONGEST_PERIOD:
             raise ValueError(
-                f"{key} weights {list(weights)} repeat only after {self._period:,} samples "
-                f"(at most {_LONGEST_PERIOD:,}): round them, to 1, 2, 3 or to hundredths that add up to 1"
+                f"{key} weights {list(weights)} have a period of {self._period:,} samples "
+                f"(at most {_LONGEST_PERIOD:,}): round them to small integers, or to hundredths that add up to 1"
             )
         self._quota = np.array([int(share * self._period) for share in shares], dtype=np.int64)
         self._source, self._earlier = _quota_method(self._quota, self._period)

@@ -236,7 +236,7 @@ class Preparation:
                 yield one
         if count != self._hashed[part]:
             self.plan.refuse_changes(part)
-            raise ValueError(f"part {part} has {count:,} documents, but {self._hashed[part]:,} were hashed: start again")
+            raise ValueError(f"part {part} has {count:,} documents, but {self._hashed[part]:,} were hashed: restart")
 
     @contextmanager
     def _unfinished(self, stage: Stage, unit: int) -> Iterator[Path]:

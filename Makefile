@@ -1,5 +1,5 @@
 # make quickstart | test | soak | study | study-muon | study-medium | finetune-study | slurm-demo | lint | docs | configuration
-# Each target installs what it needs. The same command again keeps results that exist, and resumes what was stopped.
+# Each target installs what it needs. If a command is repeated, it keeps finished results and resumes what was interrupted.
 PYTHON ?= python3
 PY := .venv/bin/python
 CORPUS := data/python-stdlib

@@ -3,9 +3,9 @@
     python -m mdmtrain.answers RUN_OR_CHECKPOINT --tasks FILE.jsonl [--json FILE]
 
 FILE has 'prompt', 'response' and 'kind' on every line; tools/make_tasks.py writes such files. Answers are generated
-greedily, with as many tokens as the right response and its eos have. A masked diffusion model starts from masks and
-unmasks its most confident token at each forward pass. An autoregressive model generates from left to right. An answer
-is right if its text equals the response and ends with eos.
+greedily. They have the same number of tokens as the right response with its eos. A masked diffusion model starts from
+masks and unmasks its most confident token at each forward pass. An autoregressive model generates from left to right.
+An answer is right if its text equals the response and ends with eos.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def continue_greedily(model: Transformer, rows: list[Tensor], lengths: list[int]
     that are never chosen. Returns int64 [L + length] for each row. A collective under FSDP.
     """
     starts = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    # Padding follows a row, where a causal model does not see it.
+    # Padding comes after a row, so a causal model does not see it.
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     ids = torch.nn.functional.pad(ids, (0, max(lengths)))
     first = torch.arange(len(rows), device=ids.device) * ids.shape[1]

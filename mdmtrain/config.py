@@ -60,6 +60,10 @@ class RunConfig(Section):
     max_skips: int = Field(
         10, gt=0, description="the run stops with an error after this many non-finite (skipped) steps in a row"
     )
+    deterministic: bool = Field(
+        False,
+        description="use only algorithms that give the same bits each time; slower on GPUs, and no change on CPUs",
+    )
     time_limit: float | None = Field(
         None, gt=0, description="minutes after which the run saves a checkpoint and stops; null: no limit"
     )
@@ -267,13 +271,13 @@ class DiffusionConfig(Section):
         0.0, ge=0, le=1, description="omega moves to 1 (the NELBO) over this last fraction of the run"
     )
     isad_tokens: tuple[str | int, ...] = Field(
-        (), description="ISAD: token ids or pieces that are masked more often; biased, see docs/variance.md"
+        (), description="ISAD: token ids or pieces that are masked more often; biased, see docs/mathematics.md"
     )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: added to the masking rate of these tokens")
     syrm_tokens: tuple[str | int, ...] = Field(
         (),
         description="SyRM: token ids or pieces that are also masked in prompts; changes the objective, see "
-        "docs/variance.md",
+        "docs/prompts.md",
     )
 
     @property

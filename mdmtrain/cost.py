@@ -6,11 +6,8 @@ result. tools/observed.py and tools/bench/allocator.py measure what the engine r
 tools compare this with the prediction.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
-from math import log2
 from pathlib import Path
 
 import torch
@@ -31,16 +28,17 @@ class Gpu:
 
     memory: float  # bytes
     peak: float  # dense bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of its memory
     near: float  # bytes/s in each direction to GPUs of the same node
     far: float  # bytes/s in each direction to other nodes (one network card per GPU)
     per_node: int = 8
 
 
 GPUS = {
-    "a100": Gpu(80 * GIB, 312e12, 300e9, 25e9),
-    "h100": Gpu(79.6 * GIB, 989e12, 450e9, 50e9),
-    "h200": Gpu(140.4 * GIB, 989e12, 450e9, 50e9),
-    "b200": Gpu(179 * GIB, 2250e12, 900e9, 50e9),
+    "a100": Gpu(80 * GIB, 312e12, 2.04e12, 300e9, 25e9),
+    "h100": Gpu(79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),
+    "h200": Gpu(140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),
+    "b200": Gpu(179 * GIB, 2250e12, 8e12, 900e9, 50e9),
 }
 
 
@@ -48,8 +46,13 @@ GPUS = {
 class Assumptions:
     """The numbers that cannot be derived."""
 
-    compute_efficiency: float = 0.5  # share of the peak that the matrix products of a step reach
+    compute_efficiency: float = 0.6  # share of the peak that matrix products reach
+    attention_efficiency: float = 0.4  # share of the peak that fused attention reaches
+    memory_efficiency: float = 0.87  # share of the memory bandwidth that all other operations reach
     link_efficiency: float = 0.7  # share of a link's data-sheet bandwidth that a large collective reaches
+    collective: float = 20e-6  # seconds before the first byte of each collective
+    near_hop: float = 2e-6  # seconds for each step of a ring from one GPU to the next in the same node
+    far_hop: float = 6e-6  # seconds for each step of a ring from one node to the next
     masked: float = 0.5  # mean share of the positions that are masked, and so computed by the head
     memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
     disk: float = 1e9  # bytes/s at which one rank writes a checkpoint
@@ -71,7 +74,8 @@ class Cost:
     model_flops: float  # FLOPs of one step on all GPUs, as MFU counts them
     compute_seconds: float
     communication_seconds: float
-    optimizer_seconds: float  # after the backward pass: Muon, and with offload the optimizer's work in host memory
+    latency_seconds: float  # the part of it that depends on the number of collectives and hops, not on their bytes
+    optimizer_seconds: float  # after the backward pass
     step_seconds: float
     mfu: float
     tokens_per_second: float  # all GPUs
@@ -124,12 +128,15 @@ def sizes(shape: ModelShape) -> Sizes:
     return Sizes(block, shape.n_layers, matrix, matrix + shape.d_model, 0)
 
 
-def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, composed_norms: bool = False) -> float:
+def saved_per_token(
+    shape: ModelShape, recompute: str, budget: float = 1.0, composed_norms: bool = False, compiled: bool = False
+) -> float:
     """The number of values that one block keeps for the backward pass, per token.
 
     composed_norms: norms consist of several operations (on the CPU), which keep their inputs twice and a few
-    statistics. The budget is applied to all values that an uncompiled block keeps, except its input. torch applies it
-    to the values that the compiler would keep, which are fewer.
+    statistics. compiled: the backward pass computes silu(gate) again. The budget is applied to all values that an
+    uncompiled block keeps, except its input. torch applies it to the values that the compiler would keep, which are
+    fewer.
     """
     d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
     match recompute:
@@ -142,13 +149,13 @@ def saved_per_token(shape: ModelShape, recompute: str, budget: float = 1.0, comp
     # Inputs and outputs of both norms; q, k, v (with qk_norm before and after it); the output of attention; the four
     # values of SwiGLU.
     norms = 2 * d + 6 if composed_norms else 0
-    return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + 4 * ff + norms
+    return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + (3 if compiled else 4) * ff + norms
 
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
     """Values per token: (kept by all blocks for the backward pass, added by a block while it recomputes its own)."""
     mode, every = config.parallel.activation_checkpointing, config.parallel.recompute_every
-    whole = saved_per_token(shape, "none", composed_norms=composed_norms)
+    whole = saved_per_token(shape, "none", composed_norms=composed_norms, compiled=config.parallel.compile)
     if mode == "selective":
         recomputed, least = -(-shape.n_layers // every), saved_per_token(shape, "full")
         after = (shape.n_layers - 1) % every  # blocks after the last recomputed one, which have freed theirs
@@ -174,8 +181,8 @@ def memory(
     """Peak bytes on one rank by kind, in the backward pass of a micro-batch and after it. `peak` combines the kinds.
 
     The backward pass begins with the head while all activations are in memory. The last block follows, while most
-    activations are in memory and the gradient of the head is being reduced. The numbers are for eager mode; compiled
-    blocks keep a little less. on_cpu: norms are composed, and Muon computes in float32.
+    activations are in memory and the gradient of the head is being reduced. on_cpu: norms are composed, and Muon
+    computes in float32.
     """
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
     tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
@@ -194,10 +201,11 @@ def memory(
         * float(parts.root + stay * parts.block + (parts.embed if stay else 0) + (parts.block if shard > 1 else 0)),
         "activations": width * tokens * kept,
         # The weight of the head and its gradient; the rows before and after the norm, and their gradient; for one
-        # chunk, in float32, the log-probabilities and two gradients (fused: in place).
+        # chunk, in float32, the log-probabilities and two gradients (fused: in place; compiled: the logits and their
+        # gradient in the compute dtype).
         "head at work": width * (parts.head + matrix)
         + 3 * width * tokens * assumed.masked * shape.d_model
-        + (4 if config.parallel.fused_head else 12) * rows * shape.vocab_size,
+        + (4 if config.parallel.fused_head else 2 * width if config.parallel.compile else 12) * rows * shape.vocab_size,
         # Gathered parameters; recomputed activations, or later the gradients before and during their reduction;
         # gradients of the residual stream and inside SwiGLU; the gradient of the head during its reduction, or that of
         # a tied matrix.
@@ -227,8 +235,7 @@ def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, floa
 def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulation: int) -> dict[str, float]:
     """Bytes that a rank sends in one step, by collective. All collectives are rings."""
     parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
-    # The backward pass gathers the freed parameters again. The head and a tied matrix are not freed.
-    again = parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
+    again = regathered(shape, config)
     others, copies = (shard - 1) / shard, world // shard
     # With offload, float32 shards are copied to the GPU before each all-gather, and gradients are copied back: after
     # each micro-step, or with several replicas after the all-reduce of the step.
@@ -304,22 +311,127 @@ def muon_flops(shape: ModelShape, shard: int) -> int:
     return max(work)
 
 
-def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float]:
-    """(FLOPs that MFU counts, FLOPs that are computed) in one step on all ranks; the latter include recomputation.
+def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float, float, float]:
+    """FLOPs of one step on all ranks: (counted by MFU, computed by matrix products, computed by attention).
 
-    A budget with room for all matrix products and attention recomputes none of them. With a smaller budget the
-    recomputed share grows in proportion. This is an upper bound, because the compiler recomputes the cheapest ones.
+    The computed ones include recomputation. The backward pass of attention always computes its scores again. A head of
+    more than one chunk recomputes its logits. A budget with room for all matrix products and attention recomputes none
+    of them. With a smaller budget the recomputed share grows in proportion. This is an upper bound, because the
+    compiler recomputes the cheapest ones.
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
-    matrices = sizes(shape).blocks * sizes(shape).block
-    attention = 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
-    blocks = tokens * (2 * matrices + attention)
+    matrices = tokens * 2 * sizes(shape).blocks * sizes(shape).block
+    attention = tokens * 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
     budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
     d = shape.d_model  # the input of a block, which is always kept
     again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
     again["budget"] = max(0.0, (ops - budget) / (ops - d))
-    return 3 * (blocks + head), (3 + again[config.parallel.activation_checkpointing]) * blocks + 4 * head
+    more = again[config.parallel.activation_checkpointing]
+    heads = 3 if head_at_once(config, masked) else 4
+    return 3 * (matrices + attention + head), (3 + more) * matrices + heads * head, (3.5 + more) * attention
+
+
+def head_at_once(config: Config, masked: float) -> bool:
+    """Whether one chunk holds the masked rows of a micro-batch. The head then recomputes nothing."""
+    rows = min(config.run.micro_batch, config.run.global_batch) * config.data.sequence_length * masked
+    return rows <= config.parallel.head_chunk
+
+
+# Bytes that the operations of a block, except matrix products and attention, read and write in the forward and backward
+# pass, per token and per value of (residual stream, queries and keys, feed-forward). For bfloat16, with QK-norm. The
+# keys are (compiled, activation checkpointing). tools/roofline.py counts these bytes, and a test compares them.
+BLOCK_BYTES = {
+    (False, "none"): (62, 114, 28),
+    (False, "ops"): (76, 170, 38),
+    (False, "full"): (76, 170, 38),
+    (True, "none"): (42, 10, 16),
+    (True, "ops"): (68, 22, 26),
+    (True, "full"): (68, 22, 18),
+}
+# Bytes that the cross-entropy reads and writes for each logit, by compiled: (in one chunk, added by recomputation).
+LOGIT_BYTES = {False: (44, 22), True: (6, 2)}
+
+
+def block_bytes(shape: ModelShape, config: Config) -> float:
+    """Bytes per token that a block's operations read and write, without products and attention. Mean over blocks."""
+    parallel, width = config.parallel, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    numbers = shape.d_model, (shape.n_heads + shape.n_kv_heads) * shape.head_dim, shape.d_ff
+
+    def moved(mode: str) -> float:
+        return width / 2 * sum(a * b for a, b in zip(BLOCK_BYTES[parallel.compile, mode], numbers, strict=True))
+
+    match parallel.activation_checkpointing:
+        case "selective":
+            return moved("none") + (moved("full") - moved("none")) / parallel.recompute_every
+        case "budget":
+            return moved("none") + (moved("ops") - moved("none")) * (1 - parallel.recompute_budget)
+        case mode:
+            return moved(mode)
+
+
+def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) -> float:
+    """Bytes that a rank reads and writes in its memory in one micro-step, without products and attention."""
+    tokens, compiled = config.run.micro_batch * config.data.sequence_length, config.parallel.compile
+    once, again = LOGIT_BYTES[compiled]
+    logit = (1 if config.parallel.compute_dtype == "bfloat16" else 2) * (
+        once if head_at_once(config, masked) else once + again
+    )
+    blocks = shape.n_layers * block_bytes(shape, config)
+    return tokens * (blocks + masked * logit * shape.vocab_size) + copied_bytes(shape, config, shard)
+
+
+def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
+    """The part of FSDP in `moved_bytes`.
+
+    It casts shards, gathers them into a buffer and copies them out of it. It copies gradients into a buffer, reduces
+    them, and adds them to the gradients of the shard.
+    """
+    parameters, width = sizes(shape).total, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    gathered = (4 + width) / shard + (3 * width if shard > 1 else 0)
+    return (parameters + regathered(shape, config)) * gathered + parameters * (width + 8 + 16 / shard)
+
+
+# ---- the time of communication
+
+
+def regathered(shape: ModelShape, config: Config) -> int:
+    """The number of parameters that the backward pass gathers again. The head and a tied matrix are not freed."""
+    parts = sizes(shape)
+    return parts.blocks * parts.block + parts.embed if config.parallel.reshard_after_forward else 0
+
+
+def collectives(shape: ModelShape, config: Config, copies: int, shard: int, accumulation: int) -> dict[str, int]:
+    """The number of collectives that a rank joins in one step, by kind. FSDP has one for each group of parameters."""
+    parts = sizes(shape)
+    groups = parts.blocks + (1 if shape.tied_embeddings else 2)  # the root; embedding and head
+    again = groups - 1 if config.parallel.reshard_after_forward else 0
+    return {
+        "all_gather": accumulation * (groups + again) if shard > 1 else 0,
+        "reduce_scatter": accumulation * groups if shard > 1 else 0,
+        "all_reduce": groups if copies > 1 else 0,
+        "all_to_all": 2 if config.optim.name == "muon" and shard > 1 else 0,
+    }
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The speed of a ring of GPUs, in which each sends to the next."""
+
+    rate: float  # bytes/s that each GPU sends
+    latency: float  # seconds in which a byte passes all GPUs
+
+
+def ring(size: int, in_node: int, gpu: Gpu, assumed: Assumptions) -> Ring:
+    """A ring of `size` GPUs, of which `in_node` are in each node.
+
+    NCCL makes one ring for each network card. A group of several nodes uses as many cards as it has GPUs in a node.
+    """
+    in_node = min(size, in_node)
+    nodes = -(-size // in_node)
+    rate = gpu.near if nodes == 1 else gpu.far if in_node == 1 else min(gpu.near, in_node * gpu.far)
+    latency = (size - nodes) * assumed.near_hop + (nodes - 1) * assumed.far_hop
+    return Ring(rate * assumed.link_efficiency, latency)
 
 
 def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
@@ -328,83 +440,50 @@ def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.d
     peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
     if not peaks:
         return None
-    counted, _ = step_flops(shape, config, Assumptions().masked)
+    counted, *_ = step_flops(shape, config, Assumptions().masked)
     return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * peaks[0])
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
     """The prediction. Raises ValueError if the configuration is not valid for this number of GPUs."""
     plan = resolve(config, gpus)
-    shard = gpus // config.parallel.replicate
-    kinds = memory(shape, config, shard, plan.micro_batch, assumed)
+    copies, shard = config.parallel.replicate, gpus // config.parallel.replicate
+    config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
+    # The number of masked positions changes with every micro-batch. In one of a few rows it can be nearly all of them.
+    kinds = memory(shape, config, shard, plan.micro_batch, replace(assumed, masked=1.0))
     sent = traffic(shape, config, gpus, shard, plan.accumulation)
-    near = shard <= gpu.per_node
-    between = gpu.near if gpus <= gpu.per_node else gpu.far
-    within = (gpu.near if near else gpu.far) * assumed.link_efficiency
-    sharding = (sent["all_gather"] + sent["reduce_scatter"]) / within
-    communication = sharding + sent["all_reduce"] / (between * assumed.link_efficiency)
+    calls = collectives(shape, config, copies, shard, plan.accumulation)
+    within = ring(shard, gpu.per_node, gpu, assumed)
+    across = ring(copies, max(1, gpu.per_node // shard), gpu, assumed)
+    rings = {"all_gather": (within, 1), "reduce_scatter": (within, 1), "all_reduce": (across, 2)}
+    latency = sum(calls[kind] * (assumed.collective + rounds * one.latency) for kind, (one, rounds) in rings.items())
+    communication = latency + sum(sent[kind] / one.rate for kind, (one, _) in rings.items())
     communication = max(communication, sent["host"] / assumed.host_link)  # these use separate links
-    counted, run = step_flops(shape, config, assumed.masked)
-    flops = gpu.peak * assumed.compute_efficiency
-    compute = run / gpus / flops
+    counted, products, attention = step_flops(shape, config, assumed.masked)
+    flops, moving = gpu.peak * assumed.compute_efficiency, gpu.bandwidth * assumed.memory_efficiency
+    compute = products / gpus / flops + attention / gpus / (gpu.peak * assumed.attention_efficiency)
+    compute += plan.accumulation * moved_bytes(shape, config, shard, assumed.masked) / moving
     muon, host = config.optim.name == "muon", config.parallel.offload
     matrices, parameters = muon_parameters(shape) if muon else 0, sizes(shape).total
-    optimizer = muon_flops(shape, shard) / flops + sent["all_to_all"] / within if muon else 0.0
-    if host:
-        # AdamW reads parameter, gradient and two moments and writes all but the gradient, in one pass. Muon makes eight
-        # passes, which read and write 18 numbers for each parameter.
-        optimizer += (28 * (parameters - matrices) + 72 * matrices) / shard / assumed.host_memory
-    seconds = max(compute, communication) + optimizer  # collectives and matrix products overlap
+    # The norm reads the gradient, and clipping reads and writes it. AdamW reads parameter, gradient and two moments and
+    # writes all but the gradient, in one pass. Muon makes eight passes, which read and write 18 values per parameter.
+    passes = (40 * (parameters - matrices) + 84 * matrices) / shard
+    optimizer = passes / (assumed.host_memory if host else moving)
+    if muon:  # in an all-to-all, each rank sends to all others through its own card
+        to_owners = gpu.near if shard <= gpu.per_node else gpu.far
+        optimizer += muon_flops(shape, shard) / flops + sent["all_to_all"] / (to_owners * assumed.link_efficiency)
+        optimizer += calls["all_to_all"] * (assumed.collective + within.latency)
+    seconds = max(compute, communication) + optimizer  # collectives of one block overlap with computation of another
     states = sum(state_bytes(config, shape, shard).values())
     total = seconds * config.run.steps
     saved = parameters * (16 if config.optim.ema_decay is not None else 12) - 4 * matrices
     return Cost(
         gpus=gpus, reasons=plan.reasons, memory=kinds, host_bytes=states if host else 0.0,
-        traffic=sent, link="node" if near else "network",
+        traffic=sent, link="node" if shard <= gpu.per_node else "network",
         fits=peak(kinds) <= gpu.memory * (1 - assumed.memory_reserve),
-        model_flops=counted, compute_seconds=compute, communication_seconds=communication,
+        model_flops=counted, compute_seconds=compute, communication_seconds=communication, latency_seconds=latency,
         optimizer_seconds=optimizer, step_seconds=seconds,
         mfu=counted / (seconds * gpus * gpu.peak), tokens_per_second=plan.tokens_per_step / seconds,
         days=total / 86400, gpu_hours=gpus * total / 3600, checkpoint_bytes=float(saved),
         stall_seconds=saved / gpus / assumed.host_link, write_seconds=saved / gpus / assumed.disk,
     )  # fmt: skip
-
-
-def _gentler(config: Config, gpus: int) -> Iterator[tuple[str, Config]]:
-    """Changes that lower the memory, cheapest in time first."""
-    rows = config.run.global_batch // gpus
-    micros = [2**n for n in range(int(log2(config.run.micro_batch)), -1, -1) if rows % 2**n == 0]
-    offloads, copies = dict.fromkeys([config.parallel.offload, True]), dict.fromkeys([config.parallel.replicate, 1])
-    recomputes = dict.fromkeys([config.parallel.activation_checkpointing, "ops", "full"])
-    for offload, recompute, micro, replicate in product(offloads, recomputes, micros, copies):
-        changes = {"offload": offload, "activation_checkpointing": recompute, "replicate": replicate, "shard": None}
-        run = config.run.model_copy(update={"micro_batch": micro})
-        words = f"parallel.activation_checkpointing={recompute} run.micro_batch={micro} parallel.replicate={replicate}"
-        words += " parallel.offload=true" if offload else ""
-        words += " parallel.shard=null" if config.parallel.shard else ""
-        parallel = config.parallel.model_copy(update=changes)
-        yield words, config.model_copy(update={"parallel": parallel, "run": run})
-
-
-def propose(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:
-    """The first gentler configuration that fits, as overrides; None where none does."""
-    for words, other in _gentler(config, gpus):
-        try:
-            if cost(other, shape, gpus, gpu, assumed).fits:
-                return words
-        except ValueError:
-            continue  # does not divide
-    return None
-
-
-def hurry(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> str | None:
-    """Where communication sets the pace and memory is left: the micro-batch of the shortest step, as an override."""
-    now = cost(config, shape, gpus, gpu, assumed)
-    rows, micro, best = config.run.global_batch // gpus, config.run.micro_batch, now
-    while now.fits and now.communication_seconds > now.compute_seconds and rows % (micro := 2 * micro) == 0:
-        run = config.run.model_copy(update={"micro_batch": micro})
-        other = cost(config.model_copy(update={"run": run}), shape, gpus, gpu, assumed)
-        if not other.fits or other.step_seconds >= best.step_seconds:
-            break
-        best, words = other, f"run.micro_batch={micro}: {other.step_seconds:.3g} s a step"
-    return None if best is now else words

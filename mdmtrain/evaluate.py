@@ -4,9 +4,9 @@
 
 The default estimator draws the number of masked positions (k uniform on 1..L). It is unbiased for the exact NELBO, an
 upper bound on -log p(x)/L, because no rate is cut off. eval.seed fixes the noise, which is stratified over all rows and
-samples. `likelihood.py` also has other estimators to check it with; docs/evaluation.md says which to use. With prompts
-and responses, the NELBO bounds the likelihood of the responses given the prompts (and the lengths of the responses).
-Tokens, bytes and baselines then count only the responses.
+samples. `likelihood.py` has other estimators to check the result; docs/evaluation.md explains which one to use. With
+prompts and responses, the NELBO bounds the likelihood of the responses given the prompts (and the lengths of the
+responses). Tokens, bytes and baselines then count only the responses.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def evaluate_split(
 ) -> Evaluation:
     """The NELBO per eligible token on evenly spaced rows of a split. A collective; equal on any number of ranks.
 
-    watch: of a run in training. A stop request then raises Interrupted.
+    watch: the watchdog of a run in training. With it, a stop request raises Interrupted.
     """
     rows = validation_rows(split, config.rows, sequence_length, document_mask)
     counted = Estimator("counted", config.samples, config.seed, 0.0)
@@ -110,7 +110,7 @@ def evaluate_split(
 
 
 def in_units(name: str, found: Estimate, samples: int, tokens_per_byte: float) -> Evaluation:
-    """An estimate in nats per token, bits per byte and perplexity."""
+    """Convert an estimate to nats per token, bits per byte and perplexity."""
     nelbo = found.nelbo
     se = found.standard_error
     bits = tokens_per_byte / math.log(2)
@@ -136,7 +136,7 @@ def set_names(paths: list[str], split: str) -> list[str]:
     return names
 
 
-# ---- what is evaluated
+# ---- validation sets
 
 
 @dataclass(frozen=True)

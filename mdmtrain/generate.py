@@ -78,7 +78,7 @@ class Prompt:
 
     place: str  # where it comes from, for messages
     record: dict  # the fields of the input record
-    parts: Sequence[str | list[int]]  # given texts or tokens; between each two there is a gap
+    parts: Sequence[str | list[int]]  # given texts or tokens, with a gap between each two
     gaps: tuple[int, ...]  # number of tokens in each gap
     sampling: Sampling
 
@@ -118,9 +118,9 @@ def fill_batch(
 
 
 def as_text(prompt: Prompt, row: MaskedRow, ids: list[int], tokenizer: Tokenizer) -> Filled:
-    """The text of a filled row, up to the eos if there is one."""
+    """Convert a filled row to text, up to the eos if there is one."""
     generated = (row.ids == tokenizer.mask_id).cpu().numpy()
-    assert row.eos is not None, "made without an eos"
+    assert row.eos is not None, "fill_batch sets it"
     first = row.eos[1]
     ended = tokenizer.eos_id in ids[first:]
     length = ids.index(tokenizer.eos_id, first) + 1 if ended else len(ids)
@@ -392,7 +392,7 @@ def generate(
             if live is not None:
                 follow = partial(show_step, live, layout(prompt.parts, loaded.tokenizer, prompt.gaps), loaded)
             texts = fill_batch(loaded, batch, world, follow)
-            if args.output and world.is_main and output is None:  # an earlier error keeps an old file
+            if args.output and world.is_main and output is None:  # not before: an earlier error keeps an old file
                 output = stack.enter_context(open(args.output, "w", encoding="utf-8"))
             for (prompt, number), text in zip(batch, texts, strict=True):
                 found, entropy = quality(loaded, text, (args.seed + number) % 2**63, world)
@@ -436,7 +436,7 @@ def report(
 
 def main(arguments: list[str] | None = None) -> None:
     args = checked(parser().parse_args(arguments))
-    reading = Reading(args.on_bad_record, "jsonl")  # also a file with another name: plain text has no gaps
+    reading = Reading(args.on_bad_record, "jsonl")  # for any file name, because plain text has no gaps
     if args.output or args.json:
         survive_terminal()  # the results go to the file
     world = init_world()

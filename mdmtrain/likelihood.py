@@ -1,10 +1,10 @@
-"""Four estimators of the NELBO of text under a model, with standard errors (mathematics.md sections 1 and 9).
+"""Four estimators of the NELBO of text under a model, with standard errors (docs/mathematics.md, sections 1 and 9).
 
 For a row with P eligible positions, each is an unbiased estimate, in nats, of the target on the right:
 
     counted     k = 1..P drawn, stratified over all rows and draws; k positions masked; (P/k) sum CE     any-order NELBO
     systematic  as LLaDA draws k: in sweeps of equal steps through 1..P from a random start            any-order NELBO
-    orders      a random order of the positions; the chain rule along it, one forward pass a position    any-order NELBO
+    orders      a random order of the positions; the chain rule along it, one pass per position          any-order NELBO
     continuous  t ~ U[eps, 1], stratified; each position masked with probability t; (1/t) sum CE         cut at eps
 
 The any-order NELBO is E_order[-log p(x | order)], an upper bound on -log p(x). The NELBO cut at eps differs from it by
@@ -26,7 +26,7 @@ from mdmtrain.diffusion import noise, strata
 from mdmtrain.diffusion.masks import bernoulli
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
-from mdmtrain.model.transformer import Transformer
+from mdmtrain.model.transformer import Transformer, masked_cross_entropy
 from mdmtrain.parallel.parallelize import reshard
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
@@ -134,7 +134,7 @@ class Passes:
     """T forward passes of one row each."""
 
     row: np.ndarray  # int64 [T], ascending
-    group: np.ndarray  # int64 [T]; passes of a group share noise, groups are independent, a row's groups equal in size
+    group: np.ndarray  # int64 [T]; groups are independent, passes in a group share noise; a row's groups have one size
     u: np.ndarray  # float64 [T] on [0, 1), determines the count or the rate
     slot: np.ndarray  # int64 [T], slot number of the positions' noise
 
@@ -198,8 +198,8 @@ def estimate(
 ) -> Estimate:
     """Estimate the nats of each row. A collective; equal on any number of ranks. watch: see `deal`.
 
-    Every row must have an eligible position. A causal model cannot predict the first position of a row: if that is
-    eligible, it counts with the mean of the others.
+    Every row must have an eligible position. A causal model cannot predict the first position of a row. If this
+    position is eligible, its loss is set to the mean of the others.
     """
     tokens = rows.eligible.sum(dim=1).numpy()
     assert tokens.min() > 0
@@ -214,9 +214,8 @@ def estimate(
         else:
             masked_batch = corrupt(estimator, rows, passes, chosen, mask_id)
         masked_batch = masked_batch.to(world.device)
-        visible = None if rows.segments is None else rows.segments[passes.row[chosen]].to(world.device)
-        ce = model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, visible)
-        return row_losses(ce, masked_batch)
+        visible = None if rows.segments is None else rows.segments[passes.row[chosen]]
+        return row_losses(masked_cross_entropy(model, masked_batch, visible, 1), masked_batch)
 
     return _by_row(deal(len(passes.row), batch, values, model, world, watch), passes, tokens)
 
@@ -244,7 +243,7 @@ def deal(
     """Compute values(numbers) for the numbers 0 .. count - 1, `batch` at a time, split over ranks. A collective.
 
     Returns float64 [count] in order. The batches do not depend on the number of ranks, and neither does the result.
-    watch: of a run in training. Each batch counts as progress, and a stop request raises Interrupted before a batch,
+    watch: the watchdog of a run in training. Each batch counts as progress. A stop request raises Interrupted, before
     the same batch on all ranks.
     """
 

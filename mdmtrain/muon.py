@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial: steep at 0, near 1 above
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial, which is steep at 0 and near 1 for larger values
 MOMENTUM = 0.95
 LEAST_NORM = 1e-7  # avoids a division by 0 for a matrix of zeros
 ADAMW_RMS = 0.2  # root mean square of AdamW's updates (arXiv 2502.16982, section 2.2)
@@ -101,9 +101,9 @@ class Exchange:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for matrices that are whole, or sharded over dimension 0.
 
-    The state exists at once, so that a checkpoint can be loaded into it. Set `found_inf` before each step, as for fused
-    AdamW: a scalar on the parameters' device. If it is 1, the step changes nothing. The Newton-Schulz iterations
-    run on the device even if parameters are offloaded to the host.
+    The state is allocated at construction, so that a checkpoint can be loaded into it. Set `found_inf` before each
+    step, as for fused AdamW: a scalar on the parameters' device. If it is 1, the step changes nothing. The
+    Newton-Schulz iterations run on the device even if parameters are offloaded to the host.
     """
 
     found_inf: Tensor
@@ -140,17 +140,19 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, exchange: Exchange, skip: Tensor) -> None:
         """The step for sharded matrices: send rows to the owners, orthogonalize, send the results back."""
-        sending = torch.empty(sum(exchange.sent), dtype=self.dtype, device=self.device)
-        receiving = torch.empty(sum(exchange.received), dtype=self.dtype, device=self.device)
         parameters = [self._matrices[index] for index in exchange.order]
-        slots = sending.split(exchange.sent)
-        for p, slot in zip(parameters, slots, strict=True):
+        # Offloaded parameters need one copy to the device and one back. A copy of each matrix would wait for each.
+        directions = torch.empty(sum(exchange.sent), dtype=self.dtype, device=local(parameters[0]).device)
+        for p, slot in zip(parameters, directions.split(exchange.sent), strict=True):
             slot.view_as(local(p)).copy_(self._momentum(p, skip))
+        sending = directions.to(self.device)
+        receiving = torch.empty(sum(exchange.received), dtype=self.dtype, device=self.device)
         dist.all_to_all_single(receiving, sending, exchange.received_from, exchange.sent_to, self._group)
         for index, pieces in zip(exchange.mine, exchange.pieces(receiving), strict=True):
             orthogonalize_pieces(pieces, exchange.rows[index])
         dist.all_to_all_single(sending, receiving, exchange.sent_to, exchange.received_from, self._group)
-        for p, slot in zip(parameters, slots, strict=True):
+        directions = sending.to(directions.device)
+        for p, slot in zip(parameters, directions.split(exchange.sent), strict=True):
             self._update(p, slot.view_as(local(p)), skip)
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
@@ -182,6 +184,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter's gradient, which a backward pass has filled."""
-    assert parameter.grad is not None, "before any backward pass"
+    """This rank's part of a parameter's gradient, after a backward pass."""
+    assert parameter.grad is not None, "no backward pass has filled the gradient"
     return local(parameter.grad)

@@ -30,7 +30,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, with the name by which it takes a flag: where `found_inf` is 1, a step changes nothing."""
+    """torch's fused AdamW, which reads the attribute `found_inf`: if it is 1, a step changes nothing."""
 
     found_inf: Tensor
 
@@ -60,7 +60,7 @@ Optimizer = AdamW | MuonAndAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build the optimizer of the configuration. Its state exists at once, so that a checkpoint can be loaded into it.
+    """Build the optimizer of the configuration. Its state is allocated, so that a checkpoint can be loaded into it.
 
     With `name=muon`, Muon updates the matrices of the blocks and fused AdamW all other parameters. Otherwise AdamW
     updates all. Weight decay applies to matrices, not to the gains of the norms. `lr_ratio` of a group is its learning
@@ -106,7 +106,7 @@ def optimizer_step(optimizer: Optimizer, healthy: Tensor, lr: float, clip_norm: 
     optimizer.found_inf = skipped  # if this is 1, parameters, moments and counters do not change
     optimizer.step()
     optimizer.zero_grad()
-    return norm.to(healthy.device), skipped.to(healthy.device)
+    return norm.to(healthy.device, non_blocking=True), skipped.to(healthy.device, non_blocking=True)
 
 
 class EMA:
@@ -118,8 +118,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skipped: Tensor) -> None:
-        """Update the average with the model's weights, unless the step was skipped (skipped = 1.0)."""
-        share = ((1.0 - self.decay) * (1.0 - skipped)).to(local(next(iter(self.tensors.values()))).device)
+        """Update the average with the model's weights, unless the step was skipped (skipped = 1.0).
+
+        skipped: scalar on the device of the weights.
+        """
+        share = (1.0 - self.decay) * (1.0 - skipped)
         for name, p in model.named_parameters():
             local(self.tensors[name]).lerp_(local(p), share)
 

@@ -58,7 +58,7 @@ from mdmtrain.optim import EMA, Optimizer, build_optimizer, learning_rate, optim
 from mdmtrain.parallel.parallelize import GraphCount, build_model, data_mesh, init_weights
 from mdmtrain.parallel.stop import Interrupted, reason
 from mdmtrain.parallel.watchdog import Watchdog
-from mdmtrain.parallel.world import World, init_world, set_timeout
+from mdmtrain.parallel.world import World, init_world, set_timeout, use_deterministic_algorithms
 from mdmtrain.variance.pair import GradientPair
 from mdmtrain.variance.probe import Probe
 
@@ -306,7 +306,7 @@ def take_steps(
         norm, skipped = optimizer_step(state.optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
         watch.at("records")
         if state.average is not None:
-            state.average.update(model, skipped)
+            state.average.update(model, state.optimizer.found_inf)  # on the device of the weights
         state.step += 1
         row_counts = np.bincount(process.row_cells(draws), minlength=config.diffusion.bins)
         sampler.add(recorder.statistics(sums), row_counts, skipped)
@@ -412,6 +412,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     config = configuration.load(parser.parse_args(arguments).config)
     survive_terminal()  # everything printed is also in the run folder
+    if config.run.deterministic:
+        use_deterministic_algorithms()
     world = init_world(LATE + config.run.slow_timeout, Path(config.run.dir) / "logs")
     gc.freeze()  # objects that imports made are never garbage
     gc.disable()  # take_steps collects on all ranks at the same step, so no rank waits for another rank's collection

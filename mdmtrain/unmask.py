@@ -1,4 +1,4 @@
-"""The sampler of generation: it replaces mask tokens by text, a few at each step.
+"""The sampler for generation. It replaces mask tokens by text, a few at each step.
 
 It follows LLaDA (arXiv 2502.09992, section 2.4 and appendix B). At each step the model proposes a token for every
 masked position of the current block. The most confident proposals (or random ones) are kept, the others are masked
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mdmtrain.diffusion import noise
 from mdmtrain.diffusion.noise import Stream
 
-SMALLEST_TEMPERATURE = 1e-6  # below it the noise is lost in rounding, and the result is the same as with 0
+SMALLEST_TEMPERATURE = 1e-6  # with a lower one, rounding removes the noise, and the result is the same as with 0
 OnStep = Callable[[Tensor], None]  # is called with the row of tokens after each step
 
 
@@ -97,7 +97,7 @@ def unmask(
     eos: tuple[int, int] | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`unmask_rows` for a single row: replace every mask_id by the model's choice. Returns int64 [L]."""
+    """Replace every mask_id in a single row by the model's choice (see `unmask_rows`). Returns int64 [L]."""
     return unmask_rows(model, [MaskedRow(ids, sampling, sample, eos=eos)], mask_id, forbidden, on_step)[0]
 
 

@@ -1,6 +1,7 @@
-"""YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten. Only the types of JSON.
+"""Read and write YAML with the scalars of version 1.2: 1e-3 is a number, `off` is a string, 010 is ten.
 
-`read` merges several files and section.key=value overrides. A later one overrides an earlier one.
+Only the types of JSON are supported. `read` merges several files and section.key=value overrides. A later one overrides
+an earlier one.
 """
 
 import re

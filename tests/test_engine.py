@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from mdmtrain.config import ParallelConfig, resolve
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer, initial_std
-from mdmtrain.parallel.parallelize import GraphCount, build_model, init_weights, recompute_options
-from mdmtrain.parallel.world import AgreedError
+from mdmtrain.parallel.parallelize import GraphCount, build_model, init_weights, recompute_options, set_up_compiler
+from mdmtrain.parallel.world import AgreedError, set_up_allocator
 from tests.conftest import read_metrics
 from tests.spawn import fake_world, run_world
 from tests.test_cost import saved_numbers
@@ -179,8 +180,8 @@ def test_compiled_blocks(short_run, tmp_path):
     )
     ((graphs, budget, flex),) = run_world(train_and_count_graphs, 1, [eager, compiled])
     close(read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled"), 1e-4)
-    # With and without a mask, in training and in evaluation: not once per layer, nor once per step.
-    assert 1 <= graphs <= 4 and budget == 0.25
+    # Blocks with and without a mask, and the head's loss, in training and in evaluation. Not once per layer or step.
+    assert 1 <= graphs <= 6 and budget == 0.25
     for differences, graphs in flex:
         assert max(differences) < 1e-5 and graphs <= 1
     log = (tmp_path / "compiled/logs/rank-0.log").read_text()
@@ -203,8 +204,9 @@ def flex_against_sdpa(world) -> list[tuple[tuple[float, float], int]]:
     """
     import torch.nn.attention.flex_attention as flex
 
-    from mdmtrain.model import attention, transformer
+    from mdmtrain.model import attention, head, transformer
 
+    head.Head.compile_loss = lambda self: None
     flex._validate_device, attention._compiled = lambda *tensors: None, lambda function: function
     compile, sdpa = torch.nn.Module.compile, transformer.attention_mask
     torch.nn.Module.compile = lambda module, **options: compile(module, backend="aot_eager", **options)
@@ -231,6 +233,58 @@ def flex_against_sdpa(world) -> list[tuple[tuple[float, float], int]]:
         differences = tuple(float((a - b).norm() / a.norm()) for a, b in zip(*outcomes, strict=True))
         found.append((differences, counters["stats"]["unique_graphs"] if parallel.compile else 0))
     return found
+
+
+def divisions_by_one(world) -> int:
+    """The number of divisions of a tensor by 1 in a backward pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and args[1] == 1
+            return func(*args, **(kwargs or {}))
+
+    model = build_model(SHAPE, ParallelConfig(), world)
+    init_weights(model, 0)
+    ids = torch.arange(64).view(2, 32) % 60
+    loss = model(ids, torch.arange(4), ids.flatten()[:4]).sum()
+    with Count() as count:
+        loss.backward()
+    return count.found
+
+
+def test_one_rank_divides_no_gradients():
+    assert run_world(divisions_by_one, 1) == [0]
+
+
+@pytest.mark.parametrize(("here", "cores", "workers"), [(1, 16, 16), (4, 16, 4), (8, 192, 24), (1, 192, 32), (8, 4, 1)])
+def test_the_ranks_of_a_node_share_its_cores_for_compilation(monkeypatch, here, cores, workers):
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: cores)
+    set_up_compiler(ParallelConfig())
+    assert torch._inductor.config.compile_threads == workers
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    set_up_compiler(ParallelConfig())
+    assert torch._inductor.config.compile_threads == 7
+
+
+def test_the_allocator_of_the_user_is_kept(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that the end of the test removes what is set here
+    for given, set_up in ({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x:1"}, "x:1"):
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        set_up_allocator()
+        assert os.environ["PYTORCH_ALLOC_CONF"] == set_up
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "x:1")
+    set_up_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_graphs_made_late_are_reported(monkeypatch, caplog):

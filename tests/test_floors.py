@@ -11,7 +11,7 @@ PACKAGE = ROOT / "mdmtrain"
 
 FLOORS = {
     **dict.fromkeys(["train", "generate", "answers"], 5),
-    **dict.fromkeys(["evaluate", "likelihood", "unmask", "variance", "cost"], 4),
+    **dict.fromkeys(["evaluate", "likelihood", "unmask", "variance", "search", "cost"], 4),
     **dict.fromkeys(["command", "checkpoint", "monitor", "parallel"], 3),
     **dict.fromkeys(["model", "data", "optim", "muon"], 2),
     **dict.fromkeys(["diffusion", "config_help", "due"], 1),
@@ -23,6 +23,7 @@ ARROWS = {
     ("train", "evaluate"),
     ("answers", "generate"),
     ("evaluate", "likelihood"),
+    ("search", "cost"),
     ("command", "parallel"),
     ("checkpoint", "parallel"),
     ("monitor", "parallel"),

@@ -62,7 +62,7 @@ def test_records_outlive_their_checkpoints(run, finished):
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
     line = train(run, finished).refusal()
-    assert "its checkpoints are gone (the last one was of step 6)" in line and "choose another run.dir" in line
+    assert "its checkpoints are missing (the last one was of step 6)" in line and "choose another run.dir" in line
     assert (run / "metrics.jsonl").read_bytes() == before
     # What the line advises: it starts again from step 0, and the old exports do not pass for the new run's.
     (run / "metrics.jsonl").rename(run / "old.jsonl")

@@ -278,6 +278,6 @@ def test_offloaded_parameters_are_stepped_where_they_are():
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         norm, skipped = optimizer_step(optimizer, torch.empty((), dtype=torch.bool, device="cuda"), 0.1, 1.0)
-        average.update(model, skipped)  # raises where a number is on the other device
+        average.update(model, optimizer.found_inf)  # raises where a number is on the other device
         devices = [tensor.device.type for tensor in (optimizer.found_inf, norm, skipped)]
     assert devices == ["cpu", "cuda", "cuda"]

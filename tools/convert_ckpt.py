@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Convert a trained model for other programs (--to), or another program's model for training (--from).
+"""Convert a trained model for other programs (--to), or import a model of another program for training (--from).
 
   tools/convert_ckpt.py runs/quickstart --to qwen3 --out runs/quickstart-qwen3     for transformers
   tools/convert_ckpt.py models/LLaDA-8B-Base --from llada --out runs/start         for checkpoint.init_from=runs/start
 
-With --to, SRC is a run, a checkpoint or an exported folder. The conversion needs memory for a few times the largest
+With --to, SRC is a run, a checkpoint or an exported folder. The conversion needs a few times the memory of the largest
 tensor. The self-check after --to also loads the whole model, once with our code and once with the target's.
 """
 
@@ -32,7 +32,7 @@ from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.model.transformer import Transformer
 
 CHECK_TOKENS = 32
-TOLERANCE = 1e-4  # of the largest logit in float32, for another order of summation
+TOLERANCE = 1e-4  # relative to the largest logit in float32; sums may be computed in another order
 CHECK_TEXT = Path(__file__).read_text()
 
 
@@ -58,7 +58,7 @@ def self_check(folder: Path, weights: Weights, target: str, dtype: str) -> list[
     for name in names:
         if not torch.equal(again.read(name), cast(weights.read(name), dtype, name)):
             raise ValueError(f"self-check: {name} has other values in the folder")
-    found.append(f"{len(names)} tensors read back, hashes and values equal")
+    found.append(f"{len(names)} tensors read back, with equal hashes and values")
     if has_transformers():
         found.append(compare_tokenizer(folder, tokenizer))
     ids = torch.arange(CHECK_TOKENS)[None] * 7919 % tokenizer.vocab_size
@@ -140,7 +140,7 @@ def compare_tokenizer(folder: Path, tokenizer: Tokenizer) -> str:
     for role in ROLES:
         if getattr(theirs, f"{role}_token_id") != getattr(tokenizer, f"{role}_id"):
             raise ValueError(f"self-check: transformers has another {role} token")
-    return f"tokenizer gives the same {count} ids, and every piece its id"
+    return f"tokenizer gives the same {count} ids for texts, and every token has the same id"
 
 
 # ---- command

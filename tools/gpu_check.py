@@ -32,12 +32,12 @@ from rich.table import Table
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 
-sys.path.append(str(Path(__file__).resolve().parent / "bench"))  # the modules below
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))  # where the modules below are
 import gpu_bench
 import gpu_parts as parts
 from gpu_parts import Place, Report
 
-# The parts in order of importance, with the time limit of each in seconds. Parts beyond the budget are left out.
+# The parts in order of importance, with the time limit of each in seconds. Parts are left out if no time is left.
 PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {
     "device": (parts.device, 40),
     "corpus": (parts.corpus, 60),
@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[Callable[[Report, Place], None], int]] = {
 }
 BUDGET = 530.0  # seconds
 LEAST = 20  # a part starts only if this many seconds are left
-fork = multiprocessing.get_context("fork")  # fork keeps the imports; only the children initialize CUDA
+fork = multiprocessing.get_context("fork")  # children inherit the imports; only they initialize CUDA
 
 
 def has_gpu() -> bool:
@@ -73,7 +73,7 @@ def run_part(name: str, place: Place, limit: float) -> dict:
     process.join(limit)
     if process.is_alive():
         assert process.pid is not None
-        os.killpg(process.pid, signal.SIGKILL)  # the part has its own process group, with its loader processes
+        os.killpg(process.pid, signal.SIGKILL)  # the process group of the part also has its loader processes
         process.join()
         ended = f"did not end within {limit:.0f} s"
     else:
@@ -97,7 +97,7 @@ def child(name: str, place: Place, file: Path, output: Path) -> None:
     report.write()
     try:
         with ExitStack() as patches:
-            if place.rehearsal:  # the same graphs, but without the C++ compiler, which takes minutes
+            if place.rehearsal:  # capture the same graphs, but without the C++ compiler, which takes minutes
                 quick = partialmethod(torch.nn.Module.compile, backend="eager")
                 patches.enter_context(patch.object(torch.nn.Module, "compile", quick))
             PARTS[name][0](report, place)

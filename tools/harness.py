@@ -35,7 +35,7 @@ class Request(Protocol):
 
 
 class Adapter:
-    """The three requests of lm_eval.api.model.LM for the model of a checkpoint. It does not import the harness."""
+    """Answers the three kinds of requests of lm_eval.api.model.LM for a checkpoint. It does not import the harness."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Adapter:
         cfg_scale: float = 0.0,
         remasking: str = "low_confidence",
     ):
-        """check_greedy: False reports "not greedy" always, which saves one forward pass per token of a continuation.
+        """check_greedy: if False, always report "not greedy". This saves one forward pass per token of a continuation.
 
         Raises ValueError for invalid arguments.
         """
@@ -75,7 +75,7 @@ class Adapter:
         self._longest = self._loaded.config.data.sequence_length
         if gen_length >= self._longest:
             raise ValueError(
-                f"gen_length={gen_length} leaves no room for a context, as the model's rows have {self._longest} "
+                f"gen_length={gen_length} leaves no room for a context, because the model's rows have {self._longest} "
                 "tokens: lower it"
             )
 
@@ -135,7 +135,7 @@ class Adapter:
         return [sum(next(nats) for _ in rows) for rows in texts]
 
     def _nats(self, pairs: list[Pair]) -> list[float]:
-        """The nats of each pair; 0 without scored tokens."""
+        """The nats of each pair, 0 if it has no scored tokens."""
         nats = [0.0] * len(pairs)
         order = sorted((n for n, pair in enumerate(pairs) if pair[1]), key=lambda n: sum(map(len, pairs[n])))
         for start in range(0, len(order), ROWS_AT_ONCE):
@@ -165,7 +165,7 @@ def main() -> None:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as error:
-        if {"-h", "--help"} & set(sys.argv):  # if the harness is installed, it prints all of its options instead
+        if {"-h", "--help"} & set(sys.argv):  # with the harness, its own --help is printed instead
             print(__doc__)
             return
         raise ValueError(f"{error}: lm_eval is not installed: pip install 'mdmtrain[harness]'") from None

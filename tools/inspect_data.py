@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What is in a prepared folder: documents decoded, lengths, bytes per token by source, frequent tokens, repetitions.
+"""Show what a prepared folder contains: documents, lengths, bytes per token by source, frequent and repeated content.
 
 tools/inspect_data.py DATA [--figure FILE] [--json FILE]
 """
@@ -28,14 +28,14 @@ def show(report: dict, console: Console) -> None:
         "documents": lambda one: f"{one['documents']:,}",
         "bytes": lambda one: f"{one['bytes']:,}",
         "bytes/token": lambda one: f"{one['bytes_per_token']:.2f}",
-        "shards looked at": lambda one: f"{one['shards_looked_at']:,} of {one['shards']:,}",
-        "tokens of a document": lambda one: ", ".join(f"{name} {n:,.0f}" for name, n in one["length"].items()),
+        "shards read": lambda one: f"{one['shards_looked_at']:,} of {one['shards']:,}",
+        "tokens per document": lambda one: ", ".join(f"{name} {n:,.0f}" for name, n in one["length"].items()),
         "byte fallback": lambda one: (
-            "none: not of this tokenizer" if one["byte_fallback"] is None else f"{one['byte_fallback']:.2%}"
+            "this tokenizer has no byte fallback" if one["byte_fallback"] is None else f"{one['byte_fallback']:.2%}"
         ),
-        "pieces that do not occur": lambda one: f"{one['unused_pieces']:,} of {report['vocabulary']:,}",
-        "like an earlier document": lambda one: (
-            "not known: prepared by an older version"
+        "unused tokens": lambda one: f"{one['unused_pieces']:,} of {report['vocabulary']:,}",
+        "repeated documents": lambda one: (
+            "unknown (prepared by an older version)"
             if one["repeated_documents"] is None
             else f"{one['repeated_documents']:,} ({one['repeated_documents'] / one['documents_looked_at']:.2%})"
         ),
@@ -49,7 +49,7 @@ def show(report: dict, console: Console) -> None:
         ratio = "" if one["bytes_per_token"] is None else f"{one['bytes_per_token']:.2f}"
         numbers = (f"{one[key]:,}" for key in ("documents", "bytes", "tokens"))
         table.add_row(escape(one["input"]), *numbers, ratio)
-    console.print(table if report["sources"] else "sources: not recorded by the version that prepared this", "")
+    console.print(table if report["sources"] else "sources: unknown (prepared by an older version)", "")
 
     for split, one in splits.items():
         words = [f"{token['piece']!r} {token['share']:.2%}" for token in one["frequent"]]
@@ -64,21 +64,21 @@ def show(report: dict, console: Console) -> None:
 
 
 def draw(lengths: dict[str, np.ndarray], path: Path) -> None:
-    """Draw which share of a split's documents has which length."""
+    """Draw a histogram of the lengths of the documents, for each split."""
     longest = max(int(one.max()) for one in lengths.values())
     edges = np.unique(np.geomspace(1, longest + 1, 60).astype(int))
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for split, one in lengths.items():
         axes.stairs(np.histogram(one, edges)[0] / len(one), edges, label=split, fill=split == "train", alpha=0.8)
-    axes.set(xscale="log", xlabel="tokens of a document, with bos and eos", ylabel="share of the documents")
+    axes.set(xscale="log", xlabel="tokens per document, with bos and eos", ylabel="share of documents")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=number,
         default=100,
         metavar="N",
-        help="look at N shards of each split at most, spread evenly (default: 100)",
+        help="read at most N shards of each split, evenly spaced (default: 100)",
     )
     add("--figure", type=output_file, metavar="FILE", help="draw the lengths of the documents to this file (PNG)")
     add("--json", type=output_file, metavar="FILE", help="write the report to this file too")

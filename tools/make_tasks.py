@@ -3,9 +3,9 @@
 
     python tools/make_tasks.py --out DIR [--pretrain N] [--train N] [--test N] [--seed N]
 
-pretrain.jsonl, train.jsonl and test.jsonl have 'prompt', 'response' and 'kind'. No prompt is in two of these files.
-text.jsonl has the tasks of pretrain.jsonl as plain text, to train a tokenizer and a model. The same options always
-generate the same files.
+pretrain.jsonl, train.jsonl and test.jsonl have 'prompt', 'response' and 'kind'. Each prompt is in only one of these
+files. text.jsonl has the tasks of pretrain.jsonl as plain text, to train a tokenizer and a model. The same options
+always generate the same files.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, lines in records.items():
         path = args.out / f"{name}.jsonl"
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        # An equal file keeps its modification time, so that data prepared from it is not prepared again.
+        # A file with the same content keeps its modification time, so that its data is not prepared again.
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
         print(f"{path}: {len(lines):,} tasks")

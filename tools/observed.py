@@ -16,8 +16,11 @@ from mdmtrain.parallel.parallelize import build_model, data_mesh
 from mdmtrain.parallel.world import World
 
 
-def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0) -> dict[str, float]:
-    """The bytes that a rank sends in one micro-step, by collective. With Muon, also in the optimizer's step (on GPUs).
+def traced_traffic(
+    config: Config, shape: ModelShape, world: int, rank: int = 0
+) -> tuple[dict[str, float], dict[str, int]]:
+    """(bytes that a rank sends in one micro-step, number of calls), by collective. With Muon, also in the optimizer's
+    step (on GPUs).
 
     Runs the real model on fake tensors in a fake process group, which it creates and destroys. The result differs from
     the plan by padding, if numbers of rows are not divisible by the number of ranks.
@@ -25,10 +28,13 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     copies = config.parallel.replicate
+    parallel = config.parallel.model_copy(update={"compile": False})  # compilation does not change what is sent
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            before = set(sent.items())
             match str(func):
                 case "c10d._allgather_base_.default":
                     sent["all_gather"] += args[0].nbytes - args[1].nbytes
@@ -40,6 +46,7 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
                     _, buffer, _, _, counts, *_ = args
                     own = counts[rank % len(counts)]
                     sent["all_to_all"] += (sum(counts) - own) * buffer.itemsize
+            calls.update(kind for kind, _ in set(sent.items()) - before)
             return func(*args, **(kwargs or {}))
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
@@ -51,7 +58,7 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
         data_mesh(config.parallel, here)  # made before tensors are fake
         rows, length = config.run.micro_batch, config.data.sequence_length
         with FakeTensorMode(allow_non_fake_inputs=True), Watch():
-            model = build_model(shape, config.parallel, here)
+            model = build_model(shape, parallel, here)
             ids = torch.zeros(rows, length, dtype=torch.long)
             model(ids, torch.arange(rows), torch.zeros(rows, dtype=torch.long)).sum().backward()
             if config.optim.name == "muon":
@@ -63,4 +70,4 @@ def traced_traffic(config: Config, shape: ModelShape, world: int, rank: int = 0)
     finally:
         data_mesh.cache_clear()  # its meshes belong to the process group that is destroyed here
         dist.destroy_process_group()
-    return dict(sent)
+    return dict(sent), dict(calls)

@@ -1,25 +1,38 @@
 #!/usr/bin/env python3
-"""Predict what a run costs on N GPUs: memory, communication and time. Needs no GPU.
+"""Predict what a run costs on N GPUs, and find its fastest arrangement: memory, communication and time. Needs no GPU.
 
     python tools/plan_run.py CONFIG... --gpus 64,256,1024 --gpu h100 [--trace] [--json FILE] [section.key=value ...]
+    python tools/plan_run.py CONFIG... --gpus 64 --gpu h100 --best [--write FILE]
+    python tools/plan_run.py CONFIG... --gpus 1 --gpu h100 --roofline
 
 The prediction is computed from the configuration and data-sheet numbers (mdmtrain/cost.py). The assumptions are
-printed. `--trace` runs one micro-step of the real model on fake tensors, and compares the bytes that it sends with the
-prediction.
+printed. `--best` searches micro-batch, activation checkpointing, replicas, resharding, compilation and offload
+(mdmtrain/search.py). `--roofline` counts the operations of one micro-step of the real model on fake tensors. `--trace`
+runs one micro-step of the real model on many fake ranks, and compares the bytes that it sends with the prediction.
 """
 
 import json
+import shlex
+import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from observed import traced_traffic
 from rich.console import Console
 from rich.table import Table
 
 from mdmtrain import config as configuration
+from mdmtrain import yaml12
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
-from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, cost, hurry, muon_traffic, propose, shape_of, traffic
-from mdmtrain.model.presets import describe_shape
+from mdmtrain.config import Config
+from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, Gpu, cost, muon_traffic, shape_of, traffic
+from mdmtrain.model.presets import ModelShape, describe_shape
+from mdmtrain.search import Arrangement, divisible_batch, search
+
+SHOWN = 5  # arrangements in the table of --best
+NOTHING_FITS = "nothing fits: take more GPUs, a smaller model or a smaller data.sequence_length"
+FASTER = 0.95  # an arrangement is proposed if its step takes less than this share of the configured one
 
 
 def table_of(costs: list[Cost], capacity: float) -> Table:
@@ -43,7 +56,8 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     row("model FLOPs per step", [f"{c.model_flops:.3g}" for c in costs])
     row("compute, s", [f"{c.compute_seconds:.3g}" for c in costs])
     row("communication, s", [f"{c.communication_seconds:.3g}" for c in costs])
-    row("optimizer (Muon; AdamW only with offload), s", [f"{c.optimizer_seconds:.3g}" for c in costs])
+    row("of it latency, s", [f"{c.latency_seconds:.3g}" for c in costs])
+    row("optimizer, s", [f"{c.optimizer_seconds:.3g}" for c in costs])
     row("step (the larger of both, plus optimizer), s", [f"{c.step_seconds:.3g}" for c in costs])
     row("MFU", [f"{c.mfu:.1%}" for c in costs])
     row("tokens/s", [f"{c.tokens_per_second:,.0f}" for c in costs])
@@ -55,15 +69,80 @@ def table_of(costs: list[Cost], capacity: float) -> Table:
     return table
 
 
+def table_of_arrangements(found: list[Arrangement], gpus: int) -> Table:
+    """One arrangement in each row."""
+    heads = ("rows x accum.", "recompute", "copies x shard", "reshard", "compile", "offload", "head_chunk",
+             "step, s", "MFU", "GiB", "GB sent", "compute, s", "comm., s")  # fmt: skip
+    table = Table(*heads, title=f"the fastest arrangements on {gpus:,} GPUs that fit")
+    for one in found:
+        run, parallel, price = one.config.run, one.config.parallel, one.cost
+        accumulation = run.global_batch // (gpus * run.micro_batch)
+        yes = {True: "yes", False: "no"}
+        table.add_row(
+            f"{run.micro_batch} x {accumulation}", parallel.activation_checkpointing,
+            f"{parallel.replicate} x {gpus // parallel.replicate}", yes[parallel.reshard_after_forward],
+            yes[parallel.compile], yes[parallel.offload], str(parallel.head_chunk), f"{price.step_seconds:.3g}",
+            f"{price.mfu:.1%}", f"{price.memory_total / GIB:.1f}", f"{sum(price.traffic.values()) / 1e9:.3g}",
+            f"{price.compute_seconds:.3g}", f"{price.communication_seconds:.3g}",
+        )  # fmt: skip
+    return table
+
+
+def show_best(
+    config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions, console: Console, write: Path | None
+) -> list[Arrangement]:
+    """Print the fastest arrangements, and write the first to a file. Raises ValueError if none fits."""
+    _, changed = divisible_batch(config, gpus)
+    found = search(config, shape, gpus, gpu, assumed)
+    if not found:
+        raise ValueError(f"{gpus:,} GPUs: {NOTHING_FITS}")
+    if changed:
+        console.print(f"{gpus:,} GPUs: {changed}", highlight=False, soft_wrap=True)
+    console.print(table_of_arrangements(found[:SHOWN], gpus))
+    best = found[0]
+    console.print(f"{gpus:,} GPUs: the fastest: {best.arguments}", highlight=False, soft_wrap=True)
+    if write:
+        comments = [
+            shlex.join(["tools/plan_run.py", *sys.argv[1:]]),
+            f"Planned, not measured: {best.cost.step_seconds:.3g} s a step, MFU {best.cost.mfu:.1%}.",
+            *([changed] if changed else []),
+        ]
+        write_atomically(write, "".join(f"# {line}\n" for line in comments) + yaml12.dump(best.overlay))
+        console.print(f"written to {write}: give it after the other configuration files", highlight=False)
+    return found[:SHOWN]
+
+
+def show_trace(config: Config, shape: ModelShape, gpus: int, console: Console) -> dict[str, float]:
+    """Print the bytes that one micro-step of the real model sends next to the plan, and return them by collective."""
+    shard = gpus // config.parallel.replicate
+    by_rank = muon_traffic(shape, shard)
+    busiest = by_rank.index(max(by_rank))  # the plan is for this rank; without Muon all ranks send equally much
+    traced, _ = traced_traffic(config, shape, gpus, busiest)
+    planned = traffic(shape, config, gpus, shard, 1)
+    for kind, sent in traced.items():
+        console.print(
+            f"{gpus:,} GPUs: one micro-step sends {sent:,} bytes by {kind}, the plan has {planned[kind]:,.0f} "
+            f"({planned[kind] / sent - 1:+.2%})",
+            highlight=False,
+        )
+    return traced
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="as in mdmtrain.train")
     parser.add_argument("--gpus", required=True, help="numbers of GPUs, separated by commas")
     parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="kind of GPU")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--best", action="store_true", help="find the fastest arrangement that fits into memory")
+    other.add_argument("--roofline", action="store_true", help="show the time of a micro-step by kind of operation")
+    other.add_argument("--trace", action="store_true", help="compare with the bytes that the engine sends")
+    parser.add_argument(
+        "--write", type=output_file, metavar="FILE", help="with --best: write it to this new configuration file"
+    )
     for assumed in fields(Assumptions):
         flag = "--" + assumed.name.replace("_", "-")
         parser.add_argument(flag, type=float, default=assumed.default, help=f"assumed (default: {assumed.default:g})")
-    parser.add_argument("--trace", action="store_true", help="compare with the bytes that the engine sends")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan to this file too")
     args = parser.parse_intermixed_args(arguments)
     assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
@@ -73,7 +152,42 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--gpus {args.gpus}: expected numbers of GPUs, such as 64,256")
     config, gpu = configuration.load(args.config), GPUS[args.gpu]
     shape, counts = shape_of(config), [int(part) for part in args.gpus.split(",")]
-    console = Console(width=max(100, 40 + 20 * len(counts)))
+    if args.write and not (args.best and len(counts) == 1):
+        raise ValueError("--write needs --best and one number of GPUs")
+    if args.write and args.write.exists():
+        raise ValueError(f"--write {args.write}: the file exists: remove it, or give another name")
+    console = Console(width=max(140 if args.best else 100, 40 + 20 * len(counts)))
+    console.print(describe_shape(shape), highlight=False, soft_wrap=True)
+    result: dict = {"gpu": args.gpu, "assumed": asdict(assumed), "model": asdict(shape)}
+    if args.best:
+        found = {n: show_best(config, shape, n, gpu, assumed, console, args.write) for n in counts}
+        result["best"] = [
+            {"overlay": one.overlay, **asdict(one.cost), "memory_total": one.cost.memory_total}
+            for ranked in found.values() for one in ranked
+        ]  # fmt: skip
+    elif args.roofline:
+        from roofline import roofline, table_of_roofline  # importing the compiler takes seconds
+
+        lines = [roofline(config, shape, n, gpu, assumed) for n in counts]
+        for count, line in zip(counts, lines, strict=True):
+            console.print(table_of_roofline(line, config, count))
+        result["roofline"] = [{**asdict(line), "total": line.total, "mfu": line.mfu()} for line in lines]
+    else:
+        plans, refused = plain(config, shape, counts, gpu, assumed, console, args.trace)
+        result |= {"plans": plans, "refused": refused}
+    console.print("assumed: " + ", ".join(f"{k} {v:g}" for k, v in asdict(assumed).items()), highlight=False)
+    if args.json:
+        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+
+
+def plain(
+    config: Config, shape: ModelShape, counts: list[int], gpu: Gpu, assumed: Assumptions, console: Console, trace: bool
+) -> tuple[list[dict], list[str]]:
+    """Print the plan of the configuration as it is on each number of GPUs.
+
+    Returns (the plans, one error line for each number on which it is not valid). Raises ValueError if it is valid on
+    none.
+    """
     costs, refused = [], []
     for count in counts:
         try:
@@ -81,48 +195,28 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             refused.append(f"{count:,} GPUs: {error}")
     if not costs:
-        raise ValueError("; ".join(refused))
-    console.print(describe_shape(shape), highlight=False)
+        raise ValueError("; ".join(refused) + "; --best finds valid settings")
     for reason in costs[0].reasons[1:]:
         console.print(reason, highlight=False)
     for one in costs:
         console.print(f"{one.gpus:,} GPUs: {one.reasons[0]}", highlight=False)
     console.print(table_of(costs, gpu.memory))
     for line in refused:
-        console.print(line, highlight=False)
-    console.print("assumed: " + ", ".join(f"{k} {v:g}" for k, v in asdict(assumed).items()), highlight=False)
+        console.print(f"{line}; --best finds valid settings", highlight=False, soft_wrap=True)
     report = [{**asdict(one), "memory_total": one.memory_total} for one in costs]
     for one, entry in zip(costs, report, strict=True):
-        if not one.fits:
-            entry["proposal"] = propose(config, shape, one.gpus, gpu, assumed)
-            way = entry["proposal"] or "more GPUs, a smaller model or a smaller data.sequence_length"
-            console.print(f"{one.gpus:,} GPUs: does not fit; try {way}", highlight=False, soft_wrap=True)
-        entry["hurry"] = hurry(config, shape, one.gpus, gpu, assumed)
-        if entry["hurry"]:
-            line = f"communication is the bottleneck and there is free memory; try {entry['hurry']}"
-            console.print(f"{one.gpus:,} GPUs: {line}", highlight=False)
-        if args.trace:
-            shard = one.gpus // config.parallel.replicate
-            by_rank = muon_traffic(shape, shard)
-            busiest = by_rank.index(max(by_rank))  # the plan is for this rank; without Muon all ranks send equally much
-            entry["traced_micro_step"] = traced_traffic(config, shape, one.gpus, busiest)
-            planned_step = traffic(shape, config, one.gpus, shard, 1)
-            for kind, sent in entry["traced_micro_step"].items():
-                planned = planned_step[kind]
-                console.print(
-                    f"{one.gpus:,} GPUs: one micro-step sends {sent:,} bytes by {kind}, the plan has {planned:,.0f} "
-                    f"({planned / sent - 1:+.2%})",
-                    highlight=False,
-                )
-    if args.json:
-        result = {
-            "gpu": args.gpu,
-            "assumed": asdict(assumed),
-            "model": asdict(shape),
-            "plans": report,
-            "refused": refused,
-        }
-        write_atomically(args.json, json.dumps(result, indent=1) + "\n")
+        best = next(iter(search(config, shape, one.gpus, gpu, assumed)), None)
+        better = best is not None and (not one.fits or best.cost.step_seconds < FASTER * one.step_seconds)
+        entry["best"] = {"arguments": best.arguments, "step_seconds": best.cost.step_seconds} if better else None
+        state = "fits" if one.fits else "does not fit"
+        if better:
+            advice = f"{best.cost.step_seconds:.3g} s a step with {best.arguments}"
+            console.print(f"{one.gpus:,} GPUs: {state}; {advice}", highlight=False, soft_wrap=True)
+        elif not one.fits:
+            console.print(f"{one.gpus:,} GPUs: {NOTHING_FITS}", highlight=False, soft_wrap=True)
+        if trace:
+            entry["traced_micro_step"] = show_trace(config, shape, one.gpus, console)
+    return report, refused
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-# Worker processes import this file: what they do not need is imported in main.
+# Worker processes import this file, so modules that they do not need are imported in main.
 from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.options import add_options, read_options
 from mdmtrain.data.parts import kept_steps, work_folder
@@ -27,8 +27,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="prepare_data.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Stopped or killed, it keeps the parts that are finished: the same command resumes. Exit status: 0 "
-        "prepared (or prepared before, from the same inputs and options), 2 not prepared: the error line says why.",
+        epilog="If the command is stopped or killed, finished parts are kept, and the same command resumes. Exit "
+        "status: 0 if the folder is prepared (or was before, from the same inputs and options), 2 after an error line.",
     )
     add_options(parser)
     cores = len(os.sched_getaffinity(0))
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     print(*summary.lines(time.monotonic() - begin), sep="\n")
     if args.messages_field:
         plain = options.fields.template == PLAIN
-        print(f"messages   written out with {'the plain template' if plain else 'that of the tokenizer'}")
+        print(f"messages   formatted with the {'plain template' if plain else 'chat template of the tokenizer'}")
 
 
 def _stop(work: Path, number: int, _frame: object) -> None:
     for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(again, signal.SIG_IGN)  # let the clean-up finish
+        signal.signal(again, signal.SIG_IGN)  # a second signal does not interrupt the clean-up
     kept = kept_steps(work)
     left = f"finished steps kept: {kept}; the same command resumes" if kept else "nothing was written"
     print(f"stopped: {left}", file=sys.stderr)

@@ -3,11 +3,12 @@
 
     python tools/variance_report.py RUN_OR_CHECKPOINT [--arms strats,...] [--slots N] [--json FILE] [--figure FILE]
 
-The first table has Tr Cov of the step gradient under each arm's forward process, and its ratio to `standard`. Both are
-estimated from N single slots, by importance sampling, with a bootstrap interval. For comparison it also has Tr Cov from
-real steps, and the squared mean gradient over Tr Cov. The second table has A, B and C of loss and gradient for single
-rows, and whether MIRROR can reduce the variance. Rows are assumed to be independent, which is nearly true for one
-shuffled epoch. The tool also runs under torchrun: the model is sharded, and real steps are split over the ranks.
+The first table shows Tr Cov of the step gradient under each arm's forward process, and its ratio to `standard`. Both
+are estimated from N single slots, by importance sampling, with a bootstrap interval. For comparison it also shows
+Tr Cov from real steps, and the squared mean gradient divided by Tr Cov. The second table shows A, B and C
+(docs/mathematics.md) of loss and gradient for single rows, and whether MIRROR can reduce the variance. Rows are assumed
+to be independent, which is nearly true for one shuffled epoch. The tool also runs under torchrun: the model is sharded,
+and real steps are split over the ranks.
 """
 
 import json
@@ -58,7 +59,7 @@ def read_arm(name: str, run: dict) -> DiffusionConfig:
 
 
 def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
-    """A word for an arm's ratio of variances: less, more, within 5%, or cannot tell."""
+    """The conclusion from an arm's ratio of variances: less, more, within 5%, or cannot tell."""
     if name == "standard":
         return "the reference"
     if not trains_nelbo:
@@ -69,7 +70,7 @@ def verdict(name: str, trains_nelbo: bool, ratio: Spread) -> str:
 
 
 def report_row(noise: ArmNoise, standard: ArmNoise, steps: ArmNoise, products: np.ndarray) -> dict:
-    """The numbers of an arm. noise, standard: from slots; steps, products: from real steps."""
+    """The numbers of an arm. noise and standard are from slots, steps and products from real steps."""
     size = mean_interval(noise.gradient)
     ratio = ratio_interval(noise.gradient, standard.gradient)
     loss = ratio_interval(noise.loss, standard.loss)
@@ -101,7 +102,7 @@ def show(result: dict, console: Console) -> None:
         "Tr Cov",
         "ratio to standard",
         "",
-        "by real steps",
+        "in real steps",
         "|E g|^2 / Tr Cov",
         "loss variance",
         "ratio",
@@ -120,7 +121,7 @@ def show(result: dict, console: Console) -> None:
             interval(row["density_floor"], row["density_floor_ci"], ".2f") if "density_floor" in row else "",
         )
     console.print(table)
-    console.print("best density of t: the smallest second moment that a density of the rate can reach, over the arm's")
+    console.print("best density of t: smallest second moment of any density of the rate, divided by the arm's")
     table = Table("single rows", *result["components"]["gradient"])
     for what, of in result["components"].items():
         table.add_row(what, *(f"{v['value']:.3g} ({v['low']:.3g}..{v['high']:.3g})" for v in of.values()))

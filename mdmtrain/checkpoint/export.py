@@ -55,10 +55,10 @@ def export(
     check: Callable[[Path], None] = lambda folder: None,
     advance: Callable[[int], None] = lambda values: None,
 ) -> None:
-    """Write a folder in the format `target`. Raises ValueError or OSError; no partial folder is left then.
+    """Write a folder in the format `target`. Raises ValueError or OSError, and then leaves no partial folder.
 
-    check: is called with the complete folder before it gets its name. advance: is called with the number of values that
-    were written.
+    check: is called with the complete folder before it is renamed to `out`. advance: is called with the number of
+    values that were written.
     """
     formats.check_expressible(weights.shape, target)
     tokenizer = Tokenizer(weights.tokenizer, str(weights.place))
@@ -89,7 +89,7 @@ def _writing_new(out: Path) -> Iterator[Path]:
 
 
 def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shard_bytes: int, advance) -> dict:
-    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns SHA-256 by target's names."""
+    """Write all tensors into files of at most `shard_bytes` (or one tensor). Returns {name in `target`: SHA-256}."""
     stored = getattr(torch, dtype)
     shards: list[dict[str, Tensor]] = []
     hashes: dict[str, str] = {}
@@ -135,9 +135,9 @@ def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
         "which generates from left to right: a masked diffusion model fills mask tokens instead."
     )
     loading = {
-        "native": "It has mdmtrain's own names; `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
+        "native": "It uses mdmtrain's own names; `tools/convert_ckpt.py` of mdmtrain reads it (`--from native`).",
         **dict.fromkeys(formats.TRANSFORMERS, hub),
-        "llada": "It has the names and the configuration of LLaDA's own code (LLaDAModelLM), which is not included.",
+        "llada": "It uses the names and the configuration of LLaDA's own code (LLaDAModelLM), which is not included.",
     }
     rows = {
         "attention": "causal (an autoregressive model)" if shape.causal else "bidirectional",
@@ -224,9 +224,9 @@ class SideExports:
         if self._every is None or (step % self._every and step != self._last):
             return
         self._report([entry for entry in self._running if entry[1].done()])
-        shutil.rmtree(out, ignore_errors=True)  # left by an abandoned course of the run
+        shutil.rmtree(out, ignore_errors=True)  # an old export of this step, if the run resumed from an earlier step
         try:
-            held = storage_of(checkpoint).hold(checkpoint)  # held already now, because the process takes time to start
+            held = storage_of(checkpoint).hold(checkpoint)  # held from now on, because the process starts later
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
             self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
             pool.shutdown(wait=False)

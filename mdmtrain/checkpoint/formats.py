@@ -1,4 +1,4 @@
-"""The names and configurations of a model in other programs: a table of tensors and one of sizes, for both directions.
+"""The parameter names and configurations of a model in other programs. Export and import use the same tables.
 
 `native` uses our own names. `llama` is LlamaForCausalLM of transformers, made bidirectional by `is_causal: false`.
 `qwen3` is Qwen3ForCausalLM of transformers, the same network with RMSNorm on queries and keys. `llada` uses the names
@@ -28,7 +28,10 @@ MINIMUM_TRANSFORMERS = "5.2.0"
 
 
 def _table(text: str) -> dict[str, dict[str, str]]:
-    """Parse rows of our name, that of transformers (llama, qwen3) and llada's. Returns ours -> target -> theirs."""
+    """Parse rows of our name, the name in transformers (llama, qwen3) and the name in llada.
+
+    Returns {our name: {target: its name}}.
+    """
     rows = map(str.split, text.strip().splitlines())
     return {ours: {"native": ours, "llama": hub, "qwen3": hub, "llada": llada} for ours, hub, llada in rows}
 
@@ -65,7 +68,7 @@ head_dim         head_dim             -
 causal           -                    -
 qk_norm          -                    -
 """)
-# Settings that make the other program's network equal to ours. They are written, and checked when a folder is read.
+# Settings that make the other program's network equal to ours. Export writes them, and import checks them.
 FIXED = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
     "qwen3": {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "rope_scaling": None},

@@ -1,8 +1,8 @@
-"""Where the rows of every tensor of a checkpoint are: arithmetic that knows no rank, no device and no disk.
+"""Compute which file of a checkpoint has which rows of each tensor. This module reads and writes no files.
 
-A sharded tensor is divided over dimension 0 as FSDP2 divides it: into chunks of ceil(rows / shards) rows, of which the
-last may be short or empty. Each rank writes one file, so the chunks of a tensor are in files that follow each other.
-Under HSDP one of the copies writes a tensor, and the copies share the tensors evenly by their bytes.
+A sharded tensor is divided over dimension 0 as in FSDP2: into chunks of ceil(rows / shards) rows. The last chunks may
+be short or empty. Each rank writes one file, so the chunks of a tensor are in consecutive files. With HSDP, only one
+replica writes a tensor, and all replicas write about the same number of bytes.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -27,12 +27,12 @@ def chunk(rows: int, parts: int, number: int) -> range:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. A scalar counts as one row."""
+    """One tensor of a checkpoint. A scalar counts as one row."""
 
     dtype: str  # as safetensors names it
     shape: tuple[int, ...]
-    first: int  # number of the file with its first rows, from 0
-    files: int  # how many files, one after the other, its rows are divided over
+    first: int  # number of the file that contains its first rows, from 0
+    files: int  # number of consecutive files that contain its rows
 
     @property
     def rows(self) -> int:
@@ -43,13 +43,13 @@ class Entry:
         return TORCH_DTYPES[self.dtype].itemsize * torch.Size(self.shape[1:]).numel()
 
     def rows_in(self, file: int) -> range:
-        """The rows that a file holds."""
+        """The rows of the tensor that a file contains."""
         return chunk(self.rows, self.files, file - self.first) if 0 <= file - self.first < self.files else range(0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All tensors of a checkpoint, and the number of files that hold them."""
+    """All tensors of a checkpoint, and the number of its files."""
 
     tensors: dict[str, Entry]
     files: int
@@ -59,7 +59,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: dict) -> "Layout":
-        """Raises ValueError, KeyError or TypeError where `to_json` did not make the value."""
+        """Raises ValueError, KeyError or TypeError if the value was not made by `to_json`."""
         entries = {name: Entry(**{**e, "shape": tuple(e["shape"])}) for name, e in value["tensors"].items()}
         if unknown := {entry.dtype for entry in entries.values()} - TORCH_DTYPES.keys():
             raise ValueError(f"unknown dtype {unknown.pop()}")
@@ -69,7 +69,7 @@ class Layout:
         return f"shard-{file + 1:05d}-of-{self.files:05d}.safetensors"
 
     def header(self, file: int) -> dict[str, dict]:
-        """The header of a file, as the safetensors format defines it: dtype, shape and place of each of its tensors."""
+        """The header of a file, as the safetensors format defines it: dtype, shape and offsets of each tensor."""
         header, offset = {}, 0
         for name, entry in self.tensors.items():
             if entry.first <= file < entry.first + entry.files:
@@ -81,7 +81,7 @@ class Layout:
         return header
 
     def pieces(self, name: str, wanted: range) -> Iterator[tuple[int, range, int]]:
-        """Where a tensor's wanted rows are: (file, those of the wanted rows that it holds, the first row it holds)."""
+        """Find the wanted rows of a tensor. Yields (file, the wanted rows in this file, the first row in this file)."""
         entry = self.tensors[name]
         size = -(-entry.rows // entry.files)
         if len(wanted):
@@ -92,11 +92,12 @@ class Layout:
 
 
 def divide(tensors: Mapping[str, Tensor], sharded: Container[str], copies: int, shards: int) -> Layout:
-    """The layout in which `copies` x `shards` ranks write tensors of these shapes and dtypes, each rank one file.
+    """The layout for `copies` x `shards` ranks that write one file each. Uses only shapes and dtypes of the tensors.
 
-    sharded: names of the tensors that every copy shards; the first rank of a copy writes the others whole.
+    copies: number of replicas. sharded: names of the tensors that are sharded over the ranks of a replica. Each other
+    tensor is written as a whole, by the first rank of a replica.
     """
-    # The format wants no gaps between tensors; wide values first keeps all of them aligned.
+    # The format allows no gaps between tensors. If the widest dtypes come first, all tensors are aligned.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
     entries, before = {}, 0

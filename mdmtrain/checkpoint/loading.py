@@ -22,7 +22,7 @@ from mdmtrain.parallel.world import AgreedError, World
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer and configuration. The data paths in `config` are those found now; see `find_data`."""
+    """A model with its tokenizer and configuration. Its data paths are the present ones; see `find_data`."""
 
     folder: Path
     model: Transformer
@@ -56,7 +56,7 @@ def load_model(path: str | Path, weights: str | None, world: World) -> LoadedMod
 def _load_exported(folder: Path, weights: str | None, world: World) -> LoadedModel:
     opened = world.agree(lambda: open_any(folder, weights))
     theirs = world.agree(lambda: formats.shape_from(exported_kind(folder), read_json(folder / "config.json"))[0])
-    if theirs.causal:  # open_folder would make it bidirectional, as the start of a masked diffusion model
+    if theirs.causal:  # open_folder would make it bidirectional, to start training a masked diffusion model
         raise AgreedError(
             f"{folder}: is a causal model, which cannot fill masks: start a masked diffusion model from it "
             "(tools/convert_ckpt.py --from), or evaluate the run that it was exported from"
@@ -115,7 +115,7 @@ def _usable_here(config: Config, places: list[Path], recorded: str | None) -> Co
     places, recorded: see `find_data`.
     """
     elsewhere = {"replicate": 1, "shard": None, "compile": False, "offload": False, "fused_head": False}
-    elsewhere |= {"float8": False}  # of training only
+    elsewhere |= {"float8": False}  # used only in training
     sources = tuple(
         source.model_copy(update={"path": find_data(source.path, places, config.run.dir, recorded)})
         for source in config.data.sources

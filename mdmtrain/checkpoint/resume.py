@@ -1,4 +1,4 @@
-"""Choose what a run resumes from: a checkpoint of its own, and what may differ from it."""
+"""Choose the checkpoint that a run resumes from, and check which settings differ from it."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     """The checkpoint that checkpoint.resume names, or the newest that is not in `damaged`, or None.
 
     Raises ValueError if it belongs to a different run, if the named one does not exist, or if the run has records but
-    its checkpoints are gone.
+    no checkpoints any more.
     """
     back = step_to_go_back_to(config)
     folder = store.newest(home, damaged or ()) if back is None else named(home, back, damaged or ())
@@ -73,7 +73,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
         metrics = Path(config.run.dir) / "metrics.jsonl"
         if lost is not None and metrics.is_file() and metrics.stat().st_size > 0:
             raise ValueError(
-                f"{config.run.dir} has its records, but its checkpoints are gone (the last one was of step {lost}): "
+                f"{config.run.dir} has metrics, but its checkpoints are missing (the last one was of step {lost}): "
                 f"restore one, choose another run.dir, or move {metrics} away to start again from step 0"
             )
         return None
@@ -96,7 +96,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
     if began != begin:
         raise ValueError(
             f"cannot resume {folder}: data.phases that begin before its step {meta['step']} were {began}, not {begin}: "
-            "give these as they were, and change those from this step on"
+            "keep these phases as they were; only phases from this step on can be changed"
         )
     if meta["has_average"] != (config.optim.ema_decay is not None):
         raise ValueError(
@@ -113,7 +113,7 @@ def find_resume(config: Config, home: Path, identity: dict, damaged: list[Path] 
 
 
 def step_to_go_back_to(config: Config) -> int | None:
-    """The step of checkpoint.resume, or None if the last start of the run has already gone back to it.
+    """The step of checkpoint.resume, or None if the last start of the run has already resumed from it.
 
     If the same command is given again (by the user, torchrun or a scheduler), it resumes from the newest checkpoint.
     """
@@ -135,9 +135,9 @@ def named(home: Path, step: int, damaged: Sequence[Path]) -> Path:
 
 
 def leave_behind(config: Config, home: Path, step: int) -> list[str]:
-    """Rename the exports after `step`, and after going back (checkpoint.resume=STEP) also the newer checkpoints.
+    """Rename the exports of steps after `step`. With checkpoint.resume=STEP, also rename the newer checkpoints.
 
-    Otherwise they would be taken for the newest of the resumed run. Returns a sentence that names them, or nothing.
+    Otherwise they would be used as the newest of the resumed run. Returns a sentence that names them, or nothing.
     """
     moved = run_folder.abandon(Path(config.run.dir) / "exports", step)
     if step_to_go_back_to(config) is not None:
@@ -152,7 +152,7 @@ def differences(meta: dict, config: Config) -> list[str]:
     """Every setting that differs from the checkpoint's, as "key old -> new", and the learning rate if it differs."""
     try:
         before = validate(meta["config"], "the checkpoint's configuration")
-    except ValueError as error:  # an older version allowed it; this does not prevent resuming
+    except ValueError as error:  # an older version accepted this configuration; it does not prevent resuming
         return [f"cannot compare with the configuration of the checkpoint ({error})"]
     old, new = (flat(one.model_dump(mode="json")) for one in (before, config))
     found = [f"{key} {shown(old[key])} -> {shown(value)}" for key, value in new.items() if old[key] != value]

@@ -1,9 +1,9 @@
-"""The checkpoint format: writing and reading.
+"""Write and read checkpoints.
 
 A checkpoint is a folder RUN/checkpoints/step-NNNNNNNN with one safetensors file from each rank, the tokenizer, and
-`meta.json`. That file is written last: a folder without it is not complete and is ignored. It says where the rows of
-each tensor are (layout.py), so any number of ranks can read what any other number wrote. Tensors are named `model.*`,
-`exp_avg.*`, `exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See docs/checkpoints.md.
+`meta.json`. That file is written last: a folder without it is not complete and is ignored. It contains the layout of
+the tensors (layout.py), so any number of ranks can read a checkpoint. Tensors are named `model.*`, `exp_avg.*`,
+`exp_avg_sq.*`, `momentum.*` (Muon's), `average.*`, `sampler.*` and `adam_step`. See docs/checkpoints.md.
 """
 
 import json
@@ -80,7 +80,7 @@ def adam_steps(optimizer: Optimizer) -> list[Tensor]:
 
 
 def layout_of(tensors: Mapping[str, Tensor], world: World) -> Layout:
-    """Which rank writes which rows: every rank about as many bytes."""
+    """Which rank writes which rows. Every rank writes about the same number of bytes."""
     sharded = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     shards = next(iter(sharded.values())).device_mesh.size(-1) if sharded else 1
     return divide(tensors, sharded, world.size // shards, shards)
@@ -105,7 +105,7 @@ def save(
             _write(folder, layout, read, {"step": step, **meta}, tokenizer, world)
             break
         except AgreedError as error:
-            with suppress(AgreedError):  # a rest without meta.json is removed after the next checkpoint
+            with suppress(AgreedError):  # if this fails, `retain` removes the folder after the next save
                 world.agree(lambda: remove(folder), main_only=True)
             if pause is None or isinstance(error, _Hopeless):
                 raise
@@ -141,9 +141,9 @@ def _write(
 
 
 def _write_together(act: Callable[[], T], folder: Path, world: World, main_only: bool = False) -> list[T]:
-    """What `act` returns on each rank; with main_only on rank 0 alone. A collective.
+    """Call `act` on each rank, or only on rank 0 (main_only), and return all results. A collective.
 
-    If it fails on any rank, all ranks raise the same AgreedError.
+    If `act` fails on any rank, all ranks raise the same AgreedError.
     """
     result: list[T] = []
     failure = None
@@ -163,7 +163,7 @@ def _write_together(act: Callable[[], T], folder: Path, world: World, main_only:
 
 
 def write_marker(folder: Path, meta: dict, layout: Layout, files: Mapping[str, tuple[int, str]]) -> None:
-    """Write meta.json, which makes a complete checkpoint of a folder. files: the size and checksum of each."""
+    """Write meta.json, which marks the checkpoint as complete. files: the size and checksum of each file."""
     sizes, sums = ({name: both[part] for name, both in files.items()} for part in (0, 1))
     whole = {"format_version": FORMAT_VERSION, **meta, "layout": layout.to_json(), "files": sizes, "crc32": sums}
     whole["own_crc32"] = _own_checksum(whole)
@@ -186,7 +186,7 @@ def retain(newest: Path, config: CheckpointConfig, scores: Mapping[int, float] =
 
     try:
         with storage_errors(newest.parent):
-            # Later steps exist if damaged checkpoints were skipped when the run resumed. They do not count.
+            # Later checkpoints exist if they were damaged and the run resumed before them. They do not count.
             until = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step_of(newest)]
             last = until[-config.keep_last :]
             best = best_of(until, scores)[: config.keep_best or 0]
@@ -209,13 +209,14 @@ def best_of(folders: Sequence[Path], scores: Mapping[int, float]) -> list[Path]:
 def damage(folder: Path, world: World) -> str | None:
     """Verify the checksums of a checkpoint's files. Returns what is wrong, or None. A collective.
 
-    All files are read once, each rank reads its share. Older checkpoints without checksums are assumed to be intact.
+    All files are read once, and each rank reads a share of them. An older checkpoint without checksums is assumed to be
+    intact.
     """
     stated = world.agree(lambda: read_meta(folder).get("crc32", {}), main_only=True)
 
     def changed() -> list[str]:
         with storage_errors(folder):
-            mine = list(stated)[world.rank :: world.size]  # the file that it wrote, on as many ranks
+            mine = list(stated)[world.rank :: world.size]  # with the same number of ranks: the file that it wrote
             return [name for name in mine if checksum(folder / name) != stated[name]]
 
     found = sorted(name for part in world.gather(world.agree(changed)) for name in part)
@@ -231,7 +232,7 @@ def home(config: Config) -> Path:
 
 
 def home_of(run: Path) -> Path:
-    """The place of the checkpoints of a run folder. For a folder that has checkpoints, or is not a run: itself."""
+    """The place of the checkpoints of a run folder: the folder itself if it has checkpoints or is not a run."""
     if (run / "config.yaml").is_file():
         tree = yaml12.parse((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         section = tree.get("checkpoint") if isinstance(tree, dict) else None
@@ -268,7 +269,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def newest(run: Path, damaged: Container[Path] = ()) -> Path | None:
-    """The newest complete checkpoint whose files have their sizes, or None. Broken ones are skipped with a warning.
+    """The newest complete checkpoint whose files have the right sizes, or None. Broken ones are skipped with a warning.
 
     damaged: checkpoints to skip without a warning. Raises ValueError if all checkpoints are broken, because a new run
     would truncate the metrics.
@@ -305,7 +306,7 @@ def find(path: str | Path) -> Path:
 
 
 def tokenizer_path(path: str) -> str:
-    """What --tokenizer names, for `Tokenizer.load`: of a run, its newest checkpoint; any other path itself.
+    """The path of --tokenizer for `Tokenizer.load`: the newest checkpoint if `path` is a run, otherwise `path`.
 
     Raises ValueError if the run has no complete checkpoint.
     """
@@ -313,7 +314,7 @@ def tokenizer_path(path: str) -> str:
 
 
 def read_meta(folder: Path) -> dict:
-    """The meta.json of a checkpoint. Raises ValueError if it is missing or damaged, or if a file has another size."""
+    """The meta.json of a checkpoint. Raises ValueError if it is missing or damaged, or if a file has the wrong size."""
     marker = folder / "meta.json"
     if not marker.is_file():
         raise ValueError(
@@ -340,7 +341,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def _today(meta: dict) -> dict:
-    """The meta.json of an older version with today's keys. Keys that did not exist have their defaults."""
+    """Convert the meta.json of an older version to the present keys. Keys that did not exist get their defaults."""
     config = upgrade(meta["config"])
     identity = dict(meta["identity"])
     if "diffusion" in identity:
@@ -363,7 +364,7 @@ def load(folder: Path, meta: dict, tensors: Mapping[str, Tensor], world: World) 
                 version1.load(folder, dict(tensors), world.control)
             else:
                 TensorReader(folder, Layout.from_json(meta["layout"])).read(tensors)
-        # A RuntimeError means that a rank has died.
+        # RuntimeError is not caught, because it means that a rank has died.
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
                 f"cannot read checkpoint {folder}: {textwrap.shorten(describe_error(error), 120)}: use another one; "

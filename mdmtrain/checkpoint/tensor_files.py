@@ -1,7 +1,8 @@
-"""Tensors in safetensors files, written and read one by one, on a disk or in an object store.
+"""Write and read tensors in safetensors files, one tensor at a time, on a disk or in an object store.
 
 The format (github.com/huggingface/safetensors): the length of the header in 8 bytes, the header in JSON, the data. The
-library's own writer wants all tensors of a file at once, and its reader a file on a disk.
+safetensors library is not used here: its writer needs all tensors of a file in memory, and its reader needs a file on
+a disk.
 """
 
 import json
@@ -26,7 +27,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def file_blocks(header: dict, read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
-    """The content of a file with this header, a tensor at a time. read: the tensor of a name, on the CPU."""
+    """The content of a file with this header, one tensor at a time. read: returns the tensor of a name, on the CPU."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -36,41 +37,44 @@ def file_blocks(header: dict, read: Callable[[str], Tensor]) -> Iterator[bytes |
             first, end = entry["data_offsets"]
             assert len(content) == end - first, name
             yield content
-            del content  # before the next one comes
+            del content  # frees the memory before the next tensor is read
 
 
 def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file to the disk itself; its size in bytes and its checksum (see `storage.checksum`). Raises OSError.
+    """Write a file and flush it to the storage. Returns its size in bytes and its checksum (see `storage.checksum`).
 
-    The checksum is of what was given to the operating system. Reading the file back would compare it with the page
-    cache, which is no test of the disk either, and from an object store it would be a download.
+    The checksum is of the bytes that were passed to the operating system. The file is not read back: from a disk, this
+    would only read the page cache, and from an object store it would be a download. Raises OSError.
     """
     size, value = 0, 0
     with storage_errors(file), file.open("wb") as stream:
         for block in blocks:
             stream.write(block)
             value, size = zlib.crc32(block, value), size + len(block)
-            del block  # before the next one comes
+            del block  # frees the memory before the next block is made
         storage_of(file).sync(stream)
     return size, f"{value:08x}"
 
 
 class TensorReader:
-    """Reads any rows of a checkpoint's tensors, and nothing else of its files."""
+    """Reads selected rows of a checkpoint's tensors. It does not read the other parts of the files."""
 
     def __init__(self, folder: Path, layout: Layout):
         self._folder, self._layout = folder, layout
         self._headers: dict[int, tuple[dict, int]] = {}
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors: this rank's shards, or whole ones. Raises ValueError where the files are damaged, OSError."""
+        """Read values into tensors: into this rank's shards, or into whole tensors.
+
+        Raises OSError, and ValueError if a tensor is missing or has another shape, or if a file is damaged.
+        """
         by_file: dict[int, list[tuple[int, str, Tensor]]] = {}
         for name, tensor in tensors.items():
             if name not in self._layout.tensors:
-                raise ValueError(f"{name} is not in it")
+                raise ValueError(f"{name} is missing")
             entry, part = self._layout.tensors[name], local(tensor)
             if tuple(tensor.shape) != entry.shape:
-                raise ValueError(f"{name} is {[*entry.shape]} in it, not {[*tensor.shape]}")
+                raise ValueError(f"{name} has shape {[*entry.shape]} in the checkpoint, not {[*tensor.shape]}")
             part = part if entry.shape else part.view(1)
             mine = own_rows(tensor) if isinstance(tensor, DTensor) else range(entry.rows)
             assert len(mine) == len(part), name
@@ -87,25 +91,25 @@ class TensorReader:
     def whole(self, name: str) -> Tensor:
         """All of a tensor, on the CPU. Raises as `read` does."""
         if name not in self._layout.tensors:
-            raise ValueError(f"{name} is not in it")
+            raise ValueError(f"{name} is missing")
         entry = self._layout.tensors[name]
         tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         self.read({name: tensor})
         return tensor
 
     def _header(self, number: int, stream: IO) -> tuple[dict, int]:
-        """A file's header, and where its data begins. It says what the index of the checkpoint says."""
+        """The header of a file, and the offset of its data. Raises ValueError if the header differs from the layout."""
         if number not in self._headers:
             expected = self._layout.header(number)
             length = int.from_bytes(stream.read(8), "little")
-            # So long at most: with every name and number in it, and JSON that is written with more space than ours.
+            # The limit rejects a damaged length. It leaves room for JSON with more spaces than ours.
             text = stream.read(length) if length <= 4 * len(json.dumps(expected)) + 4096 else b""
             try:
                 found = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
             except (ValueError, AttributeError):
                 found = None
             if found != expected:
-                raise ValueError(f"{self._layout.file_name(number)} is damaged: its header is not what was written")
+                raise ValueError(f"{self._layout.file_name(number)} is damaged: its header differs from meta.json")
             self._headers[number] = expected, 8 + length
         return self._headers[number]
 
@@ -113,11 +117,11 @@ class TensorReader:
         """The next values of a file, in the shape of `like`."""
         values = torch.empty(like.shape, dtype=TORCH_DTYPES[dtype])
         if stream.readinto(tensor_bytes(values)) != values.nbytes:
-            raise ValueError(f"{self._layout.file_name(number)} is damaged: it ends too early")
+            raise ValueError(f"{self._layout.file_name(number)} is damaged: it is truncated")
         return values
 
 
 def own_rows(tensor: DTensor) -> range:
-    """The rows of a tensor that this rank has: FSDP2 shards dimension 0 over the last dimension of the mesh."""
+    """The rows of a tensor on this rank: FSDP2 shards dimension 0 over the last dimension of the mesh."""
     assert tensor.placements[-1].is_shard(0), tensor.placements
     return chunk(tensor.shape[0], tensor.device_mesh.size(-1), tensor.device_mesh.get_local_rank(-1))

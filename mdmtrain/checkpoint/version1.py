@@ -1,6 +1,6 @@
-"""Checkpoints of format version 1, whose tensors torch.distributed.checkpoint (DCP) wrote: read, and no longer written.
+"""Read checkpoints of format version 1. Their tensors were written by torch.distributed.checkpoint (DCP).
 
-DCP's index is unpickled, so such a checkpoint must be one that you trust.
+The index of DCP is unpickled, so load only checkpoints that you trust.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mdmtrain.checkpoint.storage import on_disk
 
-# DCP's notes on its own internals. For the whole process: `catch_warnings` is not made for threads.
+# Hide DCP's warnings about its internals, in the whole process, because `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 
 
@@ -26,16 +26,16 @@ def _reader(folder: Path) -> dcp.StorageReader:
 
 
 def load(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """Fill the named tensors, sharded in whatever way. A collective. Raises ValueError on every rank."""
+    """Read values into the named tensors, with any sharding. A collective. Raises ValueError on every rank."""
     try:
         dcp.load(tensors, storage_reader=_reader(folder), process_group=group)
-    except dcp.CheckpointException as error:  # a RuntimeError: a rank has died
+    except dcp.CheckpointException as error:  # not RuntimeError, which means that a rank has died
         cause = next(iter(error.failures.values()))[0] if error.failures else error
         raise ValueError(str(cause)) from None
 
 
 def open_tensors(folder: Path) -> Callable[[str], Tensor]:
-    """A function that reads all of a tensor, by its name. Raises whatever unpickling meets in a damaged file."""
+    """A function that reads a whole tensor by its name. If a file is damaged, unpickling may raise any exception."""
     reader = _reader(folder)
     index = reader.read_metadata()
     reader.set_up_storage_reader(index, True)

@@ -35,8 +35,8 @@ class Weights:
     shape: ModelShape
     tokenizer: bytes  # content of its model file
     facts: dict  # config, and if known: identity, weights (raw or average), step, tokens, git_revision, evaluation
-    read: Callable[[str], Tensor]  # our name of a parameter -> the whole tensor on the CPU; ValueError if damaged
-    changes: tuple[str, ...] = ()  # changes that made a causal model bidirectional
+    read: Callable[[str], Tensor]  # our name of a parameter -> the whole tensor on the CPU; raises ValueError
+    changes: tuple[str, ...] = ()  # sentences on the changes that made a causal model bidirectional
 
 
 # ---- checkpoints
@@ -137,12 +137,12 @@ def open_folder(folder: Path, kind: str) -> Weights:
     kept = stored.vocab_size  # rows of the embedding that are not replaced
     beyond = pieces > stored.vocab_size and (start_anew or known <= stored.vocab_size)
     if beyond or (start_anew and pieces > known):
-        if start_anew:  # otherwise unused rows stay, because they are part of the trained softmax
+        if start_anew:  # otherwise unused rows are kept, because they are part of the trained softmax
             kept = min(known, kept)
         shape = replace(shape, vocab_size=max(stored.vocab_size, -(-pieces // 64) * 64))
     if start_anew and known > stored.vocab_size:
         log.warning(
-            "%s: the tokenizer has %d tokens, but the embedding has %d rows: new rows are added, the mean of these",
+            "%s: the tokenizer has %d tokens, but the embedding has %d rows: new rows get the mean of the old ones",
             folder, known, stored.vocab_size,
         )  # fmt: skip
     try:
@@ -179,7 +179,7 @@ def _changes(stored: ModelShape, shape: ModelShape, tokenizer: Tokenizer, known:
         changes.append(f"new tokens: {', '.join(added)}")
     if kept < shape.vocab_size:
         rows = f"embedding: {stored.vocab_size} -> {shape.vocab_size} rows"
-        changes.append(f"{rows}; those from {kept} on are the mean of the rows before")
+        changes.append(f"{rows}; rows from {kept} on are the mean of the earlier rows")
     return tuple(changes)
 
 
@@ -207,7 +207,7 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
     head = formats.name_in(kind, "head.weight")
     if shape.tied_embeddings and head in files:
         if _equal(files, head, formats.name_in(kind, "embed.weight")):
-            del files[head]  # old folders have a copy
+            del files[head]  # older exports have a copy
         else:
             log.warning(
                 "%s: config.json says that embedding and head are tied, but %s has other values: read as untied",
@@ -218,9 +218,9 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
     found: dict[str, Path] = {}
     for name, path in files.items():
         if name.endswith("rotary_emb.inv_freq"):
-            continue  # old folders have it; it follows from config.json
+            continue  # older folders have it; it can be computed from config.json
         if name not in expected:
-            raise ValueError(f"{path}: {name} does not exist in our model: this is another network")
+            raise ValueError(f"{path}: {name} does not exist in our model: the architecture is not supported")
         with _opened(path) as file:
             part = file.get_slice(name)
             if tuple(part.get_shape()) != expected[name]:
@@ -235,7 +235,7 @@ def _locate_tensors(folder: Path, kind: str, shape: ModelShape) -> tuple[dict[st
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors. Raises ValueError if there are none in this format, or if the index is bad."""
+    """The files with the tensors. Raises ValueError if there are none in this format, or if the index is damaged."""
     index = folder / INDEX_FILE
     single = folder / "model.safetensors"
     if index.is_file():

@@ -7,6 +7,7 @@ a block, then compilation of the block, then FSDP around it. The root module com
 """
 
 import logging
+import os
 from functools import cache, partial
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from mdmtrain.config import ParallelConfig
 from mdmtrain.diffusion import noise
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Block, Transformer, initial_std
-from mdmtrain.parallel.world import AgreedError, World
+from mdmtrain.parallel.world import AgreedError, World, describe_error
 
 # The ops whose outputs activation_checkpointing=ops keeps: matrix products and attention. They take most of the time
 # but little of the memory.
@@ -60,7 +61,9 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     if config.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     if config.compile:
+        check_compiler(world.device)
         set_up_compiler(config)
+        model.head.compile_loss()
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
         layer.recompute = recompute_options(config, index)
@@ -76,9 +79,27 @@ def build_model(shape: ModelShape, config: ParallelConfig, world: World) -> Tran
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if world.size > 1:  # on one rank, FSDP would spend a pass over all gradients on dividing them by 1
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model.to_empty(device="cpu" if config.offload else world.device)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise AgreedError if torch.compile cannot make code here: torch itself would fail in the middle of a step."""
+    try:
+        if device.type == "cuda":
+            import triton  # noqa: F401
+        else:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
+    except (ImportError, RuntimeError) as error:
+        lacks = "Triton" if device.type == "cuda" else "a C++ compiler"
+        raise AgreedError(
+            f"parallel.compile=true needs {lacks} on this machine ({describe_error(error)}): install it, or set "
+            "parallel.compile=false"
+        ) from None
 
 
 def refuse_float8(shape: ModelShape, device: torch.device) -> None:
@@ -112,7 +133,12 @@ def set_up_compiler(config: ParallelConfig) -> None:
     """Set torch's compiler options, which are global to the process."""
     import torch._dynamo.config
     import torch._functorch.config
+    import torch._inductor.config
 
+    workers = torch._inductor.config.decide_compile_threads()
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:  # each rank would start one worker for each core of the node
+        workers = max(1, min(workers, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch._inductor.config.compile_threads = workers
     budget = config.recompute_budget if config.activation_checkpointing == "budget" else 1.0
     torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.recompile_limit = MOST_GRAPHS  # more than 8, the default, would be an error
@@ -149,8 +175,7 @@ class GraphCount:
     """Reports how many graphs torch.compile makes. After the first steps, training should make no new ones.
 
     Training, evaluation and the probe have separate graphs, and so have rows with and without an attention mask. The
-    number of masked positions does not change any shape in a graph, because only the head uses it, and the head is not
-    compiled.
+    number of masked positions is a symbol in the graph of the head's loss. No other graph depends on it.
     """
 
     def __init__(self, compiling: bool):

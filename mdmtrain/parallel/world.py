@@ -105,6 +105,15 @@ def exit_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
+def set_up_allocator() -> None:
+    """Let the memory segments of CUDA grow, unless the user has configured the allocator. Call it before CUDA starts.
+
+    The number of masked positions changes with every micro-batch, which would fragment segments of a fixed size.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     """Join the process group that torchrun describes, or make a group of one rank when started with plain `python`.
 
@@ -133,6 +142,7 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
             dump = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / "nccl-trace-"))  # NCCL appends the rank
             os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", dump)
+        set_up_allocator()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -146,6 +156,18 @@ def init_world(timeout: float = 30.0, logs: Path | None = None) -> World:
     everyone = dist.group.WORLD
     assert everyone is not None
     return World(rank, size, device, mesh, everyone)
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch use only algorithms that give the same bits each time. Call this before CUDA starts.
+
+    An operation that has no such algorithm then raises RuntimeError. What torch does with this setting:
+    docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS may use its workspaces in any order
+    torch.use_deterministic_algorithms(True)
+    # By default, torch would then also fill uninitialised memory. That only helps to find errors, and takes time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
 
 
 def check_launcher() -> None:

@@ -60,7 +60,7 @@ def save_and_read(world: World, home: Path, corpus: Path, saves: list, reads: li
             assert torch.equal(whole, values(key, tensor.shape, tensor.dtype)), (name, key)
     if "1" in dict(reads):
         folder = home / "1/step-00000001"
-        with pytest.raises(ValueError, match=r"cannot read checkpoint .*momentum\..* is not in it: use another one"):
+        with pytest.raises(ValueError, match=r"cannot read checkpoint .*momentum\..* is missing: use another one"):
             store.load(folder, store.read_meta(folder), tensors_of(world, 1, "muon"), world)
 
 

@@ -178,7 +178,7 @@ def tensor_missing(lab):
     return [resave(lab.copy("native"), lambda tensors: tensors.pop("head.weight")), "--from", "native"]
 
 
-@case("q_proj.bias does not exist in our model", "another network")
+@case("q_proj.bias does not exist in our model", "the architecture is not supported")
 def tensor_that_we_have_no_place_for(lab):
     def add(tensors):
         tensors["layers.0.attention.q_proj.bias"] = torch.zeros(48)

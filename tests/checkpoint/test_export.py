@@ -368,7 +368,7 @@ def test_a_causal_model_becomes_a_bidirectional_start(foreign, tmp_path, capsys)
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed for masked diffusion")]
     assert said.endswith(
         "attention is bidirectional now; it was causal; new tokens: <|mdm_pad|> (300), <|mdm_mask|> (301); "
-        "embedding: 304 -> 320 rows; those from 300 on are the mean of the rows before"
+        "embedding: 304 -> 320 rows; rows from 300 on are the mean of the earlier rows"
     )
     start = open_checkpoint(tmp_path / "start")
     tokenizer, theirs = Tokenizer.load(tmp_path / "start"), transformers.AutoTokenizer.from_pretrained(foreign)

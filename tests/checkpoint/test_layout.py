@@ -103,12 +103,12 @@ def test_damage_is_said(tmp_path):
         (bytes(len(good[1])), "header"),
         (b"\xff" * len(good[1]), "header"),
         (good[0], "header"),
-        (good[1][:-1], "ends too early"),
+        (good[1][:-1], "is truncated"),
     ):
         files[1].write_bytes(content)
         with pytest.raises(ValueError, match=f"shard-00002-of-00002.safetensors is damaged: .*{problem}"):
             TensorReader(tmp_path, layout).whole("a")
-    with pytest.raises(ValueError, match="c is not in it"):
+    with pytest.raises(ValueError, match="c is missing"):
         TensorReader(tmp_path, layout).whole("c")
-    with pytest.raises(ValueError, match=r"b is \[3\] in it, not \[4\]"):
+    with pytest.raises(ValueError, match=r"b has shape \[3\] in the checkpoint, not \[4\]"):
         TensorReader(tmp_path, layout).read({"b": torch.zeros(4)})

@@ -5,6 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from mdmtrain.config import ModelConfig
 from mdmtrain.model.attention import rotary_angles, rotate
@@ -287,6 +291,53 @@ def disagreement(losses_of, K):
             return None
         results.append(torch.cat([losses.detach(), r.grad.flatten(), w.grad.flatten()]))
     return float((results[0] - results[1]).abs().max())
+
+
+@pytest.fixture
+def loss_graphs(monkeypatch):
+    """torch.compile partitions graphs as for a GPU, and generates no code. The list gets an entry for each graph."""
+    made, compile = [], torch.compile
+    real = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph), decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return real(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compile(function, backend=backend, **more))
+    yield made
+    torch.compiler.reset()
+
+
+def test_the_compiled_loss_is_the_dense_one_in_one_graph(loss_graphs):
+    head = Head(16, 50, True, 30)
+    head.compile_loss()
+    for K in (24, 0, 1, 23, 2, 30, 70):  # 70: in chunks of 30, 30 and 10
+        difference = disagreement(lambda rows, targets, weight: head(rows, targets, weight), K)
+        assert difference is not None and difference < 1e-5, K
+    assert len(loss_graphs) == 1
+
+
+def test_the_compiled_loss_keeps_narrow_logits(loss_graphs):
+    """2 bytes for each logit in bfloat16, and a few numbers for each row. The eager loss keeps 4 for each logit."""
+    rows, weight = torch.randn(64, 16).bfloat16().requires_grad_(), torch.randn(4096, 16).bfloat16().requires_grad_()
+    kept = {}
+    for compiled in (False, True):
+        head, found = Head(16, 4096, True, 100), {}
+        if compiled:
+            head.compile_loss()
+
+        def pack(tensor, found=found):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = head(rows, torch.arange(64), weight)
+        kept[compiled] = sum(found.values()) - weight.nbytes
+        assert loss.requires_grad
+    assert 2 <= kept[True] / (64 * 4096) < 2.1 < 4 <= kept[False] / (64 * 4096)
 
 
 @pytest.mark.parametrize("K", [0, 1, 23, 24])

@@ -87,7 +87,7 @@ def whole_step(report: Report, config: Config, shape: ModelShape, world: World, 
     seconds = in_turns({"step": step}, repeat, world, "step")["step"]
     ceiling = product_ceiling(world, getattr(torch, config.parallel.compute_dtype), shape, tokens)
     one = changed(config, "run", global_batch=config.run.micro_batch)
-    counted, _ = step_flops(shape, one, len(batch.positions) / tokens)
+    counted, *_ = step_flops(shape, one, len(batch.positions) / tokens)
     middle = float(np.median(seconds))
     report.note(
         step={"seconds": summary(seconds), "tokens": tokens, "compiled": config.parallel.compile,

@@ -203,7 +203,9 @@ def example(place: Place, name: str, *more: str) -> Config:
     """configs/NAME.yaml with a vocabulary of 32,768, or with tiny sizes in a rehearsal."""
     tiny = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.d_ff=128",
             "data.sequence_length=64", "run.micro_batch=2", "parallel.compute_dtype=float32"]  # fmt: skip
-    changes = ["model.vocab_size=32768", *more, *(["model.vocab_size=256", *tiny] if place.rehearsal else [])]
+    # Small enough for every switch to fit, compiled or not.
+    small = [f"run.micro_batch={32 if name == '170m' else 8}", "parallel.compile=false", "parallel.head_chunk=4096"]
+    changes = ["model.vocab_size=32768", *small, *more, *(["model.vocab_size=256", *tiny] if place.rehearsal else [])]
     return configuration.load([str(ROOT / f"configs/{name}.yaml"), *changes])
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Measure how fast text is prepared on one core, as a ratio to the tokenizer library alone on the same text.
+"""Measure the speed of data preparation on one core, relative to the tokenizer library alone on the same text.
 
 Example:
   tools/bench/prepare.py corpus.jsonl.gz --tokenizer data/corpus --json bench.json
 
-Every part runs on the same documents. The parts take turns, and the fastest round of each counts, because other work on
-the machine only makes them slower. Times are of the processor.
+Every part runs on the same documents. In each round all parts run once, and the fastest round of each part is reported,
+because other processes only make it slower. Times are CPU times.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         for one in inputs:
             for document, _ in read_documents(one, Reading(fields=fields)):
                 if document.prompt is not None:
-                    raise ValueError(f"{one.name}: prompts and responses: give plain text, or name a --field")
+                    raise ValueError(f"{one.name}: has prompts and responses: give plain text, or use --field")
                 yield document
 
     documents, size = [], 0
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         if size >= args.megabytes * 1e6:
             break
     if not documents:
-        raise ValueError("no text in the inputs: give files with text in them")
+        raise ValueError("no text in the inputs: give files that contain text")
 
     def library() -> None:
         for document in documents:
@@ -95,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, folders or globs, as tools/prepare_data.py takes them")
-    add("--tokenizer", required=True, metavar="PATH", help="as tools/prepare_data.py takes it")
-    add("--megabytes", type=float, default=8, metavar="N", help="text to measure on (default %(default)s)")
-    add("--rounds", type=int, default=3, metavar="N", help="times that each part runs (default %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers there")
-    add("--field", metavar="NAME", help="the field or column with the text of a document (default: text)")
+    add("inputs", nargs="+", metavar="INPUT", help="files, folders or globs, as for tools/prepare_data.py")
+    add("--tokenizer", required=True, metavar="PATH", help="as for tools/prepare_data.py")
+    add("--megabytes", type=float, default=8, metavar="N", help="megabytes of text (default: %(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="runs of each part (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the numbers to this file too")
+    add("--field", metavar="NAME", help="field or column with the text of a document (default: text)")
     return parser.parse_args(argv)
 
 

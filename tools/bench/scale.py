@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""What grows with the number of ranks, measured on one machine.
+"""Measure, on one machine, costs that grow with the number of ranks.
 
     python tools/bench/scale.py --only checkpoint --ranks 64 256 1024
     python tools/bench/scale.py --only groups --ranks 16 32 64 96
     python tools/bench/scale.py --only roll-call --ranks 64 256 1024
 
-checkpoint: processor seconds of rank 0's thread for one save of 8B with both moments, and for a resume on as many
-ranks and on half as many. The other ranks' messages and files are there, but sending is not part of the time. Rows are
-cut to 1/1024 of their width, because copying bytes does not hold Python's lock; everything else is as it would be.
+checkpoint: CPU seconds of rank 0's thread for one save of an 8B model with both moments, and for resuming on the same
+number of ranks and on half as many. Messages and files of the other ranks are simulated, and their time is subtracted.
+Rows have 1/1024 of their real width, because copying bytes does not hold Python's lock. Everything else is as in a real
+run.
 
-groups: what a gloo group over all ranks costs (real processes, connected over the loopback device): connections of a
-process, and traffic.
+groups: the cost of a gloo group over all ranks, in connections of one process and in traffic. The ranks are real
+processes, connected over the loopback device.
 
-roll-call: seconds until the watchdog has every rank's answer: from one key, and as it was, from a key for each rank.
-Where rank 0 is silent, others ask, and the store answers one after the other: their number times the time of one.
+roll-call: seconds until the watchdog has read the answers of all ranks. It compares one shared key, as the watchdog
+uses it, with the earlier method of one key for each rank. If rank 0 does not ask, other ranks do, and the store serves
+them one after the other, so their number is multiplied by the time of one.
 """
 
 import argparse
@@ -49,11 +51,11 @@ from mdmtrain.parallel.world import World
 
 PARTS = ("checkpoint", "groups", "roll-call")
 CUT = 1024
-NO_GROUP = cast(dist.ProcessGroup, None)  # a simulated rank talks to nobody
+NO_GROUP = cast(dist.ProcessGroup, None)  # a simulated rank does not communicate
 
 
 class Simulated(World):
-    """Rank 0 of many. What the others would send is made when it asks for it; `apart` counts that time."""
+    """Rank 0 of many. It creates the messages of the other ranks when they are needed; `apart` sums up that time."""
 
     apart = 0.0
     folder: Path
@@ -61,7 +63,7 @@ class Simulated(World):
 
     def gather(self, value) -> list:
         start, values = time.thread_time(), [value] * self.size
-        if isinstance(value, tuple) and value[0] and isinstance(value[0][0], tuple):  # size and checksum of its file
+        if isinstance(value, tuple) and value[0] and isinstance(value[0][0], tuple):  # size and checksum of a file
             values = [value, *(([self._write(number)], None) for number in range(1, self.size))]
         messages = [pickle.dumps(one) for one in values]
         type(self).apart += time.thread_time() - start
@@ -76,7 +78,7 @@ class Simulated(World):
 
 
 def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
-    """What rank 0 of `ranks` has of 8B's parameters and moments."""
+    """The parameters and moments of an 8B model, as sharded on rank 0 of `ranks`."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -109,7 +111,7 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
         for name, readers in (("resume, s", ranks), ("resume on half, s", ranks // 2)):
             tensors, world = shards(readers)
             start, Simulated.apart = time.thread_time(), 0.0
-            meta = pickle.loads(pickle.dumps(store.read_meta(folder)))  # read by rank 0 and sent to the others
+            meta = pickle.loads(pickle.dumps(store.read_meta(folder)))  # rank 0 reads it and sends it to the others
             found["of this the index, s"] = time.thread_time() - start
             store.load(folder, meta, tensors, world)
             found[name] = time.thread_time() - start - Simulated.apart
@@ -120,7 +122,7 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
 
 
 def measure_groups(ranks: int) -> dict[str, float]:
-    """Makes three groups one after the other: a run had three, and has two."""
+    """Create three groups one after the other. A run now has two; earlier versions had three."""
     context = multiprocessing.get_context("fork")  # torch is imported once
     found, port = context.SimpleQueue(), free_port()
     processes = [context.Process(target=open_groups, args=(n, ranks, port, found)) for n in range(ranks)]
@@ -151,10 +153,10 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
     counted("1 group", first)
     counted("2 groups", lambda: dist.new_group(backend="gloo"))
     counted("3 groups", lambda: dist.new_group(backend="gloo"))
-    if rank == 1:  # rank 0 has the connections of the store too
+    if rank == 1:  # rank 0 also has the connections of the store
         found.put(result)
     meeting.add("left", 1)
-    while rank == 0 and meeting.add("left", 0) < ranks:  # it keeps the store for the others
+    while rank == 0 and meeting.add("left", 0) < ranks:  # rank 0 hosts the store until all have left
         time.sleep(0.05)
     os._exit(0)
 
@@ -191,7 +193,7 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
         reader.set(f"at {rank}", json.dumps(report))
     start = time.monotonic()
     assert len(watch._answers()) == ranks
-    now = time.monotonic() - start - 0.1  # the pause before it looks
+    now = time.monotonic() - start - 0.1  # the pause before it reads
     start = time.monotonic()
     for rank in range(ranks):
         assert not reader.check([f"left {rank}"]) and reader.check([f"at {rank}"])
@@ -199,9 +201,9 @@ def measure_roll_call(ranks: int) -> dict[str, float]:
     before = time.monotonic() - start
     return {
         "rank 0 asks, s": now,
-        "rank 0 is silent, s": now * -(-ranks // DEPUTIES),
-        "rank 0 asks, a key for each, s": before,
-        "rank 0 is silent, all ask, s": before * (ranks - 1),
+        "rank 0 does not ask, s": now * -(-ranks // DEPUTIES),
+        "rank 0 asks, one key per rank, s": before,
+        "rank 0 does not ask, all others do, s": before * (ranks - 1),
     }
 
 
@@ -210,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="tools/bench/scale.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=PARTS, default=PARTS[0], help="what to measure (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256], help="default: 64 256")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256], help="numbers of ranks (default: 64 256)")
     args = parser.parse_args(arguments)
     measure = {"checkpoint": measure_checkpoint, "groups": measure_groups, "roll-call": measure_roll_call}[args.only]
     rows = {ranks: measure(ranks) for ranks in args.ranks}

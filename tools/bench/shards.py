@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How long a run's start takes, and how much memory a rank, on a folder of many shards. Needs no corpus: it makes one.
+"""Measure the time and memory that a run needs to open a folder of many shards. The tool creates the folder.
 
     python tools/bench/shards.py --out DIR [--shards N] [--ranks N] [--json FILE]
 
-DIR gets a prepared folder of N shards whose files are holes: they take no room. Rank 0 reads the manifest, sends it to
-the others, and each rank checks its part of the sizes, as `mdmtrain.train` does; here one rank after the other.
+DIR becomes a prepared folder of N shards. Their files are sparse and use almost no disk space. As in `mdmtrain.train`,
+rank 0 reads the manifest and sends it to the other ranks, and each rank checks a part of the file sizes. Here, the work
+of rank 0 and of one other rank is measured, one after the other.
 """
 
 import json
@@ -27,11 +28,11 @@ from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 
 SHARD_TOKENS, SHARD_DOCUMENTS = 100_000_000, 100_000
 LENGTH = 4096  # tokens of a row
-READS = 2_000  # rows that are read from random places
+READS = 2_000  # rows that are read from random positions
 
 
 def make_folder(folder: Path, shards: int) -> None:
-    """A prepared folder with so many shards of 100M tokens each, all of them 0."""
+    """Create a prepared folder with `shards` shards of 100M tokens each. All token ids are 0."""
     folder.mkdir(parents=True)
     Tokenizer.train([Path(__file__).read_text()], 300, folder / MODEL_FILE)
     splits = {}
@@ -52,10 +53,10 @@ def make_folder(folder: Path, shards: int) -> None:
 
 
 def measured(act: Callable[[], object]) -> tuple[float, float, Any]:
-    """Seconds, megabytes more at the highest, and what `act` returns, in a process of its own. On Linux."""
+    """Call `act` in a new process. Returns (seconds, growth of memory to its peak in MB, result). Only on Linux."""
 
     def child(pipe) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what there is now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory to the present memory
         before, start = resident("VmRSS"), time.perf_counter()
         result = act()
         pipe.send((time.perf_counter() - start, resident("VmHWM") - before, result))
@@ -69,13 +70,13 @@ def measured(act: Callable[[], object]) -> tuple[float, float, Any]:
 
 
 def resident(field: str) -> float:
-    """Megabytes of this process: VmRSS now, VmHWM at the highest."""
+    """Memory of this process in megabytes: VmRSS (present) or VmHWM (peak)."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) / 1e3
 
 
 def read_rows(splits: list, seed: int) -> int:
-    """Read rows from random places; the files that are open then."""
+    """Read rows from random positions. Returns the number of open files afterwards."""
     train = splits[0][0]
     for window in np.random.default_rng(seed).integers(windows(train, LENGTH), size=READS):
         train.read(int(window) * LENGTH, LENGTH)
@@ -84,10 +85,16 @@ def read_rows(splits: list, seed: int) -> int:
 
 def main() -> None:
     parser = CommandParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the folder is made; kept")
-    parser.add_argument("--shards", type=int, default=100_000, metavar="N", help="shards of 100M tokens (100,000)")
-    parser.add_argument("--ranks", type=int, default=64, metavar="N", help="ranks that share the checks (64)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to create, or to use if it exists"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=100_000, metavar="N", help="shards of 100M tokens each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=64, metavar="N", help="ranks that share the checks (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args()
     if not (args.out / MANIFEST).exists():
         make_folder(args.out, args.shards)

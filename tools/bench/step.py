@@ -175,7 +175,7 @@ def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> 
     dtype = getattr(torch, config.parallel.compute_dtype)
     tokens = config.run.micro_batch * config.data.sequence_length
     ceiling = product_ceiling(world, dtype, shape, tokens)
-    counted, _ = step_flops(shape, one, Assumptions().masked)
+    counted, *_ = step_flops(shape, one, Assumptions().masked)
     step = float(np.median(total))
     return {
         "steps": len(total),

@@ -1,0 +1,45 @@
+"""The parts of tools/gpu_check.py on the fake device: that they run, in the sizes of a GPU.
+
+    python -m tests.gpu check DATA SCRATCH PART...       one line of JSON for each part
+
+What they measure means nothing here. "PART, item" is the part with a fault in the step (see arrangements.py).
+"""
+
+import sys
+import tempfile
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+from tests.conftest import ROOT
+from tests.gpu.arrangements import STEP, compiled_by, fake_ranks, item_in_the_step
+from tests.gpu.fake_cuda import FakeCuda
+
+sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
+import gpu_bench
+import gpu_check
+import gpu_parts
+
+
+def check(data: str, scratch: str, part: str) -> dict:
+    """Run a part. Returns its checks and numbers, and the exception that ended it, or None."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    report = gpu_parts.Report(folder / "report.json")
+    place = gpu_parts.Place(folder, Path(data), rehearsal=False)
+    error = None
+    STEP[0] = 1
+    with ExitStack() as stack:
+        stack.enter_context(compiled_by("aot_eager"))
+        stack.enter_context(FakeCuda())
+        world = stack.enter_context(fake_ranks(1))
+        for module in (gpu_parts, gpu_bench):
+            stack.enter_context(patch.object(module, "the_world", lambda: world))
+        if part.endswith(", item"):
+            stack.enter_context(item_in_the_step())
+        try:
+            gpu_check.PARTS[part.removesuffix(", item")][0](report, place)
+        except Exception as raised:
+            traceback.print_exc()
+            error = f"{type(raised).__name__}: {raised}"
+    return {"name": part, "checks": report.checks, "numbers": report.numbers, "error": error}

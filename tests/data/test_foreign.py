@@ -113,7 +113,7 @@ def test_ordinary_text_has_the_ids_that_the_model_was_trained_with(tmp_path):
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), {}, CHANGED),
         (lambda c: c["model"]["vocab"].pop("q"), {}, CHANGED),
         (lambda c: None, {"mask_token": "in"}, "mask_token 'in' is an ordinary piece"),
-        (lambda c: c["added_tokens"].append(token(c["model"]["vocab"]["q"], "q")), {"mask_token": "q"}, "'q' would be encoded as"),
+        (lambda c: c["added_tokens"].append(token(c["model"]["vocab"]["q"], "q")), {"mask_token": "q"}, "'q' would be"),
         (lambda c: None, {"added_tokens_decoder": {"77": {"content": "</s>"}}}, "'</s>' has id 1, but 77"),
     ],
 )  # fmt: skip

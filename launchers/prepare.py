@@ -1,10 +1,10 @@
-"""Prepare a corpus in many processes or as a Slurm job array: parts, retries, and one prepared folder at the end.
+"""Prepare a corpus in many processes or as a Slurm job array, with retries. The result is one prepared folder.
 
-    python -m launchers.prepare INPUT... --out DIR --tasks 8                                 processes of this machine
+    python -m launchers.prepare INPUT... --out DIR --tasks 8                                 processes on this machine
     python -m launchers.prepare INPUT... --out DIR --tasks 100 --slurm '--time 4:00:00'      tasks of a job array
 
-The folder has the same bytes for any number of tasks, and as tools/prepare_data.py makes it. The same command resumes a
-preparation that was stopped or killed. docs/preparing.md is the user's guide.
+The folder has the same bytes for any number of tasks, and the same bytes as from tools/prepare_data.py. The same
+command resumes a preparation that was stopped or killed. docs/preparing.md is the user's guide.
 """
 
 import argparse
@@ -48,28 +48,28 @@ from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
 from mdmtrain.files import replacing
 from mdmtrain.parallel.stop import heard
 
-POLL = 2.0  # seconds between two looks at what is done
+POLL = 2.0  # seconds between two checks of the progress
 MANY = ("tasks", "give fewer --tasks")
 
 
 class Tasks(Protocol):
-    """Where the units of a stage are done."""
+    """Start tasks that do the units of a stage, and track them."""
 
     def start(self, stage: Stage, deals: list[list[int]]) -> None:
         """Start a task for each list of units."""
 
     def left(self) -> int:
-        """How many of the tasks have not ended."""
+        """The number of tasks that have not ended."""
 
     def ended(self, stage: Stage) -> list[list[int]]:
-        """The units of each task of a stage that has ended since this was asked last."""
+        """The list of units of each task of a stage that has ended since the last call."""
 
     def stop(self) -> None:
-        """The launcher ends before the tasks."""
+        """Called before the launcher ends, also if tasks are still running."""
 
 
 class Processes:
-    """Tasks on this machine. They end when the launcher ends, however it does."""
+    """Tasks as processes on this machine. They end when the launcher ends, even if it is killed."""
 
     def __init__(self, work: Path, workers: int):
         self._work, self._workers = work, workers
@@ -87,11 +87,11 @@ class Processes:
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
                     env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
-                    start_new_session=True,  # so that Ctrl-C reaches only this process
+                    start_new_session=True,  # so that Ctrl-C signals only the launcher
                 )  # fmt: skip
             self._processes.append(process)
             assert process.stdin
-            with suppress(BrokenPipeError):  # it has ended already
+            with suppress(BrokenPipeError):  # the task has already ended
                 process.stdin.write(json.dumps(units) + "\n")
                 process.stdin.flush()
 
@@ -109,14 +109,14 @@ class Processes:
         for process in self._processes:
             assert process.stdin
             with suppress(BrokenPipeError):
-                process.stdin.close()  # a task ends then
+                process.stdin.close()  # this ends the task
         for process in self._processes:
             process.wait()
         self._processes = []
 
 
 class JobArray:
-    """Tasks of a Slurm job array. They continue when the launcher ends; the next one finds them in the folder."""
+    """Tasks of a Slurm job array. They continue if the launcher ends; the next launcher finds the job in JOB."""
 
     def __init__(self, work: Path, options: argparse.Namespace, workers: int):
         self._work, self._options, self._workers = work, options, workers
@@ -146,7 +146,7 @@ class JobArray:
         return told["deals"] if told and told["stage"] == stage else []
 
     def _told(self) -> dict | None:
-        """The job that was submitted last, by an earlier launcher too."""
+        """The job that was submitted last, also by an earlier launcher; None if there is none."""
         file = self._work / JOB
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -155,7 +155,7 @@ class JobArray:
 
 
 def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor:
-    """submitit's executor for the tasks of a stage."""
+    """The submitit executor for the tasks of a stage."""
     made = RunExecutor(work / "submitit", python=PYTHON)
     setup = [*options.setup, *code_lines(shlex.quote(str(work / "code")), {"OMP_NUM_THREADS": "1"})]
     made.update_parameters(
@@ -171,7 +171,7 @@ def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor
 
 @dataclass
 class Show:
-    """The live table."""
+    """The live progress table."""
 
     making: Preparation
     console: Console
@@ -182,7 +182,7 @@ class Show:
         self.begin, self.first = time.monotonic(), self._bytes(stage)[0]
 
     def _bytes(self, stage: Stage) -> tuple[int, int, int, int]:
-        """Bytes that are done, all bytes, units that are done, all units."""
+        """(bytes that are done, all bytes, units that are done, all units)."""
         units = self.making.units(stage)
         pending = self.making.pending(stage)
         total = sum(self.making.size(stage, unit) for unit in range(units))
@@ -190,7 +190,7 @@ class Show:
         for unit in pending:
             try:
                 done += int(note(self.making.work, stage, unit).read_text())
-            except (FileNotFoundError, ValueError):  # not begun, or just being written
+            except (FileNotFoundError, ValueError):  # the unit has not begun, or its file is being written
                 continue
         return done, total, units - len(pending), units
 
@@ -206,10 +206,11 @@ class Show:
 
 
 def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attempts: int, show: Show) -> None:
-    """Do all units of a stage, each at most `attempts` times. Raises ValueError with the error line of one that fails.
+    """Do all units of a stage, with at most `attempts` attempts for each.
 
-    Units are dealt to `count` tasks at a time. Those that are left when these have ended are dealt again. A unit has
-    failed once where it was begun and is not done; where a task began none of its units, all of them have.
+    The units are distributed over `count` tasks. When all tasks have ended, the remaining units are distributed again.
+    A unit has failed if a task began but did not finish it. If a task ended before it began any of its remaining units,
+    all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are exhausted.
     """
     failures, errors = Counter[int](), dict[int, str]()
     show.start(stage)
@@ -217,7 +218,7 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
     running.mkdir(exist_ok=True)
     with Live(console=show.console, transient=True, auto_refresh=False) as live:
         while True:
-            while left := tasks.left():  # also those that an earlier launcher started
+            while left := tasks.left():  # includes tasks that an earlier launcher started
                 live.update(show.table(stage, left, failures.total()), refresh=True)
                 time.sleep(POLL)
             making.clean()
@@ -228,7 +229,7 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
                 for unit in begun or open_units:
                     failures[unit] += 1
                     errors[unit] = _why(making.work, stage, unit)
-                    again = "tried again" if failures[unit] < attempts else "given up"
+                    again = "trying again" if failures[unit] < attempts else "no attempts left"
                     line = f"failed: {PHASES[stage]}, part {unit}: {escape(errors[unit])}; {again}"
                     show.console.print(line, soft_wrap=True)
             todo = sorted(unit for unit in pending if failures[unit] < attempts)
@@ -263,9 +264,9 @@ def parser() -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(made)
-    made.add_argument("--tasks", type=positive, required=True, metavar="N", help="parts that are prepared at a time")
+    made.add_argument("--tasks", type=positive, required=True, metavar="N", help="number of tasks that run at a time")
     made.add_argument(
-        "--workers", type=positive, default=1, metavar="N", help="tokenizing processes of each task (default: 1)"
+        "--workers", type=positive, default=1, metavar="N", help="processes in each task that tokenize (default: 1)"
     )
     made.add_argument(
         "--slurm",
@@ -277,26 +278,26 @@ def parser() -> CommandParser:
         type=positive,
         default=3,
         metavar="N",
-        help="a part that failed N times is given up, and the others are finished (default: 3)",
+        help="try each part at most N times; if one fails N times, finish the others and report it (default: 3)",
     )
-    made.add_argument("--dry-run", action="store_true", help="print the plan, and the job script; start nothing")
+    made.add_argument("--dry-run", action="store_true", help="print the plan and the job script; start nothing")
     return made
 
 
 def slurm_options(arguments: str, workers: int) -> argparse.Namespace:
-    """The options of --slurm. Raises ValueError for those that a preparation does not have."""
+    """Parse the options in --slurm. Raises ValueError for options that a preparation does not support."""
     options = parse(slurm_parser(), shlex.split(arguments), None)
     if options.config or options.nodes != 1 or options.gpus_per_node or options.ranks_per_node != 1:
         raise ValueError(f"--slurm {arguments!r}: a task has one node and no GPU: leave out nodes, GPUs and ranks")
     options.cpus = options.cpus or workers
-    options.stop_before = -60  # no time is needed to stop, and Slurm may signal 60 s earlier
+    options.stop_before = -60  # a task needs no time to stop; Slurm may signal up to 60 s early
     return options
 
 
 def explain(plan: Plan, making: Preparation, tasks: int) -> list[str]:
     largest = max(plan.bytes_of(part) for part in range(len(plan.parts)))
     parts = len(plan.parts)
-    idle = [f"note    a smaller --part-bytes makes more parts: only {parts:,} of {tasks:,} tasks have one"]
+    idle = [f"note    only {parts:,} of {tasks:,} tasks have a part: a smaller --part-bytes makes more parts"]
     return [
         f"inputs  {len(plan.inputs):,} files, {sum(plan.sizes) / 1e6:,.1f} MB",
         f"parts   {parts:,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, parts):,} tasks",

@@ -1,6 +1,7 @@
-"""A task of a preparation: does its share of the units of a stage, inside a job or as a process of this machine.
+"""A task of a preparation, in a Slurm job or as a local process: does its share of the units of a stage.
 
-launchers.prepare starts it. A unit that fails leaves its error line for the launcher, and the next one begins.
+launchers.prepare starts it. If a unit fails, the task writes the error line to a file for the launcher, and continues
+with the next unit.
 """
 
 import json
@@ -19,15 +20,15 @@ from mdmtrain.data.parts import Do, Preparation, Stage
 from mdmtrain.data.plan import Plan
 from mdmtrain.files import replacing
 
-BEAT = 1.0  # seconds between two notes of how far a unit is
+BEAT = 1.0  # seconds between two updates of a unit's progress file
 
 
 def write_plan(work: Path, plan: Plan) -> None:
-    """Write what tasks need. Raises ValueError where only this process can read an input."""
+    """Write the plan to a file for the tasks. Raises ValueError if only this process can read an input."""
     for one in plan.inputs:
         if one.spool is not None:
             raise ValueError(
-                f"{one.name}: can be read only once, and not by several tasks: make a file of it, or prepare it with "
+                f"{one.name}: can be read only once, and not by several tasks: save it as a file, or prepare it with "
                 "tools/prepare_data.py"
             )
     content = pickle.dumps((plan, os.getcwd()))
@@ -37,14 +38,14 @@ def write_plan(work: Path, plan: Plan) -> None:
 
 
 def note(work: Path, stage: Stage, unit: int) -> Path:
-    """The file with the bytes that are done of a unit which was begun; with `.error`, why it failed."""
+    """The progress file of a unit: the bytes that are done. With the suffix `.error`: the unit's error line."""
     return work / "running" / f"{stage}-{unit:05d}"
 
 
 def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
-    """Do those of the units that are not done yet."""
+    """Do the given units that are not done yet."""
     plan, directory = pickle.loads((work / "plan.pickle").read_bytes())
-    os.chdir(directory)  # of the names of inputs
+    os.chdir(directory)  # the names of inputs may be relative to it
     making = Preparation(plan, work)
     pending = set(making.pending(stage))
     with making.doing(stage, workers) as do:
@@ -54,7 +55,7 @@ def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
 
 
 def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
-    """Do a unit. Returns whether the next one can be begun."""
+    """Do a unit. Returns whether the task can begin the next one."""
     file, last = note(work, stage, unit), time.monotonic()
     file.write_text("0")
 
@@ -81,7 +82,10 @@ def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
 
 
 def main() -> None:
-    """WORK STAGE WORKERS, and the units as JSON on a line of standard input, which the launcher closes to end this."""
+    """Run as a process with the arguments WORK STAGE WORKERS.
+
+    The first line of standard input has the units as JSON. The launcher closes standard input to end the process.
+    """
     work, workers = sys.argv[1], int(sys.argv[3])
     stage = cast(Stage, sys.argv[2])
     units = json.loads(sys.stdin.readline())

@@ -1,7 +1,7 @@
-"""A conversation as a prompt and a response: the template that writes out the messages before the last one.
+"""Convert a conversation to a prompt and a response. A chat template renders the messages before the last one.
 
-The special tokens that a tokenizer's own template writes become their ids. Text of the messages that spells one stays
-text, like all text.
+Special tokens that a tokenizer's own chat template writes are encoded as their ids. A special token that is spelled in
+the text of a message is encoded as ordinary text, as in all other text.
 """
 
 import json
@@ -10,26 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TEXT_MARK = "\U0010f582"  # keeps text that spells a special token apart from one; private use, and taken out again
+TEXT_MARK = "\U0010f582"  # private-use character, put into special tokens in message text and removed later
 Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Template:
-    """How messages become a prompt.
+    """Renders messages as a prompt.
 
-    Without `jinja`, each is a line "<|role|>" and its content from the next line on, and a line "<|assistant|>" ends
-    the prompt, all of it text. `jinja` is a template of transformers, `specials` are its tokenizer's special tokens.
+    Without `jinja`, each message is a line "<|role|>" and then its content, and the prompt ends with a line
+    "<|assistant|>". All of this is ordinary text, without special tokens. `jinja` is a chat template of transformers,
+    `specials` are the special tokens of its tokenizer.
     """
 
     jinja: str | None = None
     specials: tuple[str, ...] = ()
-    eos: str = ""  # the token that templates call eos_token
+    eos: str = ""  # the value of eos_token in templates
 
     def prompt(self, messages: list[dict[str, str]]) -> tuple[str, Spans]:
-        """The prompt to which the assistant responds, and which [start, end) of it are special tokens.
+        """The prompt to which the assistant responds, and [start, end) of each special token in it.
 
-        Raises ValueError where the template refuses the messages.
+        Raises ValueError if the template rejects the messages.
         """
         if self.jinja is None:
             turns = "".join(f"<|{message['role']}|>\n{message['content']}\n" for message in messages)
@@ -48,12 +49,12 @@ class Template:
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # bos is ours to add
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # we add bos ourselves
         try:
             rendered, _ = render_jinja_template(  # type: ignore[str-unpack] # a pair, annotated as a string
                 [messages], chat_template=self.jinja, add_generation_prompt=True, **names
             )
-        except Exception as error:  # whatever a template does
+        except Exception as error:  # a template can raise any error
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
         return rendered[0]
 
@@ -61,7 +62,10 @@ class Template:
         return sorted(self.specials, key=len, reverse=True)
 
     def _apart(self, content: str) -> str:
-        """Content in which no special token is spelled. Raises ValueError where the mark itself is in it."""
+        """The content with TEXT_MARK inserted into each special token spelled in it.
+
+        Raises ValueError if the content already contains TEXT_MARK.
+        """
         if TEXT_MARK in content:
             raise ValueError(f"a message has U+{ord(TEXT_MARK):X}, which is used to mark text")
         for special in self._longest_first():
@@ -73,9 +77,9 @@ PLAIN = Template()
 
 
 def template_in(folder: Path) -> str | None:
-    """The chat template of a model folder, as transformers keeps it there: the default one where it has several.
+    """The chat template in a model folder, in the places where transformers stores it; None if there is none.
 
-    Raises ValueError where its file is damaged.
+    If the folder has several templates, the default one. Raises ValueError if the file is damaged.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():

@@ -1,4 +1,4 @@
-"""What a person should know about the data of a run before it starts, and what then refuses it."""
+"""Describe the data of a run before it starts, and refuse a run whose data does not fit its configuration."""
 
 import numpy as np
 
@@ -7,22 +7,22 @@ from mdmtrain.data.loader import describe_rows, mixture
 from mdmtrain.data.order import Cursor, Mixture
 from mdmtrain.data.shards import PreparedSplit
 
-MOST_COMPARED = 20_000_000  # documents of a split whose hashes are compared
+MOST_COMPARED = 20_000_000  # maximum number of documents of a split whose hashes are compared
 
 
 def describe_data(
     config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit], cursor: Cursor
 ) -> list[str]:
-    """Lines about the rows, the mixture and the cache. Raises ValueError where a run must not start so."""
+    """Lines about the rows, the mixture and the cache. Raises ValueError if the run must not start."""
     lines = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     lines += describe_mixture(config, sources, mixture(config, sources, cursor), cursor)
     return lines + describe_cache(config, sources, validation)
 
 
 def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor) -> list[str]:
-    """How often each source will have been read at the end of the run: the lines of a table.
+    """The lines of a table with the number of epochs of each source at the end of the run.
 
-    Raises ValueError where that is more often than its max_epochs.
+    Raises ValueError if a source is read for more than its max_epochs.
     """
     steps, data = config.run.steps, config.data
     reads = order.counts(cursor.at(steps, config.slots_per_step, 0).sample)
@@ -45,7 +45,7 @@ def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixtur
 
 
 def cache_need(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> int:
-    """Bytes that the cache has to hold at a time: the validation splits, and of each source two turns (see Shuffle)."""
+    """Bytes that the cache must hold at a time: the validation splits, and two turns of each source (see Shuffle)."""
     mask, together = config.data.document_mask, config.data.shuffle_shards
     need = sum(int(split.row_bytes(mask).sum()) for split in validation if split.cache is not None)
     for source in sources:
@@ -56,9 +56,9 @@ def cache_need(config: Config, sources: list[PreparedSplit], validation: list[Pr
 
 
 def describe_cache(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
-    """What the cache has to hold at a time: a line, where a source lies in an object store.
+    """A line that says how much the cache must hold at a time; no line if no source is in an object store.
 
-    Raises ValueError where it may hold less.
+    Raises ValueError if the cache's limit is lower.
     """
     need, data, together = cache_need(config, sources, validation), config.data, config.data.shuffle_shards
     if not need:
@@ -72,11 +72,11 @@ def describe_cache(config: Config, sources: list[PreparedSplit], validation: lis
 
 
 def shared_documents(train: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
-    """A warning for each validation split of which documents are also in the train split of another source.
+    """A warning for each pair of a validation split and the train split of another source that share documents.
 
-    In one folder there are none: preparation sends documents that differ in white space, case or the encoding of
-    characters alone to the same split. Reads 8 bytes for each training document, where there are several sources; of a
-    split with more than MOST_COMPARED documents about so many are looked at.
+    The splits of one folder share none: preparation puts documents that differ only in white space, case or the
+    encoding of characters into the same split. If there are several sources, this reads 8 bytes for each training
+    document. From a split with more than MOST_COMPARED documents, it reads the hashes of about MOST_COMPARED.
     """
     lines = []
     for held_out in validation:
@@ -85,7 +85,9 @@ def shared_documents(train: list[PreparedSplit], validation: list[PreparedSplit]
             continue
         hashes = np.concatenate([np.empty(0, np.int64), *held_out.document_hashes(MOST_COMPARED)])
         if len(hashes) < held_out.documents_of(held_out.some_shards(MOST_COMPARED)):
-            lines.append(f"{held_out.folder}: made by an older version: whether train has its documents is not known")
+            lines.append(
+                f"{held_out.folder}: made by an older version: it is not known whether train splits share documents"
+            )
             continue
         wanted, places = np.unique(hashes, return_inverse=True)
         for source in others:

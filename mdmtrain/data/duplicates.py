@@ -1,8 +1,8 @@
-"""Documents whose text an earlier document has, found without holding all hashes in memory.
+"""Find documents whose text is the text of an earlier document, without all hashes in memory.
 
-Each part writes the hashes of its documents, sorted. A bucket is a range of hashes: the hashes of all parts in it are
-sorted together, which finds the documents after the first one of each text. A part leaves out what the buckets found in
-it. Memory: about 100 bytes for a document of a part, or of a bucket, which has BUCKET documents.
+Each part writes the sorted hashes of its documents. A bucket is a range of hash values: the hashes of all parts that
+are in it are sorted together. Of the documents with equal hashes, all but the first are duplicates. Each part then
+leaves out its duplicates. Memory: about 100 bytes for each document of a part, or of a bucket (BUCKET documents).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _FOUND = np.dtype([("part", "<u4"), ("number", "<u4")])
 
 
 def text_hash(document: Document) -> bytes:
-    """16 bytes of exactly what a document says: its text with its prompt, or its ids where they were made elsewhere."""
+    """A 16-byte hash of a document's exact content: prompt and text, or the ids if its file contains token ids."""
     if document.ids is not None:
         content = document.ids.astype("<i8").tobytes()
     elif document.prompt is not None:
@@ -31,7 +31,10 @@ def text_hash(document: Document) -> bytes:
 
 
 def sorted_hashes(hashes: Iterable[bytes]) -> np.ndarray:
-    """The hashes of a part's documents, which are numbered from 0, in their order: _HASH [documents]."""
+    """The sorted hashes of a part's documents, each with its document's number from 0: _HASH [documents].
+
+    hashes: those of the documents, in the order of the documents.
+    """
     content = bytearray()
     for hash in hashes:
         content += hash
@@ -47,9 +50,9 @@ def buckets(documents: int) -> int:
 
 
 def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
-    """Which documents in a bucket (of so many) have the text of an earlier one, by part and number: _FOUND, ascending.
+    """The documents in a bucket that are duplicates of an earlier one: _FOUND [duplicates], by part and number, sorted.
 
-    parts: the files with what `sorted_hashes` gave for each part.
+    parts: for each part, the file with the result of `sorted_hashes`. of: the number of buckets.
     """
     lowest, above = (np.uint64(min(-(-number * 2**64 // of), 2**64 - 1)) for number in (bucket, bucket + 1))
     blocks, origins = [], []
@@ -61,7 +64,7 @@ def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
         origins.append(np.full(end - first, part, "<u4"))
     found, origin = np.concatenate(blocks), np.concatenate(origins)
     del blocks, origins
-    order = np.lexsort((found["low"], found["high"]))  # stable: documents of one text stay in their order
+    order = np.lexsort((found["low"], found["high"]))  # stable: documents with the same text keep their order
     high, low = found["high"][order], found["low"][order]
     again = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
     again.sort()
@@ -72,7 +75,7 @@ def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
 
 
 def numbers_in(files: Iterable[Path], part: int) -> np.ndarray:
-    """The numbers of a part's documents that the buckets found, ascending: uint32 [duplicates of the part]."""
+    """The numbers of a part's duplicates, ascending: uint32 [duplicates of the part]. files: one for each bucket."""
     lists = [np.empty(0, "<u4")]
     for file in files:
         found = np.load(file, mmap_mode="r")

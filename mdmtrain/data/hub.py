@@ -1,7 +1,7 @@
-"""Tokenizers as model folders on the hub have them, tokenizer.json: ours written for others, theirs read for us.
+"""Import and export tokenizers in the format of model folders on the Hugging Face hub (tokenizer.json).
 
-A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json, made lossless, and the
-names of its bos, eos, pad and mask tokens. `Tokenizer` takes either kind.
+An imported (foreign) tokenizer is stored in one file, like our own: a JSON object with the tokenizer.json, made
+lossless, and the names of its bos, eos, pad and mask tokens. `Tokenizer` reads both kinds of files.
 """
 
 import json
@@ -33,7 +33,7 @@ class HubPieces:
     """A foreign tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
 
     def __init__(self, model: bytes):
-        """model: what `bundle` gave. Raises ValueError where it is none, or the library is missing."""
+        """model: the result of `bundle`. Raises ValueError if it is anything else, or the library is missing."""
         try:
             content = json.loads(model)
             self.names: dict[str, str] = content["roles"]
@@ -43,8 +43,8 @@ class HubPieces:
         except ValueError:
             raise
         except Exception:  # the library raises Exception itself
-            raise ValueError("no JSON of a tokenizer and its roles") from None
-        self._tokenizer.encode_special_tokens = True  # text never becomes a reserved id
+            raise ValueError("not a JSON object with a tokenizer and its roles") from None
+        self._tokenizer.encode_special_tokens = True  # text is never encoded as a reserved id
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
@@ -60,30 +60,30 @@ class HubPieces:
         return self._vocabulary.get(piece, -1)
 
     def id_to_piece(self, number: int) -> str:
-        return self._tokenizer.id_to_token(number) or ""  # a foreign vocabulary may have holes
+        return self._tokenizer.id_to_token(number) or ""  # a foreign vocabulary may have unused ids
 
     def unk_id(self) -> int:
         unknown = self.content["model"].get("unk_id")
         return self.piece_to_id(self.content["model"].get("unk_token") or "") if unknown is None else unknown
 
     def reserved(self) -> set[int]:
-        """Ids that no text becomes: special tokens, the piece of what is unknown, and numbers without a piece."""
+        """Ids that no text is encoded as: special tokens, the unknown piece, and ids without a piece."""
         special = {token["id"] for token in self.content["added_tokens"] if token["special"]}
         holes = set(range(self.get_piece_size())) - set(self._vocabulary.values())
         return special | holes | ({self.unk_id()} - {-1})
 
     def added(self) -> list[str]:
-        """Pieces with a meaning of their own: tokens that text spells, or that it must not become."""
+        """Added tokens: those that are found in text first, and special tokens, which text must not become."""
         return [token["content"] for token in self.content["added_tokens"]]
 
 
 def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """A foreign tokenizer.json as one file, made lossless, and its vocabulary size before anything was added.
+    """A foreign tokenizer.json as the content of one file, made lossless, and its original vocabulary size.
 
-    The names of bos, eos, pad and mask are in tokenizer_config.json (or special_tokens_map.json) beside `file`, or
-    config, the model's config.json, has their ids. A role that nothing names gets a new token at the end of the
-    vocabulary if `add_missing`; one that shares its token with another always does. What had to be changed is logged.
-    Raises ValueError.
+    The names of bos, eos, pad and mask are read from tokenizer_config.json (or special_tokens_map.json) next to `file`,
+    or their ids from config, the model's config.json. A role without a token gets a new one at the end of the
+    vocabulary if `add_missing`. A role that shares its token with another role always gets a new one. Changes are
+    logged. Raises ValueError.
     """
     library = tokenizers_library()
     try:
@@ -95,18 +95,18 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
 
 
 def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """The same of a tokenizer.json and its settings that were made from `file`."""
+    """Like `bundle`, for the content of a tokenizer.json and its settings. file: their origin, for messages."""
     usual = tokenizers_library().Tokenizer.from_str(json.dumps(content))
     try:
         content.setdefault("added_tokens", [])
         _add_from_settings(content, settings)
-        content = json.loads(load(content).to_str())  # as the library writes it today
+        content = json.loads(load(content).to_str())  # in the library's current format
         size = max(number for _, number in vocabulary(content)) + 1
         notes = neutralise(content)
         for token in content["added_tokens"]:
             if usual.token_to_id(token["content"]) not in (None, token["id"]):
                 notes.append(
-                    f"{token['content']!r} has the id of the file, {token['id']}; transformers gives it another"
+                    f"{token['content']!r} keeps its id in the file, {token['id']}; transformers gives it another id"
                 )
                 break
         names = _named(content, settings, config, notes)
@@ -116,26 +116,28 @@ def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}, or its settings: not in the format ({error!r}): get the original files") from None
+        raise ValueError(
+            f"{file}, or its settings: not in the expected format ({error!r}): get the original files"
+        ) from None
     if notes:
-        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
+        log.warning("%s: changed so that no text is lost: %s (docs/tokenizers.md)", file, "; ".join(notes))
     return _dump(roles, content), size
 
 
 def _settings(folder: Path) -> dict:
-    """What tokenizer_config.json says, and special_tokens_map.json of older folders where that says nothing."""
+    """The settings in tokenizer_config.json, and those that only special_tokens_map.json (of older folders) has."""
     found: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             try:
                 found = {**dict(json.loads((folder / name).read_text(encoding="utf-8"))), **found}
             except (ValueError, TypeError):
-                raise ValueError(f"{folder / name}: damaged (no JSON object): get the original file") from None
+                raise ValueError(f"{folder / name}: damaged (not a JSON object): get the original file") from None
     return found
 
 
 def _text(token: str | dict | None) -> str | None:
-    """A token of the settings, which have either its text or an object with that. Raises ValueError."""
+    """The text of a token in the settings, which is either a string or an object with it. Raises ValueError."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise ValueError(f"tokenizer_config.json names {text!r} as a token: it must be a text")
@@ -143,7 +145,7 @@ def _text(token: str | dict | None) -> str | None:
 
 
 def _add_from_settings(content: dict, settings: dict) -> None:
-    """Tokens, and which of them are special, that tokenizer_config.json knows and tokenizer.json does not."""
+    """Add the tokens, and their `special` flags, that only tokenizer_config.json has."""
     known = {token["content"]: token for token in content["added_tokens"]}
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         entry = known.setdefault(token["content"], {**FLAGS, **token, "id": int(number)})
@@ -158,9 +160,10 @@ def _add_from_settings(content: dict, settings: dict) -> None:
 
 
 def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dict[str, str]:
-    """The tokens that the settings, or the model's configuration by their ids, name for the roles.
+    """The token of each role that the settings name, or that the model's configuration gives by its id.
 
-    An id in the configuration that is an ordinary piece (its default, often) does not count, which `notes` says.
+    An id in the configuration that is an ordinary piece (often its default) is not used; a note is then added to
+    `notes`.
     """
     by_id, names = {number: piece for piece, number in vocabulary(content)}, {}
     declared = {token["content"] for token in content["added_tokens"]}
@@ -171,7 +174,7 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
             token = by_id.get(number)
             if token is not None and token not in declared and spelled(content, [token]):
                 notes.append(
-                    f"{role}_token_id {number} of config.json is not used, as it is the ordinary piece {token!r}"
+                    f"{role}_token_id {number} of config.json is not used, because it is the ordinary piece {token!r}"
                 )
                 token = None
         if token:
@@ -180,21 +183,21 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
 
 
 def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str]) -> dict[str, str]:
-    """A special token for each role, shared with no other. Adds tokens to `content`; what it changes is in `notes`."""
+    """A special token for each role, shared with no other role. Adds new tokens to `content` and changes to `notes`."""
     model, tokens = content["model"], {token["content"]: token for token in content["added_tokens"]}
     unknown = model.get("unk_token")
     if unknown is None and model.get("unk_id") is not None:
         unknown = model["vocab"][model["unk_id"]][0]
     ordinary = spelled(content, [name for name in names.values() if name not in tokens])
     roles, taken = {}, {unknown: "unk"} if unknown else {}
-    for role in ("eos", "bos", "mask", "pad"):  # the first keeps a token that several have
+    for role in ("eos", "bos", "mask", "pad"):  # the first of several roles with the same token keeps it
         name = names.get(role)
         if name is None and not add_missing:
             raise ValueError(f"it names no {role} token: tokenizer_config.json must have {role}_token")
         if name in ordinary:
-            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which text has: name a token of its own")
+            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which occurs in text: name a special token")
         if name in taken:
-            notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
+            notes.append(f"{role} gets a new token, because {name!r} is also {taken[name]}")
         if name is None or name in taken:
             name = f"<|mdm_{role}|>"
         roles[role], taken[name] = name, role
@@ -207,29 +210,29 @@ def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str])
 
 
 def hub_files(model: bytes) -> dict[str, bytes]:
-    """The files that give transformers' AutoTokenizer the ids of the tokenizer in `model`: name -> content.
+    """The files with which transformers' AutoTokenizer gives the same ids as the tokenizer in `model`: name -> content.
 
-    Raises ValueError where a tokenizer.json cannot say the same.
+    Raises ValueError if a tokenizer.json cannot express this tokenizer.
     """
     if model[:1] == b"{":
         pieces, files = HubPieces(model), {}
         content = pieces.content
     else:
         pieces, files = SentencePieces(model), {"tokenizer.model": model}
-        if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
+        if pieces.model_type != "BPE":  # the two libraries break ties between pieces differently
             raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
     settings: dict[str, Any] = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
+    settings["split_special_tokens"] = True  # as in our tokenizer, "<mask>" in a text is ordinary text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}
     return files | {name: json.dumps(text, ensure_ascii=False, indent=1).encode() for name, text in texts.items()}
 
 
 def bundle_unigram(pieces: SentencePieces) -> bytes:
-    """A sentencepiece unigram model as `bundle` gives a tokenizer.json: exact in transformers from the start.
+    """A sentencepiece unigram model in the format of `bundle`'s result, so that the export to transformers is exact.
 
-    Where two ways to split a word are equally likely the ids may be others than sentencepiece's.
+    If two ways to split a word are equally likely, the ids may differ from those of sentencepiece.
     """
     content = json.loads(load(_converted(pieces)).to_str())
     return _dump(pieces.names, content)
@@ -240,16 +243,16 @@ def _dump(roles: dict[str, str], content: dict) -> bytes:
 
 
 def _converted(pieces: SentencePieces) -> dict:
-    """A sentencepiece model as a tokenizer.json, our escape of U+2581 included. Raises ValueError.
+    """A sentencepiece model as a tokenizer.json, with our escape of U+2581. Raises ValueError.
 
-    User-defined pieces become added tokens: like these they are found first, and are merged with nothing.
+    User-defined pieces become added tokens, because both are found before all other pieces and are never merged.
     """
     added = []
     for number in pieces.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED):
         piece, special = pieces.id_to_piece(number), pieces.pieces[number].type != PIECE.USER_DEFINED
         if not special and (SPACE_MARK in piece or ESCAPE in piece):
             raise ValueError(f"user-defined piece {piece!r}: a tokenizer.json cannot have one with a space")
-        if special or " " not in piece:  # sentencepiece sees no spaces, so it never finds one with them
+        if special or " " not in piece:  # sentencepiece replaces spaces, so it never finds such a piece
             added.append({"id": number, "content": piece, **FLAGS, "special": special})
     marked = [*escaping(SPACE_MARK), *replacements((" ", SPACE_MARK))]
     back = [*replacements((SPACE_MARK, " ")), {"type": "ByteFallback"}, *unescaping(SPACE_MARK)]
@@ -275,8 +278,10 @@ def _unigram(pieces: SentencePieces) -> dict:
 
 
 def _bpe(pieces: SentencePieces) -> dict:
-    """sentencepiece merges the neighbours whose union has the best score, so every way to split a piece into two others
-    is a merge, in the order of the scores.
+    """The BPE model of a tokenizer.json for the pieces.
+
+    sentencepiece merges the two neighbours whose union has the best score. So each way to split a piece into two other
+    pieces is a merge, and the merges are ordered by score.
     """
     ordinary = {pieces.id_to_piece(i): i for i in pieces.of_type(PIECE.NORMAL)}
     merges = [

@@ -1,7 +1,7 @@
-"""A foreign tokenizer.json made lossless: what cuts, pads or changes text is switched off, and ids are the file's.
+"""Make a foreign tokenizer.json lossless: disable all steps that cut, pad or change text, and keep the file's ids.
 
-Everything here edits the file's JSON, so that transformers reads the same tokenizer from a folder that we export.
-Whether a tokenizer is lossless then is for `Tokenizer` to find out, which refuses those that are not.
+All functions edit the JSON of the file, so that transformers reads the same tokenizer from a folder that we export.
+`Tokenizer` then tests whether the result is lossless, and raises an error if it is not.
 """
 
 import json
@@ -10,12 +10,12 @@ import re
 ROLES = ("bos", "eos", "pad", "mask")
 SPACE_MARK, ESCAPE = "\u2581", "\U0010f581"  # see tokenizer.py
 PREFIX = "no space is put before the first word"
-BYTE = "<0x41>"  # an example of all byte pieces: there is no A in it, which could be why that byte is there
+BYTE = "<0x41>"  # stands for all byte pieces; its text has no "A", so only the piece itself can give this id
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def tokenizers_library():
-    """The module tokenizers, which only foreign tokenizers need. Raises ValueError where it is not installed."""
+    """The module tokenizers, which only foreign tokenizers need. Raises ValueError if it is not installed."""
     try:
         import tokenizers
     except ImportError:
@@ -24,17 +24,17 @@ def tokenizers_library():
 
 
 def replacements(*pairs: tuple[str, str]) -> list[dict]:
-    """Steps of a normalizer or a decoder that replace strings, in turn."""
+    """Steps of a normalizer or a decoder that replace strings, one pair (old, new) after another."""
     return [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
 
 
 def escaping(mark: str) -> list[dict]:
-    """Normalizer steps before spaces become `mark`: a mark in the text stays apart from a space."""
+    """Normalizer steps for use before spaces become `mark`. They escape marks in the text, to distinguish them."""
     return replacements((ESCAPE, ESCAPE + "0"), (mark, ESCAPE + "1"))
 
 
 def unescaping(mark: str) -> list[dict]:
-    """Decoder steps after marks became spaces again."""
+    """Decoder steps for use after marks became spaces again: the inverse of `escaping`."""
     return [{"type": "Fuse"}, *replacements((ESCAPE + "1", mark), (ESCAPE + "0", ESCAPE))]
 
 
@@ -42,17 +42,17 @@ def unescaping(mark: str) -> list[dict]:
 
 
 def vocabulary(content: dict) -> list[tuple[str, int]]:
-    """Every piece of a tokenizer.json and the id that the file gives it, added tokens after the model's pieces."""
+    """(piece, its id in the file) for every piece of a tokenizer.json: the model's pieces, then the added tokens."""
     pieces = content["model"]["vocab"]
     own = list(pieces.items()) if isinstance(pieces, dict) else [(piece, i) for i, (piece, _) in enumerate(pieces)]
     return own + [(token["content"], token["id"]) for token in content["added_tokens"]]
 
 
 def load(content: dict):
-    """The library's tokenizer of a tokenizer.json, with the ids that are in the file. Raises ValueError.
+    """Load a tokenizer.json with the tokenizers library, with the ids that are in the file. Raises ValueError.
 
-    The library numbers added tokens anew where there are holes between their ids. A token that the model's vocabulary
-    has too keeps its id: there it is written then.
+    The library renumbers added tokens if there are gaps between their ids, except those that are also in the model's
+    vocabulary. If there are gaps, all added tokens are therefore written into that vocabulary, in `content`.
     """
     numbers: dict[str, int] = {}
     for piece, number in vocabulary(content):
@@ -85,7 +85,7 @@ def _from_json(content: dict):
 
 
 def _steps(step: dict | None, key: str) -> list[dict]:
-    """A step, or the steps of a sequence of sequences."""
+    """A list of the single steps in a step, which may be a nested sequence or None."""
     if step is None:
         return []
     return [part for inner in step[key] for part in _steps(inner, key)] if step["type"] == "Sequence" else [step]
@@ -102,9 +102,9 @@ def _marks_spaces(step: dict) -> bool:
 
 
 def neutralise(content: dict) -> list[str]:
-    """Switch off what loses text in the content of a tokenizer.json; returns what that was, for a person to read.
+    """Disable every setting in the content of a tokenizer.json that loses text. Returns notes on the changes.
 
-    Doing it again changes nothing.
+    A second call changes nothing.
     """
     notes = []
     for name in ("truncation", "padding"):
@@ -148,7 +148,7 @@ def _neutralise_steps(content: dict) -> list[str]:
         elif step["type"] == "ByteLevel" and step["add_prefix_space"]:
             notes.append(PREFIX)
             step["add_prefix_space"] = False
-    # A space at the start is the text's own now.
+    # No space is added at the start any more, so the decoder must not remove one.
     decoders = [step for step in decoders if step["type"] != "Strip" and step not in after[1:]]
     for step in decoders:
         if step["type"] == "Metaspace":
@@ -162,10 +162,11 @@ def _neutralise_steps(content: dict) -> list[str]:
 
 
 def keep_apart(content: dict) -> None:
-    """Let text that spells a special token or a byte piece ("</s>", "<0x41>") be text. Raises ValueError where not.
+    """Make sure that text which spells a special token or a byte piece ("</s>", "<0x41>") is encoded as ordinary text.
 
-    A model that looks whole words up in its vocabulary (unigram, WordPiece, BPE with ignore_merges) finds these too.
-    A split after the first character of such text prevents that, and changes no other text.
+    A model that looks up whole words in its vocabulary (unigram, WordPiece, BPE with ignore_merges) would find these
+    pieces. An added split after the first character of such text prevents this, and does not affect other text. Raises
+    ValueError if that is not enough.
     """
     texts = [token["content"] for token in content["added_tokens"] if token["special"]]
     if content["model"].get("byte_fallback"):
@@ -177,13 +178,15 @@ def keep_apart(content: dict) -> None:
         split = {"pattern": {"Regex": "|".join(patterns)}, "behavior": "Isolated", "invert": False}
         splitters = _steps(content["pre_tokenizer"], "pretokenizers")
         content["pre_tokenizer"] = _sequence([*splitters, {"type": "Split", **split}], "pretokenizers")
-    unknown = {content["model"].get("unk_token")}  # comes of what has no piece, too: `Tokenizer` refuses that
+    unknown = {content["model"].get("unk_token")}  # may be the unknown piece, which `Tokenizer` refuses
     for text in set(spelled(content, found)) - unknown:
-        raise ValueError(f"ordinary text that spells {text!r} becomes this token: give the role a token of its own")
+        raise ValueError(
+            f"ordinary text that spells {text!r} would be encoded as this token: give the role a token of its own"
+        )
 
 
 def spelled(content: dict, texts: list[str]) -> list[str]:
-    """Which of the pieces `texts` the model makes from text that spells them."""
+    """Those of the pieces `texts` that the model produces for ordinary text which spells them."""
     if not texts:
         return []
     loaded = load(content)

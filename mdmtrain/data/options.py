@@ -1,4 +1,4 @@
-"""What a prepared folder is made with, besides its inputs: as a value, and as options of a command line."""
+"""The options of a preparation, as a dataclass and as command-line options."""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -26,21 +26,21 @@ from mdmtrain.data.tokenizer import chat_template
 
 @dataclass(frozen=True)
 class Options:
-    """What a prepared folder is made with, besides its inputs."""
+    """The options of a preparation: everything except its inputs."""
 
     tokenizer: str | None = None  # a tokenizer's file, or a folder with one; None: train one
-    vocab_size: int = 32_768  # pieces of a tokenizer trained here
-    validation_fraction: float = 0.01  # of the documents, chosen by their hash
-    shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
+    vocab_size: int = 32_768  # number of pieces, if a tokenizer is trained
+    validation_fraction: float = 0.01  # share of the documents, chosen by their hash
+    shard_tokens: int = 100_000_000  # maximum number of tokens in a shard (one document may be longer)
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
-    tiktoken_pattern: str | None = None  # of a tokenizer that is a rank file of tiktoken
-    dtype: TokenType | None = None  # of files of token ids without a header
-    part_bytes: int = 1 << 30  # of the input files, on disk, that a part has at most (one file may be larger)
-    dedup: bool = False  # leave out documents whose text an earlier one has
-    min_chars: int | None = None  # characters of a document, its prompt included
-    max_chars: int | None = None
+    tiktoken_pattern: str | None = None  # for a tokenizer that is a rank file of tiktoken
+    dtype: TokenType | None = None  # type of the ids in files of token ids without a header
+    part_bytes: int = 1 << 30  # maximum bytes of input files, on disk, in a part (one file may be larger)
+    dedup: bool = False  # leave out documents with the same text as an earlier one
+    min_chars: int | None = None  # minimum characters of a document, its prompt included
+    max_chars: int | None = None  # maximum characters, its prompt included
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -56,21 +56,23 @@ class Options:
         if self.max_chars is not None and self.max_chars < (self.min_chars or 0):
             raise ValueError(f"--max-chars {self.max_chars} is less than --min-chars {self.min_chars}")
         if self.dtype and not self.tokenizer:
-            raise ValueError("--dtype is of token ids: give the --tokenizer that made them")
+            raise ValueError("--dtype is only for files of token ids: give the --tokenizer that made them")
 
     def reading(self) -> Reading:
         ids = Ids(self.tokenizer, self.tiktoken_pattern, self.dtype) if self.tokenizer else None
         return Reading(self.on_bad_record, self.format, self.fields, ids)
 
     def content(self, tokenizer_sha256: str | None) -> dict[str, Any]:
-        """What a folder's content depends on, as JSON. Newer options are in it where they are used: folders from before
-        there were any stay what they are. tokenizer_sha256: of the one that is given.
+        """The options that the content of a folder depends on, as JSON.
+
+        Options that were added later are included only if they differ from their default, so that the identity of older
+        folders does not change. tokenizer_sha256: the hash of the given tokenizer, None if there is none.
         """
         settings = asdict(self)
         for name in ("fields", "dtype", "part_bytes", "dedup", "min_chars", "max_chars"):
             if getattr(self, name) == getattr(Options, name):
                 del settings[name]
-        del settings["tiktoken_pattern"]  # the tokenizer has it
+        del settings["tiktoken_pattern"]  # the tokenizer's hash covers it
         if tokenizer_sha256:
             settings["tokenizer"] = tokenizer_sha256
             del settings["vocab_size"]
@@ -78,28 +80,29 @@ class Options:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a preparation, its inputs among them; `read_options` reads them."""
+    """Add the inputs and options of a preparation to a parser; `read_options` reads them."""
     add = parser.add_argument
     add(
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), each "
-        "also compressed (.gz, .zst, .bz2, .xz), Parquet or Arrow file, folder, quoted glob (** for any depth), or - "
-        "for standard input. A JSON object or a row has a 'text' field, which is one document, or 'prompt' and "
-        "'response': prompts are never masked in training, and sizes in bytes are those of the responses. A text file "
-        f"is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In folders, links are followed and hidden "
-        "files are not read. URLs (s3://, gs://, hf://datasets/, https://) name files, folders and globs too. "
-        "docs/data.md has the details",
+        help="text file, file with one JSON object on each line (.jsonl, .ndjson, .json, or any file that begins with "
+        "a JSON object), Parquet or Arrow file, folder, quoted glob (** for any depth), or - for standard input. Text "
+        "and JSON files may be compressed (.gz, .zst, .bz2, .xz). A JSON object or a row has either a 'text' field, "
+        "which is one document, or the fields 'prompt' and 'response'. Prompts are never masked in training, and sizes "
+        "in bytes count only the responses. A text file is one document; it is cut at a line end every "
+        f"{LONGEST_TEXT:,} bytes. In folders, links are followed and hidden files are not read. An input can also be a "
+        "URL of a file, folder or glob (s3://, gs://, hf://datasets/, https://). docs/data.md has the details",
     )
-    add("--inputs-from", type=Path, metavar="FILE", help="more inputs: a text file with one INPUT on each line")
-    add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; appears only when complete")
+    add("--inputs-from", type=Path, metavar="FILE", help="text file with more inputs, one INPUT on each line")
+    add("--out", required=True, type=Path, metavar="DIR", help="prepared folder to make; it appears only when complete")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a tokenizer.json, a "
-        "sentencepiece model or a rank file of tiktoken; docs/tokenizers.md says which are accepted",
+        help="use an existing tokenizer: a prepared folder, a run, a checkpoint or a model folder that contains one, "
+        "or a tokenizer.json, a sentencepiece model or a rank file of tiktoken. docs/tokenizers.md says which are "
+        "accepted",
     )
     kind.add_argument(
         "--vocab-size",
@@ -111,11 +114,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--tiktoken-pattern",
         metavar="PATTERN",
-        help="where --tokenizer is a rank file of tiktoken that is not named like its encoding: the encoding's name "
-        f"({', '.join(ENCODINGS)}), or the regular expression at which it splits text",
+        help="needed if --tokenizer is a rank file of tiktoken whose name is not the name of its encoding: the "
+        f"encoding's name ({', '.join(ENCODINGS)}), or the regular expression that splits the text",
     )
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, only files with such names ('*.py')")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, no files or folders with such names")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, read only files that match ('*.py')")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, skip files and folders that match")
     add(
         "--validation-fraction",
         type=float,
@@ -126,24 +129,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dedup",
         action="store_true",
-        help="leave out documents that have exactly the text of an earlier one, in the order of the inputs",
+        help="leave out documents whose text is exactly the text of an earlier document, in the order of the inputs",
     )
-    add("--min-chars", type=int, metavar="N", help="leave out documents of fewer characters, their prompts included")
-    add("--max-chars", type=int, metavar="N", help="leave out documents of more characters, their prompts included")
+    add("--min-chars", type=int, metavar="N", help="leave out documents with fewer characters (prompt included)")
+    add("--max-chars", type=int, metavar="N", help="leave out documents with more characters (prompt included)")
     add(
         "--shard-tokens",
         type=int,
         default=Options.shard_tokens,
         metavar="N",
-        help="most tokens in a shard file (default %(default)s)",
+        help="maximum number of tokens in a shard file (default %(default)s)",
     )
     add(
         "--part-bytes",
         type=int,
         default=Options.part_bytes,
         metavar="N",
-        help="the inputs are prepared in parts of so many bytes at most, as they lie on disk; a file is never cut, and "
-        "a part that is finished is kept when the preparation is stopped (default %(default)s)",
+        help="prepare the inputs in parts of at most N bytes, measured on disk; a file is never divided between parts. "
+        "If the preparation is stopped, finished parts are kept (default %(default)s)",
     )
     add_field_options(parser)
     add_format_option(parser)
@@ -152,7 +155,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> tuple[list[Input], Options]:
-    """The inputs and the options that a command line names. Raises ValueError."""
+    """The inputs and options given on a command line. Raises ValueError."""
     template = chat_template(args.tokenizer) if args.messages_field and args.tokenizer else PLAIN
     options = Options(
         args.tokenizer,

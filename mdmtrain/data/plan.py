@@ -1,6 +1,7 @@
-"""The parts that a prepared folder is made in: a pure function of its inputs and options.
+"""Divide the preparation of a folder into parts: a pure function of the inputs and options.
 
-A part has consecutive inputs. How many processes prepare the parts, and in which order, changes nothing.
+A part consists of consecutive inputs. The number of processes that prepare the parts, and the order in which they do
+so, do not affect the result.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ SHORT, LONG = "shorter than --min-chars", "longer than --max-chars"
 
 
 def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """[first, end) of the inputs of each part: as many as have `most` bytes together, or one that is larger."""
+    """[first, end) of the inputs of each part: at most `most` bytes together, or one input that is larger."""
     parts, first, total = [], 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > most:
@@ -32,23 +33,23 @@ def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 def digest(*what: Any) -> str:
-    """sha256 of something that JSON can write."""
+    """The sha256 of values that can be written as JSON."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be prepared. Processes that share the work read it from a file."""
+    """The inputs and options of a preparation. Processes that share the work read the plan from a file."""
 
     inputs: tuple[Input, ...]
-    identities: tuple[list, ...]  # of the inputs, when the plan was made
+    identities: tuple[list, ...]  # the identities of the inputs when the plan was made
     sizes: tuple[int, ...]  # bytes of the inputs, on disk
     options: Options
-    model: bytes | None  # content of the tokenizer's file where one is given
+    model: bytes | None  # content of the tokenizer's file, if the user gave one
 
     @classmethod
     def of(cls, inputs: Sequence[Input], options: Options) -> "Plan":
-        """Raises ValueError where the tokenizer cannot be read, OSError where an input is gone."""
+        """Raises ValueError if the tokenizer cannot be read, OSError if an input no longer exists."""
         given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
         identities = tuple(one.identity() for one in inputs)
         sizes = tuple(one.size for one in inputs)
@@ -60,35 +61,36 @@ class Plan:
 
     @cached_property
     def settings(self) -> list:
-        """What the content depends on besides the inputs."""
+        """Everything except the inputs that the content of the folder depends on."""
         given = hashlib.sha256(self.model).hexdigest() if self.model else None
         return [FORMAT, LONGEST_TEXT, self.options.content(given)]
 
     @cached_property
     def made_from(self) -> str:
-        """What tells a folder that this plan makes from all others."""
+        """A hash that identifies the prepared folder: two plans with the same hash give the same content."""
         return digest(*self.settings, list(self.identities))
 
     def bytes_of(self, part: int) -> int:
         return sum(self.sizes[slice(*self.parts[part])])
 
     def prompts(self, reading: Reading) -> bool | None:
-        """Whether documents have prompts: as the first one does; None where there is none."""
+        """Whether the first document, and so every document, has a prompt; None if there is no document."""
         for source in self.inputs:
             for document, _ in read_documents(source, reading):
                 return document.prompt is not None
         return None
 
     def refuse_changes(self, part: int) -> None:
-        """Raise ValueError where an input of a part is no longer what it was when the plan was made."""
+        """Raise ValueError if an input of a part has changed since the plan was made."""
         for number in range(*self.parts[part]):
             source = self.inputs[number]
             if source.spool is None and open_name(source.name).identity() != self.identities[number]:
                 raise ValueError(f"{source.name} has changed since the preparation began: start it again")
 
     def documents(self, part: int, reading: Reading, prompts: bool | None) -> Iterator[tuple[Document, int, int]]:
-        """The documents of a part that are neither too short nor too long, each with the number of its input and the
-        bytes of the part read so far.
+        """(document, number of its input, bytes of the part read so far) for each document of a part.
+
+        Documents that are too short or too long are left out.
         """
         first, end = self.parts[part]
         for number, before in zip(range(first, end), accumulate(self.sizes[first:end], initial=0), strict=False):
@@ -99,8 +101,10 @@ class Plan:
                     yield document, number, before + position
 
     def tokenizer_sample(self, reading: Reading, prompts: bool | None) -> Iterator[tuple[str, bool, int]]:
-        """Text for a tokenizer: the first documents of every input, in proportion to its bytes, four times what is
-        learned from at most. Each with whether it is of training, and the bytes of the inputs that are done.
+        """(text, whether it is in the train split, bytes of the inputs that are done) to train a tokenizer on.
+
+        The texts are the first documents of every input, in proportion to its bytes. They have at most about four times
+        as many characters as the tokenizer is trained on.
         """
         total, fraction = max(1, sum(self.sizes)), self.options.validation_fraction
         for source, size, before in zip(self.inputs, self.sizes, accumulate(self.sizes, initial=0), strict=False):
@@ -124,5 +128,8 @@ class Plan:
 
 
 def draw(hash: int) -> float:
-    """A document's number in [0, 1): below --validation-fraction it is validation. Like documents go together."""
+    """A document's number in [0, 1): below --validation-fraction, the document is in the validation split.
+
+    Documents with equal hashes are in the same split.
+    """
     return (hash >> 31) / 2**32

@@ -1,4 +1,4 @@
-"""Manners of a helper process: it leaves signals to its parent and never outlives it."""
+"""Setup of a worker process: it ignores signals, and ends when its parent process ends."""
 
 import multiprocessing
 import os
@@ -7,18 +7,18 @@ import threading
 
 
 def follow_parent() -> None:
-    """Call first in a helper process.
+    """Ignore signals and exit when the parent process ends. Call this first in a worker process.
 
-    Ctrl-C and Slurm signal the whole process group, but only the parent knows whether to stop now or after saving; a
-    helper that dies first would turn its orderly stop into a crash. A parent killed by SIGKILL cannot say goodbye, so a
-    thread waits for its end.
+    Ctrl-C and Slurm signal the whole process group, but only the parent decides whether to stop now or after saving. A
+    worker that ended first would turn an orderly stop into a crash. A parent that is killed by SIGKILL cannot notify
+    its workers, so a thread waits for its end.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
-        assert parent is not None, "not in a helper process"
+        assert parent is not None, "not in a worker process"
         parent.join()
         os._exit(1)
 

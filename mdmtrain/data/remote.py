@@ -1,6 +1,6 @@
-"""Files in object stores, through fsspec: s3://, gs://, hf:// and whatever else an installed library of it reaches.
+"""Read files from object stores through fsspec: s3://, gs://, hf:// and all protocols whose libraries are installed.
 
-Every request has a timeout and is made again where it failed. What fails in the end is a ValueError of one line.
+Every request has a timeout and is repeated if it fails. If all attempts fail, it raises a ValueError of one line.
 """
 
 import time
@@ -12,9 +12,9 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 T = TypeVar("T")
-PIECE = 16 << 20  # bytes that one request asks for
-TIMEOUT, LIST_TIMEOUT = 60.0, 600.0  # seconds for a request of one piece, and for the list of a whole folder
-PAUSES = (1.0, 4.0, 16.0)  # seconds before the second attempt and those after it
+PIECE = 16 << 20  # bytes in one request
+TIMEOUT, LIST_TIMEOUT = 60.0, 600.0  # seconds for a request of one piece, and for a listing of a whole folder
+PAUSES = (1.0, 4.0, 16.0)  # seconds before the second, third and fourth attempt
 
 
 def is_url(path: str) -> bool:
@@ -22,14 +22,14 @@ def is_url(path: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL, and its path there. For this process and thread: ask again after a fork.
+    """The filesystem of a URL, and the path there. Valid in this process and thread: call it again after a fork.
 
-    Raises ValueError where nothing installed reaches it.
+    Raises ValueError if no installed library supports the URL.
     """
     try:
         return url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url}: {_one_line(error)}: install what reaches it, or choose another place") from None
+        raise ValueError(f"{url}: {_one_line(error)}: install its package, or choose another place") from None
 
 
 def read(url: str) -> bytes:
@@ -39,10 +39,10 @@ def read(url: str) -> bytes:
 
 
 def read_piece(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a file. Raises ValueError where it has fewer."""
+    """Bytes [start, end) of a file. Raises ValueError if it is shorter."""
     piece = ask(url, TIMEOUT, "cat_file", start=start, end=end)
     if len(piece) != end - start:
-        raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: it changes, or is cut")
+        raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: the file has changed")
     return piece
 
 
@@ -51,12 +51,12 @@ def exists(url: str) -> bool:
 
 
 def size_of(url: str) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes."""
     return ask(url, TIMEOUT, "info")["size"]
 
 
 def sizes_in(url: str) -> dict[str, int]:
-    """Bytes of each file of a folder, by name."""
+    """The size in bytes of each file of a folder, by name."""
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in ask(url, LIST_TIMEOUT, "ls", detail=True)}
 
 
@@ -67,7 +67,7 @@ def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
         filesystem_, path = filesystem(url)
         if isinstance(filesystem_, AsyncFileSystem):
             return sync(filesystem_.loop, getattr(filesystem_, f"_{method}"), path, timeout=timeout, **arguments)
-        return getattr(filesystem_, method)(path, **arguments)  # of a disk or in memory
+        return getattr(filesystem_, method)(path, **arguments)  # a filesystem on disk or in memory
 
     return _persistently(call, url, timeout)
 
@@ -78,10 +78,10 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
             return call()
         except ValueError:
             raise
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library has its own types
             error = _reason(error)
             if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
-                raise ValueError(f"{url}: there is nothing of this name") from None
+                raise ValueError(f"{url}: no such file or folder") from None
             if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
                 raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
             if pause is None:
@@ -93,7 +93,7 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
 
 
 def _reason(error: Exception) -> Exception:
-    """Why a request failed: fsspec says of all that fails on the web that no file was found."""
+    """The actual error of a failed request: for every failure over HTTP, fsspec raises FileNotFoundError."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error

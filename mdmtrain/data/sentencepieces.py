@@ -1,7 +1,8 @@
-"""A sentencepiece model as our tokenizer needs it: it changes no text, and reserved ids are control pieces.
+"""Make a sentencepiece model usable as our tokenizer: it must not change text, and reserved ids are control pieces.
 
-sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
-private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
+sentencepiece writes spaces as U+2581, so a U+2581 in the text would be decoded as a space. It is therefore escaped with
+a private-use character that almost no text contains. This character is escaped too, so that each string has exactly one
+escaped form.
 """
 
 import sentencepiece
@@ -11,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2 as protobuf
 from mdmtrain.data.lossless import ESCAPE, PREFIX, ROLES, SPACE_MARK
 
 PIECE = protobuf.ModelProto.SentencePiece
-MASKS = ("<mask>", "<|mdm_mask|>")  # the mask's piece: of our models and of many, or one that `adapted` added
+MASKS = ("<mask>", "<|mdm_mask|>")  # the mask's piece: in our models and many others, or added by `adapted`
 MODEL_TYPES = {protobuf.TrainerSpec.BPE: "BPE", protobuf.TrainerSpec.UNIGRAM: "Unigram"}  # tokenizer.json's names
 
 
@@ -24,7 +25,7 @@ def unescape(text: str) -> str:
 
 
 def _roles(proto: protobuf.ModelProto) -> dict[str, str]:
-    """The control piece of each role that has one."""
+    """role -> its control piece, for each role that has one."""
     training, names = proto.trainer_spec, {}
     controls = {number: piece.piece for number, piece in enumerate(proto.pieces) if piece.type == PIECE.CONTROL}
     masks = [number for number, piece in controls.items() if piece in MASKS]
@@ -35,10 +36,11 @@ def _roles(proto: protobuf.ModelProto) -> dict[str, str]:
 
 
 def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
-    """A sentencepiece model of others with what ours needs, its size before, and what was changed, for a person.
+    """(adapted model, original vocabulary size, notes on the changes) for a foreign sentencepiece model.
 
-    What changes text is switched off, and roles without a control piece get a new one at the end of the vocabulary; ids
-    stay what they are. One that needs nothing is returned as it is. Raises ValueError where it is no such model.
+    Steps that change text are disabled, and each role without a control piece gets a new one at the end of the
+    vocabulary. Existing ids do not change. If no change is needed, the result is `model` itself. Raises ValueError if
+    `model` is not a sentencepiece model.
     """
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
@@ -69,10 +71,10 @@ def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
 
 
 class SentencePieces:
-    """The pieces of a model file. Encodes any text, and tells which ids no text becomes."""
+    """The pieces of a sentencepiece model file. Encodes and decodes text, and lists the reserved ids."""
 
     def __init__(self, model: bytes):
-        """model: the content of a sentencepiece model file. Raises ValueError where it is none, or changes text."""
+        """model: the content of a sentencepiece model file. Raises ValueError if it is not, or changes text."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -99,7 +101,7 @@ class SentencePieces:
         }
         if not all(needed.values()):
             missing = ", ".join(option for option, there in needed.items() if not there)
-            raise ValueError(f"it does not give text back: train yours with {missing}, or train one with --vocab-size")
+            raise ValueError(f"it does not preserve text: train yours with {missing}, or train one with --vocab-size")
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(escape(text))
@@ -111,7 +113,7 @@ class SentencePieces:
         return len(self.pieces)
 
     def piece_to_id(self, piece: str) -> int:
-        """The id of a piece, that of the unknown piece where there is none."""
+        """The id of a piece; the id of the unknown piece if the model does not have the piece."""
         return self._processor.piece_to_id(piece)
 
     def id_to_piece(self, number: int) -> str:
@@ -124,9 +126,9 @@ class SentencePieces:
         return [i for i, piece in enumerate(self.pieces) if piece.type in types]
 
     def reserved(self) -> set[int]:
-        """Ids that no text becomes."""
+        """Ids that no text is encoded as."""
         return set(self.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.UNUSED))
 
     def added(self) -> list[str]:
-        """Pieces with a meaning of their own: tokens that text spells, or that it must not become."""
+        """User-defined pieces, which are found in text first, and special pieces, which text must not become."""
         return [self.pieces[i].piece for i in self.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED)]

@@ -1,4 +1,4 @@
-"""A folder that is complete, or not there."""
+"""Write a folder so that it appears at its destination only when it is complete, and lock it while it is written."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from mdmtrain.files import put_in_place
 
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Make a folder in which `out` is made, and lock it. Raises ValueError where another process writes it."""
+    """Create the work folder for `out` and hold a lock on it. Raises ValueError if another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -27,9 +27,9 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder beside `out` to write into. At the end it takes the name of `out`, on an error it goes.
+    """A locked empty folder next to `out`. The end of the block renames it to `out`; an error removes it.
 
-    After SIGKILL the next run for `out` removes it. Raises ValueError where another process writes it.
+    After SIGKILL its files remain until the next call for `out`. Raises ValueError if another process holds the lock.
     """
     folder = out.parent / f".{out.name}.partial"
     with locked(folder, out):

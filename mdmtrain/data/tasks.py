@@ -1,8 +1,8 @@
-"""Prompts with one exact answer, made from a seed: arithmetic in words, table look-up, string transformation.
+"""Generate prompts with one exact answer from a seed: arithmetic in words, table look-up, string transformation.
 
-They measure fine-tuning (docs/finetune-study.md): an answer is right or wrong, nothing has to be downloaded, and any
-number of them can be made. Tables and strings have all sizes from small to large, so that accuracy rises by degrees.
-The length of an answer follows from its prompt, so the number of masked positions gives nothing away.
+They measure fine-tuning (docs/finetune-study.md). An answer is right or wrong, nothing has to be downloaded, and there
+are enough prompts for large data sets. Tables and strings range from small to large, so that accuracy rises gradually.
+The length of an answer follows from its prompt, so the number of masked positions reveals nothing about the answer.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from mdmtrain.diffusion import noise
 
 Split = Literal["pretrain", "train", "test"]  # train: fine-tuning; test: scoring
-SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
+SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # the share of each split in all prompts
 
 # fmt: off
 UNITS = [
@@ -25,16 +25,16 @@ UNITS = [
 ]
 # fmt: on
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-TABLE = range(2, 7)  # pairs of a key and a value
-ASKED = 3  # the most keys of a table that are looked up
-LETTERS = range(3, 9)  # of a string that is transformed
+TABLE = range(2, 7)  # number of pairs (key, value) in a table
+ASKED = 3  # maximum number of keys that are looked up in a table
+LETTERS = range(3, 9)  # number of letters of a string that is transformed
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "rotate": lambda letters: letters[1:] + letters[:1],
 }
-DRAWS = 26 + 2 * TABLE[-1] + 2  # uniforms that the greediest kind takes
-FUTILE = 10_000  # draws in a row that give nothing new
+DRAWS = 26 + 2 * TABLE[-1] + 2  # maximum number of uniforms that a kind needs
+FUTILE = 10_000  # consecutive draws without a new task, after which it raises ValueError
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Task:
 
 
 def in_words(number: int) -> str:
-    """A whole number of 0 .. 99 in English: 47 -> "forty seven"."""
+    """A whole number from 0 to 99 in English: 47 -> "forty seven"."""
     if number < len(UNITS):
         return UNITS[number]
     tens, unit = divmod(number, 10)
@@ -62,7 +62,7 @@ def arithmetic(u: np.ndarray) -> Task:
 
 
 def lookup(u: np.ndarray) -> Task:
-    """A table of letters with digits, and some of the letters: the answer is their digits, in the order asked."""
+    """A table that maps letters to digits, and some of its letters. The answer is their digits, in the same order."""
     pairs = TABLE[int(u[-1] * len(TABLE))]
     asked = 1 + int(u[-2] * min(ASKED, pairs))
     keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
@@ -73,7 +73,7 @@ def lookup(u: np.ndarray) -> Task:
 
 
 def transformation(u: np.ndarray) -> Task:
-    """Different letters, to be reversed, sorted or rotated by one place."""
+    """A string of distinct letters that must be reversed, sorted or rotated by one position."""
     name = list(TRANSFORMATIONS)[int(u[26] * len(TRANSFORMATIONS))]
     letters = some_letters(u[:26], LETTERS[int(u[-1] * len(LETTERS))])
     prompt = f"({name} {' '.join(letters)}):\n"
@@ -81,7 +81,7 @@ def transformation(u: np.ndarray) -> Task:
 
 
 def some_letters(u: np.ndarray, number: int) -> str:
-    """`number` different letters, in any order. u: 26 uniforms."""
+    """`number` distinct letters in random order. u: 26 uniforms."""
     return "".join(ascii_lowercase[i] for i in np.argsort(u, kind="stable")[:number])
 
 
@@ -93,16 +93,17 @@ KINDS: dict[str, Callable[[np.ndarray], Task]] = {
 
 
 def split_of(prompt: str) -> Split:
-    """The split of a prompt, by its hash: splits of whatever sizes and seeds never share one."""
+    """The split of a prompt, chosen by its hash. So splits never share a prompt, for any sizes and seeds."""
     place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big") / 2**48
     edges = np.cumsum(list(SHARES.values()))[:-1]
     return get_args(Split)[int(np.searchsorted(edges, place, side="right"))]
 
 
 def make_tasks(split: Split, number: int, seed: int) -> list[Task]:
-    """`number` tasks of a split, the kinds in turn. The first n of a longer list are the list of n.
+    """`number` tasks of a split; the kinds alternate. A longer list begins with the shorter one.
 
-    Those of "test" are all different; the others come as they are drawn. Raises ValueError where a kind has too few.
+    The tasks of "test" are all different; in the other splits a task may occur again. Raises ValueError if a kind has
+    too few tasks.
     """
     kinds = [_of_kind(kind, split, -(-(number - i) // len(KINDS)), seed) for i, kind in enumerate(KINDS)]
     return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(number)]

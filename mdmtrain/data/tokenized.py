@@ -1,8 +1,8 @@
-"""Corpora that are token ids already: Megatron's .bin and .idx, NumPy arrays, and files of nothing but ids.
+"""Read corpora of token ids: Megatron's .bin and .idx, NumPy arrays, llm.c's files, and raw files of ids.
 
-Their ids are kept as they are. A document ends with eos, or in Megatron's files where the index says, may begin with
-bos, and is given without both. They are copied into our shards, not pointed at: our documents have a bos, and the
-validation split is drawn document by document.
+The ids are not changed. A document ends with eos (in Megatron's files: where the index says) and may begin with bos;
+both are removed. The ids are copied into our shards, because our documents begin with bos, and because the validation
+split is chosen document by document.
 
 Sources of the formats: Megatron-LM megatron/core/datasets/indexed_dataset.py, OLMo-core's NumpyDatasetBase, nanoGPT
 data/openwebtext/prepare.py, llm.c dev/data/data_common.py.
@@ -17,32 +17,33 @@ import numpy as np
 from mdmtrain.data.tokenizer import Tokenizer
 
 TokenType = Literal["uint8", "uint16", "uint32", "int32", "int64"]
-BLOCK = 1 << 20  # ids that are read at once
-LONGEST = 1 << 26  # ids of a document: more without an eos are a sign of the wrong eos
+BLOCK = 1 << 20  # ids in one read
+LONGEST = 1 << 26  # maximum ids of a document; more ids without an eos mean that the eos is probably wrong
 NUMPY = b"\x93NUMPY"
 MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LLM_C = {struct.pack("<ii", 20240520, 1): "<u2", struct.pack("<ii", 20240801, 7): "<u4"}  # magic number and version
-LLM_C_HEADER = 256 * 4  # bytes; the third of its numbers counts the ids
+LLM_C_HEADER = 256 * 4  # bytes; the third number in it is the number of ids
 
 
 class TokenFile:
-    """A file of ids that is open."""
+    """An open file of token ids."""
 
     def __init__(self, name: str, raw: BinaryIO, index: BinaryIO | None, dtype: TokenType | None, tokenizer: Tokenizer):
-        """name: for errors. index: of Megatron's files. dtype: of a file without a header. tokenizer: made the ids.
+        """Read the header or the index of the file.
 
-        Raises ValueError where the file and its header or its index do not fit each other.
+        name: for error messages. index: the index of a Megatron file. dtype: the type of the ids in a file without a
+        header. tokenizer: the one that made the ids. Raises ValueError if the file does not match its header or index.
         """
         self.name, self._raw, self._tokenizer = name, raw, tokenizer
         self._bytes = raw.seek(0, 2)
         raw.seek(0)
-        self._lengths: np.ndarray | None = None  # ids of each document, where an index says it
+        self._lengths: np.ndarray | None = None  # ids of each document, if there is an index
         self._dtype, self._count = self._read_index(index) if index else self._read_header(dtype)
         begin, expected = raw.tell(), self._count * self._dtype.itemsize
         if begin + expected != self._bytes:
             said = "its index belongs to another file, or it is" if index else "it is"
-            found = f"{self._bytes - begin:,} bytes of ids, but {expected:,} are announced"
+            found = f"{self._bytes - begin:,} bytes of ids, but {expected:,} are expected"
             raise ValueError(f"{name}: {found}: {said} cut off or altered")
         self._allowed = np.ones(tokenizer.vocab_size, dtype=bool)
         roles = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id]
@@ -52,7 +53,7 @@ class TokenFile:
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document without bos and eos: int64 [ids].
 
-        Raises ValueError where an id is none that the tokenizer makes of a document, or documents do not end with eos.
+        Raises ValueError if the tokenizer cannot have made an id from text, or if documents do not end with eos.
         """
         eos, with_eos = self._tokenizer.eos_id, None
         for number, ids in enumerate(self._by_index() if self._lengths is not None else self._by_eos(), 1):
@@ -104,7 +105,7 @@ class TokenFile:
             yield self._take(length)
 
     def _by_eos(self) -> Iterator[np.ndarray]:
-        """Documents between eos; one may stand before the first document, and the last document may have none."""
+        """The documents separated by eos. An eos may precede the first document, and the last eos may be missing."""
         parts: list[np.ndarray] = []
         held, found = 0, False
         for block in self._blocks():
@@ -130,7 +131,7 @@ class TokenFile:
         )
 
     def _read_header(self, dtype: TokenType | None) -> tuple[np.dtype, int]:
-        """(type, number) of the ids of a file that has no index; its next byte is the first of the ids."""
+        """(type, number) of the ids of a file without an index. The file's position is then at the first id."""
         head = self._raw.read(8)
         self._raw.seek(0)
         if head.startswith(NUMPY):
@@ -142,7 +143,9 @@ class TokenFile:
             return np.dtype(LLM_C[head]), int(np.frombuffer(header, "<i4")[2])
         found = np.dtype(dtype).newbyteorder("<")
         if self._bytes % found.itemsize:
-            raise ValueError(f"{self.name}: {self._bytes:,} bytes are no whole number of {dtype}: check --dtype")
+            raise ValueError(
+                f"{self.name}: {self._bytes:,} bytes are not a multiple of the size of {dtype}: check --dtype"
+            )
         return found, self._bytes // found.itemsize
 
     def _read_numpy(self) -> tuple[np.dtype, int]:
@@ -156,18 +159,16 @@ class TokenFile:
         return dtype, shape[0]
 
     def _read_index(self, index: BinaryIO) -> tuple[np.dtype, int]:
-        """(type, number) of the ids that Megatron's index describes; sets the lengths of its documents."""
+        """(type, number) of the ids according to Megatron's index. Sets the lengths of the documents."""
         content = index.read()
         name, head = f"the index of {self.name}", struct.calcsize("<9sQBQQ")
         if len(content) < head or not content.startswith(MEGATRON):
             raise ValueError(f"{name}: not an index of Megatron: replace it, or move it away and give --dtype")
         _, version, code, sequences, ends = struct.unpack_from("<9sQBQQ", content)
         if version != 1 or code not in MEGATRON_TYPES:
-            raise ValueError(
-                f"{name}: version {version} with type {code}, which is not read: write it with Megatron-LM"
-            )
+            raise ValueError(f"{name}: version {version} with type {code} is not supported: write it with Megatron-LM")
         if len(content) != head + 12 * sequences + 8 * ends:
-            raise ValueError(f"{name}: cut off, altered or of data with modes (of images): replace it")
+            raise ValueError(f"{name}: truncated, altered, or of multimodal data: replace it")
         dtype = np.dtype(MEGATRON_TYPES[code])
         sizes = np.frombuffer(content, "<i4", sequences, head).astype(np.int64)
         pointers = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
@@ -175,6 +176,6 @@ class TokenFile:
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         fits = (sizes >= 0).all() and (pointers == bounds[:-1] * dtype.itemsize).all()
         if not (fits and ends and documents[0] == 0 and documents[-1] == sequences and (np.diff(documents) >= 0).all()):
-            raise ValueError(f"{name}: its sequences do not follow each other: write it again with Megatron-LM")
+            raise ValueError(f"{name}: its sequences are not contiguous: write it again with Megatron-LM")
         self._lengths = np.diff(bounds[documents])
         return dtype, int(bounds[-1])

@@ -1,7 +1,7 @@
-"""Text <-> token ids, and nothing lost: every text comes back as it was, or is refused.
+"""Lossless conversion between text and token ids: every text decodes to exactly itself, or is refused with an error.
 
-No text ever becomes a reserved id. Our own tokenizers are sentencepiece BPE models with byte fallback whose bos, eos,
-pad and mask are control pieces; `hub.py` reads those of other models.
+No text is encoded as a reserved id. Our own tokenizers are sentencepiece BPE models with byte fallback, whose bos, eos,
+pad and mask are control pieces; `hub.py` reads the tokenizers of other models.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from mdmtrain.data.tiktoken_files import as_tokenizer_json, is_rank_file
 log = logging.getLogger("mdmtrain")
 
 MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
-SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
+SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more would only cost time and memory
 
-# Characters that tokenizers are known to drop, join, compose or replace, one by one and side by side.
+# Characters that some tokenizers drop, join, compose or replace. They are tested next to each other and separately.
 _RANGES = [(0, 0x250), (0x300, 0x370), (0x1100, 0x1120), (0x2000, 0x2070), (0xFB00, 0xFB07), (0xFEFF, 0xFF20)]
 _CHARACTERS = "".join(chr(i) for first, end in _RANGES for i in range(first, end))
 _TEXTS = [
@@ -37,10 +37,10 @@ _TEXTS = [
 
 
 class TextChanged(ValueError):
-    """Text that a tokenizer would not give back as it is."""
+    """Raised for text that would not be the same after encoding and decoding."""
 
     def __init__(self, message: str, line: int):
-        """line: where in the text, from 1."""
+        """line: the line of the text with the first difference, from 1."""
         super().__init__(message)
         self.line = line
 
@@ -48,41 +48,42 @@ class TextChanged(ValueError):
 class Tokenizer:
     """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one.
 
-    `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` has the ids that no text
-    becomes: those of special tokens (bos, eos, pad, mask and others), of the piece for what is unknown, and numbers
-    without a piece.
+    `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` contains the ids that no
+    text is encoded as: special tokens (bos, eos, pad, mask and others), the unknown piece, and ids without a piece.
     """
 
     def __init__(self, model: bytes, name: str):
-        """`model` is the content of a sentencepiece model file, or what `hub.bundle` made of a foreign tokenizer.
+        """model: the content of a sentencepiece model file, or the result of `hub.bundle` for a foreign tokenizer.
 
-        `name` stands for it in errors. Raises ValueError for one that loses text or reserves no ids for its roles.
+        name: for error messages. Raises ValueError if the tokenizer loses text or has no reserved ids for its roles.
         """
         try:
             self._pieces = HubPieces(model) if model[:1] == b"{" else SentencePieces(model)
             names = self._pieces.names
             if names["mask"] in (names["bos"], names["eos"], names["pad"]):
-                raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
+                raise ValueError(
+                    f"its mask token {names['mask']!r} also has another role: give mask a token of its own"
+                )
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: {error}") from None
         self.name, self.model, self.sha256 = name, model, hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
         self.reserved = frozenset(self._pieces.reserved())
-        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # the id of what has no piece, where there is one
+        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # the unknown piece's id, if there is one
         for text in self.probes():
             self.encode(text)
 
     @classmethod
     def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
-        """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
+        """The tokenizer at `path`, see `read_model`. Raises ValueError if there is none, or it cannot be used."""
         return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
-        """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model to `path`.
+        """Train a tokenizer of `vocab_size` pieces on a bounded, deterministic sample of `texts`; write it to `path`.
 
-        Raises ValueError where `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
+        Raises ValueError if `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
         """
         smallest = 5 + 256 + 3
         if vocab_size < smallest:
@@ -104,8 +105,8 @@ class Tokenizer:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,  # runs of spaces: indentation
                 split_digits=True,
-                character_coverage=1.0,  # the rare ones are out already; sentencepiece takes no bound on their number
-                max_sentence_length=1 << 20,  # above every chunk of _sentences: nothing is skipped
+                character_coverage=1.0,  # rare ones are already removed; sentencepiece cannot bound their number
+                max_sentence_length=1 << 20,  # longer than every chunk of _sentences, so nothing is skipped
                 pad_id=3,
                 control_symbols=["<mask>"],  # id 4, after unk, bos, eos and pad
                 num_threads=1,
@@ -121,7 +122,7 @@ class Tokenizer:
         return cls(model.getvalue(), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
+        """The ids of `text`, without bos and eos. Raises TextChanged if they would not decode to exactly `text`."""
         ids = self.encode_unchecked(text)
         back = self._pieces.decode(ids)
         if back == text and self.reserved.isdisjoint(ids):
@@ -138,15 +139,15 @@ class Tokenizer:
             what = f"it has no piece for {text[at : at + 1]!r}"
         else:
             piece = self._pieces.id_to_piece(bad)
-            at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
-        raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
+            at, what = max(text.find(piece), 0), f"it would encode text as its reserved token {piece!r}"
+        raise TextChanged(f"tokenizer {self.name} does not preserve text: {what}", text.count("\n", 0, at) + 1)
 
     def encode_unchecked(self, text: str) -> list[int]:
-        """Ids of `text` as the library gives them: for measurements of what the check costs."""
+        """The ids of `text` without the check of `encode`, to measure what the check costs."""
         return self._pieces.encode(text)
 
     def encode_prompt(self, text: str, specials: Spans = ()) -> list[int]:
-        """The same, where [start, end) in the text of `specials` are special tokens, which a chat template wrote."""
+        """Like `encode`, for text in which a chat template wrote special tokens. specials: their [start, end)."""
         ids, done = [], 0
         for start, end in specials:
             ids += [*self.encode(text[done:start]), self._pieces.piece_to_id(text[start:end])]
@@ -158,30 +159,30 @@ class Tokenizer:
         return [piece for piece in self._pieces.added() if self._pieces.piece_to_id(piece) in self.reserved]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
+        """The text of `ids`. bos, eos, pad and mask are skipped; bytes that are not UTF-8 become U+FFFD.
 
-        What is decoded part by part is what is decoded at once, but for characters cut into parts.
+        Decoding in parts gives the same text as decoding at once, except for characters that are divided between parts.
         """
         skip = {self.bos_id, self.eos_id, self.pad_id, self.mask_id}
         return self._pieces.decode([int(i) for i in ids if i not in skip])
 
     def pieces(self) -> list[str]:
-        """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
+        """The piece of every id in readable form: '<mask>', 'def', '<0xE4>'."""
         return [piece.replace(SPACE_MARK, " ") for piece in self.raw_pieces()]
 
     def raw_pieces(self) -> list[str]:
-        """Every id's piece as the tokenizer's file has it, "" where there is none."""
+        """The piece of every id as in the tokenizer's file, "" if there is none."""
         return [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
     def probes(self) -> list[str]:
-        """Texts that a tokenizer which loses something would change; all of its special and added pieces are in one."""
+        """Test texts that show whether a tokenizer loses text. They include all of its special and added pieces."""
         added = self._pieces.added()
         within = "".join(f" {piece} a{piece}b\n{piece}\n " for piece in added)
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
 
 
 def chat_template(path: str | Path) -> Template:
-    """The chat template of the model folder that has the tokenizer `path`; a plain one where it has none.
+    """The chat template of the model folder that contains the tokenizer `path`; `PLAIN` if the folder has none.
 
     Raises ValueError.
     """
@@ -194,11 +195,11 @@ def chat_template(path: str | Path) -> Template:
 
 
 def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[Tokenizer, int]:
-    """The tokenizer that `path` names, and its vocabulary size before tokens were added.
+    """The tokenizer at `path`, and its vocabulary size before tokens were added.
 
-    path: a sentencepiece model, a tokenizer.json, or a folder with one (prepared data, a checkpoint, a model); or a
-    rank file of tiktoken, for which `tiktoken_files` has the pattern. Foreign ones become lossless, and get the roles
-    that they lack, which is logged. Raises ValueError.
+    path: a sentencepiece model, a tokenizer.json, a folder with one of these (prepared data, a checkpoint, a model), or
+    a rank file of tiktoken. tiktoken_pattern: see `tiktoken_files`. A foreign tokenizer is made lossless, and tokens
+    are added for roles that it lacks; both are logged. Raises ValueError.
     """
     path = Path(path)
     if path.is_dir():
@@ -222,18 +223,18 @@ def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[T
 
 
 def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
-    """A sentencepiece model that loses no text and has all roles, and its size before. What was changed is logged."""
+    """The model made lossless and with a token for each role, and its original size. Changes are logged."""
     try:
         content, size, notes = adapted(content)
     except ValueError as error:
         raise ValueError(f"tokenizer {path}: {error}") from None
     if notes:
-        log.warning("%s, to lose no text: %s (docs/tokenizers.md)", path, "; ".join(notes))
+        log.warning("%s: changed so that no text is lost: %s (docs/tokenizers.md)", path, "; ".join(notes))
     return content, size
 
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
-    """The same of a folder. config: the model's config.json. add_missing: roles that it lacks get new tokens."""
+    """Like `read_model`, for a folder. config: the model's config.json. add_missing: add tokens for missing roles."""
     ours, theirs = folder / MODEL_FILE, folder / HUB_FILE
     if ours.is_file():
         try:
@@ -243,7 +244,7 @@ def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[T
             if not theirs.is_file() and add_missing:
                 return read_model(ours)
             if not theirs.is_file():
-                raise ValueError(f"{error}; and {folder} has no {HUB_FILE} beside it") from None
+                raise ValueError(f"{error}; and {folder} contains no {HUB_FILE}") from None
     if not theirs.is_file():
         raise ValueError(f"{folder} has no {HUB_FILE} and no {MODEL_FILE}: copy the model's tokenizer files there")
     return _bundled(theirs, config, add_missing)
@@ -258,13 +259,14 @@ def _json_object(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ValueError(f"{file}: damaged (no JSON object): get the original file") from None
+        raise ValueError(f"{file}: damaged (not a JSON object): get the original file") from None
 
 
 def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
-    """Texts chosen by their hash, about `characters` long together at most, spread evenly; the same set in any order.
+    """A sample of texts with about `characters` characters at most. The same set for any order of `texts`.
 
-    Memory stays bounded: whenever the sample is over the bound, the threshold halves and the texts above it go.
+    Texts are chosen by their hash. Memory is bounded: whenever the sample exceeds `characters`, the threshold is halved
+    and the texts with hashes above it are removed.
     """
     kept: list[tuple[int, str]] = []
     threshold, size = 1 << 64, 0
@@ -281,9 +283,10 @@ def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
 
 
 def _rare_characters(texts: list[str], most: int) -> dict[int, str]:
-    """Translation of the characters that get no piece of their own, and are spelled in bytes, to a space.
+    """A table for str.translate that replaces rare characters by a space, so that they get no pieces of their own.
 
-    Kept are the most frequent ones, up to 99.95% of the text and `most` characters.
+    Rare characters are then encoded as bytes. The most frequent characters are kept: at most `most`, and no more than
+    are needed for 99.95% of the text.
     """
     counts = Counter[str]()
     for text in texts:
@@ -297,9 +300,9 @@ def _rare_characters(texts: list[str], most: int) -> dict[int, str]:
 
 
 def _sentences(texts: list[str], rare: dict[int, str]) -> Iterator[str]:
-    """Chunks for the trainer: line ends inside, so that they are learned as pieces.
+    """Chunks of text for the trainer. They contain line ends, so that these are learned as pieces.
 
-    sentencepiece skips a chunk with NUL or U+2585 (its own mark for unknowns), so these are out.
+    sentencepiece skips a chunk with NUL or U+2585 (its own mark for unknown characters), so these are replaced.
     """
     out = {**rare, 0: " ", 0x2585: " "}
     for text in texts:

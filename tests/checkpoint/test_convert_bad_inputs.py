@@ -220,7 +220,7 @@ def folder_of_an_unknown_kind(lab):
     return [lab.folder / "native", "--to", "llama"]
 
 
-@case("{lab}/native", "no control piece for mask", "no tokenizer.json beside it")
+@case("{lab}/native", "no control piece for mask", "contains no tokenizer.json")
 def tokenizer_without_a_mask_token(lab):
     folder, model = lab.copy("native"), io.BytesIO()
     options = {"vocab_size": 280, "model_type": "bpe", "byte_fallback": True, "pad_id": 3, "hard_vocab_limit": False}

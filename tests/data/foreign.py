@@ -260,7 +260,7 @@ def bert() -> Foreign:
         TEXTS, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     )
     roles = {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
-    return Foreign(content_of(tokenizer), roles, "does not give text back")
+    return Foreign(content_of(tokenizer), roles, "does not preserve text")
 
 
 def t5() -> Foreign:
@@ -271,7 +271,7 @@ def t5() -> Foreign:
         "type": "Sequence",
         "pretokenizers": [{"type": "WhitespaceSplit"}, content["pre_tokenizer"]],
     }
-    return Foreign(content, {"eos_token": "</s>"}, "does not give text back")
+    return Foreign(content, {"eos_token": "</s>"}, "does not preserve text")
 
 
 def llm_jp() -> Foreign:

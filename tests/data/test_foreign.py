@@ -23,7 +23,7 @@ from tests.data.foreign import CONFIGURATIONS, DOCUMENTS, Foreign, byte_level, c
 from tests.spawn import run_world
 
 transformers = pytest.importorskip("transformers")
-CHANGED = "does not give text back"
+CHANGED = "does not preserve text"
 ALPHABET = [
     *(" ", "  ", "\n", "\t", "\r\n", "\0", "0", "1", "a", "A", "self", "def ", "\u00e9", "e\u0301", "\u4e16", "\ufb01"),
     *(
@@ -113,7 +113,7 @@ def test_ordinary_text_has_the_ids_that_the_model_was_trained_with(tmp_path):
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), {}, CHANGED),
         (lambda c: c["model"]["vocab"].pop("q"), {}, CHANGED),
         (lambda c: None, {"mask_token": "in"}, "mask_token 'in' is an ordinary piece"),
-        (lambda c: c["added_tokens"].append(token(c["model"]["vocab"]["q"], "q")), {"mask_token": "q"}, "'q' becomes"),
+        (lambda c: c["added_tokens"].append(token(c["model"]["vocab"]["q"], "q")), {"mask_token": "q"}, "'q' would be"),
         (lambda c: None, {"added_tokens_decoder": {"77": {"content": "</s>"}}}, "'</s>' has id 1, but 77"),
     ],
 )  # fmt: skip
@@ -159,10 +159,10 @@ def test_a_document_that_would_change_is_named_with_its_line(workers, tmp_path):
     pair = {"prompt": "what \u2603?", "response": "melted"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps(pair) + "\n")
     for name, line in (("in.jsonl", 2), ("in.txt", 3), ("pairs.jsonl", 2)):
-        with pytest.raises(ValueError, match=rf"{name}:{line}: .*does not give text back: .*\u2603") as caught:
+        with pytest.raises(ValueError, match=rf"{name}:{line}: .*does not preserve text: .*\u2603") as caught:
             prepare([tmp_path / name], tmp_path / "out", Options(str(folder)), workers)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="does not give text back"):
+    with pytest.raises(ValueError, match="does not preserve text"):
         Tokenizer.load(folder).encode("\u2603")
 
 

@@ -137,7 +137,7 @@ def refused(act) -> str:
 
 def test_what_is_missing_or_cut_is_found_before_training(s3, corpus, cache, make, tmp_path):  # noqa: F811
     assert "give data.cache_dir" in refused(lambda: PreparedSplit("s3://bucket/x", "train"))
-    assert "s3://bucket/x/manifest.json: there is nothing of this name" in refused(
+    assert "s3://bucket/x/manifest.json: no such file or folder" in refused(
         lambda: PreparedSplit("s3://bucket/x", "train", cache=cache)
     )
     url = s3.upload(corpus)

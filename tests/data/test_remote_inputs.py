@@ -152,9 +152,9 @@ def refused(*arguments: str) -> str:
 
 
 def test_what_cannot_be_reached_is_one_line(s3, bucket, monkeypatch):  # noqa: F811
-    assert f"{bucket}/nothing.jsonl: there is nothing of this name" in refused(f"{bucket}/nothing.jsonl")
+    assert f"{bucket}/nothing.jsonl: no such file or folder" in refused(f"{bucket}/nothing.jsonl")
     assert "no file behind" in refused(f"{bucket}/*.txt")
-    assert "install what reaches it" in refused("nosuch://bucket/a.jsonl")
+    assert "install its package" in refused("nosuch://bucket/a.jsonl")
     assert "times in a row: check the store" in refused("http://127.0.0.1:1/a.jsonl")
     s3.deny(True)
     try:
@@ -179,7 +179,7 @@ def test_a_server_that_says_no(files):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         web = f"http://127.0.0.1:{server.server_port}"
-        assert "there is nothing of this name" in refused(f"{web}/404")
+        assert "no such file or folder" in refused(f"{web}/404")
         assert "access denied" in refused(f"{web}/403") and "times in a row" in refused(f"{web}/500")
         server.shutdown()
 

@@ -87,11 +87,11 @@ def test_a_pattern_of_the_user(ranks, tmp_path):
 
 
 BAD = {
-    "no base64": (b"IQ== 0\n!!! 1\n", "cl100k_base", r":2: no token in base64"),
-    "no rank": (b"IQ== 0\nIg==\n", "cl100k_base", r":2: no token in base64 and its rank"),
-    "a token twice": (b"IQ== 0\nIQ== 1\n", "cl100k_base", r":2: the token b'!' again"),
+    "no base64": (b"IQ== 0\n!!! 1\n", "cl100k_base", r":2: not a token in base64"),
+    "no rank": (b"IQ== 0\nIg==\n", "cl100k_base", r":2: not a token in base64 and its rank"),
+    "a token twice": (b"IQ== 0\nIQ== 1\n", "cl100k_base", r":2: the token b'!' occurs twice"),
     "a rank twice": (b"IQ== 0\nIg== 0\n", "cl100k_base", "two tokens have the same rank"),
-    "bytes missing": (b"IQ== 0\nIg== 1\n", "cl100k_base", "does not give text back"),
+    "bytes missing": (b"IQ== 0\nIg== 1\n", "cl100k_base", "does not preserve text"),
     "not an expression": (b"IQ== 0\n", "(", "neither one of .*llama3 nor a regular expression"),
     "a possessive quantifier": (b"IQ== 0\n", r"\p{N}{1,3}+", "mean something else here"),
     "an end of lines": (b"IQ== 0\n", r"\s+$", "mean something else here"),

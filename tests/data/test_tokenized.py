@@ -179,7 +179,7 @@ BAD: dict[str, tuple] = {
     ),
     "another dtype": ({"a.bin": bytes_of([10, 11, 2] * 9, "<u4")}, "the id 0 is", "uint16"),
     "negative ids": ({"a.bin": bytes_of([-1, 2], "<i4")}, "the id -1 is outside", "int32"),
-    "half an id": ({"a.bin": bytes_of([10, 2]) + b"\1"}, "5 bytes are no whole number of uint16", "uint16"),
+    "half an id": ({"a.bin": bytes_of([10, 2]) + b"\1"}, "5 bytes are not a multiple of the size of uint16", "uint16"),
     "no eos": ({"a.bin": bytes_of([10, 11])}, "there is no eos (2)", "uint16"),
     "padding": ({"a.bin": bytes_of([10, PAD, 2])}, "the id 3 is the tokenizer's '<pad>'", "uint16"),
     "bos inside": ({"a.bin": bytes_of([10, BOS, 2])}, "the id 1 is the tokenizer's '<s>'", "uint16"),
@@ -189,7 +189,7 @@ BAD: dict[str, tuple] = {
     "numpy of rows": ({"a.npy": "rows"}, "and shape (2, 2), not one row of ids", None),
     "numpy cut": ({"a.npy": "cut"}, "cut off or altered", None),
     "numpy header cut": ({"a.npy": b"\x93NUMPY\1\0\x76\0{'desc"}, "damaged NumPy file", None),
-    "llm.c cut": ({"a.bin": header(20240520, 1, 9) + bytes_of([10, 2])}, "4 bytes of ids, but 18 are announced", None),
+    "llm.c cut": ({"a.bin": header(20240520, 1, 9) + bytes_of([10, 2])}, "4 bytes of ids, but 18 are expected", None),
     "llm.c header cut": ({"a.bin": header(20240520, 1, 9)[:90]}, "cut off in its header", None),
     "an index alone": (
         {"a.idx": b"MMIDIDX\0\0" + bytes(40)},
@@ -204,7 +204,7 @@ BAD: dict[str, tuple] = {
     "an index of floats": ({"a.idx": lambda whole: whole[:17] + b"\6" + whole[18:]}, "with type 6", None),
     "sequences out of order": (
         {"a.idx": lambda whole: whole[:50] + b"\7" + whole[51:]},
-        "do not follow each other",
+        "are not contiguous",
         None,
     ),
     "eos at some ends": ({"a.bin": lambda whole: whole[:-2] + bytes_of([11])}, "document 2 has no eos", None),
@@ -236,5 +236,5 @@ def test_ids_need_their_tokenizer(tmp_path):
     np.save(tmp_path / "a.npy", np.array([10, 2]))
     with pytest.raises(ValueError, match=r"a.npy: token ids, not text: tools/prepare_data.py reads them with"):
         prepare([tmp_path / "a.npy"], tmp_path / "out", Options(vocab_size=300), 1)
-    with pytest.raises(ValueError, match="--dtype is of token ids: give the --tokenizer"):
+    with pytest.raises(ValueError, match="--dtype is only for files of token ids: give the --tokenizer"):
         Options(dtype="uint16")

@@ -74,7 +74,7 @@ def test_a_vocabulary_that_does_not_fit_is_one_clear_line(size, words, tmp_path)
         ({"normalization_rule_name": "nfkc"}, "normalization nfkc is off"),
         ({"model_type": "unigram", "control_symbols": []}, "mask is the new token <|mdm_mask|>"),
         ({}, None),
-        ({"byte_fallback": False}, ValueError("does not give text back")),
+        ({"byte_fallback": False}, ValueError("does not preserve text")),
         ({"model_type": "char"}, ValueError("of words or characters")),
     ],
 )

@@ -134,7 +134,7 @@ def test_a_part_that_fails_is_tried_again_and_named(corpus, calm, tmp_path, monk
     ):
         launcher.main([*command, "--max-attempts", "2"])
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("5.jsonl:31: not JSON") == 2 and "tried again" in said and "given up" in said
+    assert said.count("5.jsonl:31: not JSON") == 2 and "trying again" in said and "no attempts left" in said
     bad.write_text(good)
     launcher.main(command)
     prepare(
@@ -160,7 +160,7 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
     assert "\nmodule load x\n" in script and f"cd {work_folder(tmp_path / 'out')}/code" in script
     launcher.main([*command, "--tasks", "20", "--slurm", "--time 1:00:00"])
     said = capsys.readouterr().out
-    assert "only 8 of 20 tasks have one" in said and "#SBATCH --array=0-7%8\n" in said
+    assert "only 8 of 20 tasks have a part" in said and "#SBATCH --array=0-7%8\n" in said
     assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
 
 

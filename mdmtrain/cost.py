@@ -317,8 +317,8 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     The computed ones include recomputation. The backward pass of attention always computes its scores again. A head of
     more than one chunk recomputes its logits. A budget with room for all matrix products and attention recomputes none
     of them. With a smaller budget the recomputed share grows in proportion. This is an upper bound, because the
-    compiler recomputes the cheapest ones. In float8, the products of the blocks count half: a GPU multiplies float8 twice
-    as fast.
+    compiler recomputes the cheapest ones. With float8, the products of the blocks count half, because a GPU multiplies
+    float8 twice as fast.
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = tokens * 2 * sizes(shape).blocks * sizes(shape).block

@@ -23,7 +23,7 @@ BEAT = 1.0  # seconds between two notes of how far a unit is
 
 
 def write_plan(work: Path, plan: Plan) -> None:
-    """Write what tasks need. Raises ValueError where only this process can read an input."""
+    """Write what tasks need. Raises ValueError if only this process can read an input."""
     for one in plan.inputs:
         if one.spool is not None:
             raise ValueError(

@@ -63,7 +63,7 @@ class TensorReader:
         self._headers: dict[int, tuple[dict, int]] = {}
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors: this rank's shards, or whole ones. Raises ValueError where the files are damaged, OSError."""
+        """Fill tensors: this rank's shards, or whole ones. Raises ValueError if the files are damaged, OSError."""
         by_file: dict[int, list[tuple[int, str, Tensor]]] = {}
         for name, tensor in tensors.items():
             if name not in self._layout.tensors:

@@ -42,7 +42,7 @@ class ShardCache:
     def open(self, file: RemoteFile) -> int:
         """A descriptor of a file, which is downloaded first if it is not there. The caller closes it.
 
-        Raises ValueError where it cannot be had, or is not what the manifest says.
+        Raises ValueError if it cannot be had, or is not what the manifest says.
         """
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -109,7 +109,7 @@ class ShardCache:
             raise
 
     def _fill(self, file: RemoteFile, descriptor: int) -> None:
-        """Download into an empty file that is locked. Raises ValueError where the content is not the manifest's."""
+        """Download into an empty file that is locked. Raises ValueError if the content is not the manifest's."""
         size = remote.size_of(file.url)
         if size != file.size:
             raise ValueError(f"{file.url} has {size:,} bytes, the manifest says {file.size:,}: copy it there again")

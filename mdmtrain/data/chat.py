@@ -29,7 +29,7 @@ class Template:
     def prompt(self, messages: list[dict[str, str]]) -> tuple[str, Spans]:
         """The prompt to which the assistant responds, and which [start, end) of it are special tokens.
 
-        Raises ValueError where the template refuses the messages.
+        Raises ValueError if the template refuses the messages.
         """
         if self.jinja is None:
             turns = "".join(f"<|{message['role']}|>\n{message['content']}\n" for message in messages)
@@ -61,7 +61,7 @@ class Template:
         return sorted(self.specials, key=len, reverse=True)
 
     def _apart(self, content: str) -> str:
-        """Content in which no special token is spelled. Raises ValueError where the mark itself is in it."""
+        """Content in which no special token is spelled. Raises ValueError if the mark itself is in it."""
         if TEXT_MARK in content:
             raise ValueError(f"a message has U+{ord(TEXT_MARK):X}, which is used to mark text")
         for special in self._longest_first():
@@ -75,7 +75,7 @@ PLAIN = Template()
 def template_in(folder: Path) -> str | None:
     """The chat template of a model folder, as transformers keeps it there: the default one where it has several.
 
-    Raises ValueError where its file is damaged.
+    Raises ValueError if its file is damaged.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():

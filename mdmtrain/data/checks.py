@@ -13,7 +13,7 @@ MOST_COMPARED = 20_000_000  # documents of a split whose hashes are compared
 def describe_data(
     config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit], cursor: Cursor
 ) -> list[str]:
-    """Lines about the rows, the mixture and the cache. Raises ValueError where a run must not start so."""
+    """Lines about the rows, the mixture and the cache. Raises ValueError if a run must not start so."""
     lines = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     lines += describe_mixture(config, sources, mixture(config, sources, cursor), cursor)
     return lines + describe_cache(config, sources, validation)
@@ -22,7 +22,7 @@ def describe_data(
 def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor) -> list[str]:
     """How often each source will have been read at the end of the run: the lines of a table.
 
-    Raises ValueError where that is more often than its max_epochs.
+    Raises ValueError if that is more often than its max_epochs.
     """
     steps, data = config.run.steps, config.data
     reads = order.counts(cursor.at(steps, config.slots_per_step, 0).sample)
@@ -58,7 +58,7 @@ def cache_need(config: Config, sources: list[PreparedSplit], validation: list[Pr
 def describe_cache(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
     """What the cache has to hold at a time: a line, where a source lies in an object store.
 
-    Raises ValueError where it may hold less.
+    Raises ValueError if it may hold less.
     """
     need, data, together = cache_need(config, sources, validation), config.data, config.data.shuffle_shards
     if not need:

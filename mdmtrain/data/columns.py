@@ -59,7 +59,7 @@ class Table:
                              "'role' and a 'content'")  # fmt: skip
 
     def _type(self, field: str) -> pa.DataType:
-        """The type of a field. Raises ValueError where there is none of this name, or several."""
+        """The type of a field. Raises ValueError if there is none of this name, or several."""
         names = self.schema.names
         path = [field] if field in names or "." not in field else field.split(".")
         if names.count(path[0]) != 1:
@@ -132,7 +132,7 @@ def _rows(group: pq.RowGroupMetaData) -> int:
 
 
 def _whole(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
-    """The rows of a batch; None where a text in it is not UTF-8, which pyarrow does not check when it reads."""
+    """The rows of a batch; None if a text in it is not UTF-8, which pyarrow does not check when it reads."""
     try:
         batch.validate(full=True)  # damaged offsets would be read outside the batch
         return batch.to_pylist()

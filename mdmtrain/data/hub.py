@@ -33,7 +33,7 @@ class HubPieces:
     """A foreign tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
 
     def __init__(self, model: bytes):
-        """model: what `bundle` gave. Raises ValueError where it is none, or the library is missing."""
+        """model: what `bundle` gave. Raises ValueError if it is none, or the library is missing."""
         try:
             content = json.loads(model)
             self.names: dict[str, str] = content["roles"]
@@ -209,7 +209,7 @@ def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str])
 def hub_files(model: bytes) -> dict[str, bytes]:
     """The files that give transformers' AutoTokenizer the ids of the tokenizer in `model`: name -> content.
 
-    Raises ValueError where a tokenizer.json cannot say the same.
+    Raises ValueError if a tokenizer.json cannot say the same.
     """
     if model[:1] == b"{":
         pieces, files = HubPieces(model), {}

@@ -64,7 +64,7 @@ class SplitContent:
 
 
 def look_at(folder: Path, split: str, most_shards: int) -> SplitContent:
-    """Read a split, or so many of its shards, spread evenly. Raises ValueError where it is damaged."""
+    """Read a split, or so many of its shards, spread evenly. Raises ValueError if it is damaged."""
     opened = PreparedSplit(folder, split)
     count = min(most_shards, opened.shards)
     shards = [number * opened.shards // count for number in range(count)]

@@ -1,6 +1,6 @@
-"""Prepared folders -> clean batches. Every row is a function of (seed, step, slot), whatever the ranks and workers.
+"""Load clean batches from prepared folders. Every row is a function of (seed, step, slot), for any ranks and workers.
 
-The loader's processes prefetch and nothing more: its position is the step, so none of its state is ever saved.
+The loader's processes only prefetch. The position of the loader is the step, so a checkpoint does not save its state.
 """
 
 import os
@@ -27,33 +27,33 @@ from mdmtrain.diffusion.sampler import token_table
 if TYPE_CHECKING:  # text.py imports this module
     from mdmtrain.data.text import TextSplit
 
-LENGTHS = 16  # different lengths that a row may be cut to
-MOST_COUNTED = 10_000_000  # documents whose lengths are looked at before training
+LENGTHS = 16  # number of different lengths of shortened rows
+MOST_COUNTED = 10_000_000  # documents whose lengths are read before training
 
 
 class Batch(NamedTuple):
-    """The clean rows of one micro-batch (a named tuple of tensors: the loader pins it as it is)."""
+    """The clean rows of one micro-batch (a named tuple of tensors, because the loader can pin its memory)."""
 
     ids: Tensor  # int64 [B, L], pad_id after a row's tokens
-    eligible: Tensor  # bool [B, L], positions that may be masked: neither padding nor (but for SyRM) a prompt
-    segments: Tensor | None  # int32 [B, L], document of each position, -1 at pads; None: all attend to all
+    eligible: Tensor  # bool [B, L], positions that may be masked: no padding and, except with SyRM, no prompt
+    segments: Tensor | None  # int32 [B, L], document of each position, -1 at pads; None: full attention
     uniforms: Tensor  # float32 [B, L], the masking noise U of each position, in [0, 1)
-    slots: Tensor  # int64 [B], place of each row in the global batch
+    slots: Tensor  # int64 [B], slot number of each row in the global batch
     samples: Tensor  # int64 [B, 2], (source, window), for reports
 
 
 class Rows(NamedTuple):
-    """Clean rows, and which of their positions are to be predicted: the others stay visible throughout."""
+    """Clean rows, and the positions that are to be predicted. The other positions are never masked."""
 
     ids: Tensor  # int64 [R, L]
-    eligible: Tensor  # bool [R, L], neither padding nor a prompt or given prefix
-    segments: Tensor | None  # int32 [R, L], attention stays between equal values, -1 at pads; None: all see all
+    eligible: Tensor  # bool [R, L], no padding, no prompt and no given prefix
+    segments: Tensor | None  # int32 [R, L], attention only within equal values, -1 at pads; None: full attention
 
 
 def open_splits(config: DataConfig, splits: Sequence[str]) -> list[list[PreparedSplit]]:
-    """Each of these splits of the sources, in the order of the sources; nothing is checked yet, see `check_splits`.
+    """The given splits of all sources, in the order of the sources. They are not checked; see `check_splits`.
 
-    Raises ValueError naming the folder.
+    Raises ValueError that names the folder.
     """
     cache, opened = shard_cache(config), []
     for source in config.sources:
@@ -72,9 +72,9 @@ def open_splits(config: DataConfig, splits: Sequence[str]) -> list[list[Prepared
 def check_splits(
     splits: Sequence[list[PreparedSplit]], verify: Sequence[Check], share: tuple[int, int] = (0, 1)
 ) -> None:
-    """Check what `open_splits` gave, the sources of each split by one of `verify`. share: see PreparedSplit.check.
+    """Check the result of `open_splits`, the sources of each split by one of `verify`. share: see PreparedSplit.check.
 
-    Raises ValueError naming the file.
+    Raises ValueError that names the file.
     """
     for source in zip(*splits, strict=True):
         listed = source[0].listed(share)
@@ -83,9 +83,9 @@ def check_splits(
 
 
 def open_sources(config: DataConfig, split: str, verify: Check | None = None) -> list[PreparedSplit]:
-    """The sources' splits, checked ("size" or "sha256", default data.verify), with a row each.
+    """The given split of all sources, checked ("size" or "sha256", default data.verify), each with at least one row.
 
-    Raises ValueError naming the folder.
+    Raises ValueError that names the folder.
     """
     (sources,) = splits = open_splits(config, [split])
     check_splits(splits, [verify or config.verify])
@@ -95,14 +95,14 @@ def open_sources(config: DataConfig, split: str, verify: Check | None = None) ->
 
 
 def shard_cache(config: DataConfig) -> ShardCache | None:
-    """The cache of shards from object stores, where the configuration names one."""
+    """The cache for shards from object stores, or None if the configuration has none."""
     return ShardCache(Path(config.cache_dir), int(config.cache_gb * 1e9)) if config.cache_dir is not None else None
 
 
 def windows(source: "PreparedSplit | TextSplit", length: int) -> int:
-    """Rows of a split: windows of `length` tokens (a last, shorter one is left out), or documents, if it has prompts.
+    """The number of rows: windows of `length` tokens without a shorter last one, or documents if the split has prompts.
 
-    Raises ValueError where there is none with anything to train on.
+    Raises ValueError if no row has an eligible position.
     """
     if source.prompts:
         if not source.fits(length):
@@ -125,7 +125,7 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 def read_row(split: "PreparedSplit | TextSplit", window: int, length: int, document_mask: bool) -> Row:
     """One window of a split as a row of `length` positions; see `span_row`.
 
-    A prompt and its response are a row of their own, from its bos, padded after its eos or cut.
+    A prompt with its response is a separate row. It starts at its bos, and is padded after its eos, or cut.
     """
     first, tokens = split.document(window) if split.prompts else (window * length, length)
     return span_row(split, first, min(tokens, length), length, document_mask)
@@ -149,7 +149,7 @@ def stack_rows(rows: list[Row], document_mask: bool) -> Rows:
 
 
 def describe_rows(source: PreparedSplit, length: int) -> str:
-    """What a person should know about the rows of a split with prompts: a line."""
+    """A line about the rows of a split with prompts: how many are cut."""
     before, whole = source.document_lengths(MOST_COUNTED)
     of = f" of {len(whole):,}" if len(whole) < source.documents else ""
     return (
@@ -160,10 +160,10 @@ def describe_rows(source: PreparedSplit, length: int) -> str:
 
 
 def shard_rows(source: PreparedSplit, length: int) -> np.ndarray:
-    """Rows of each shard: windows that lie within it (what is left at its end is left out), or its documents: int64
-    [shards].
+    """The rows in each shard: int64 [shards]. They are windows within the shard (the rest at its end is skipped) or
+    documents.
 
-    Raises ValueError where there is none in all.
+    Raises ValueError if there are no rows at all.
     """
     rows = np.diff(source.first_documents) if source.prompts else np.diff(source.first_tokens) // length
     if not rows.any():
@@ -175,7 +175,7 @@ def shard_rows(source: PreparedSplit, length: int) -> np.ndarray:
 
 
 def mixture(config: Config, sources: list[PreparedSplit], cursor: Cursor = START) -> Mixture:
-    """The order of a run's samples, as it is from `cursor` on. Raises ValueError."""
+    """The order of a run's samples from `cursor` on. Raises ValueError."""
     data, seed = config.data, config.run.seed
     shuffles: list[Shuffle] = []
     for number, source in enumerate(sources):
@@ -192,7 +192,7 @@ def mixture(config: Config, sources: list[PreparedSplit], cursor: Cursor = START
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Map-style over (step, slot); fetches a micro-batch at a time."""
+    """A map-style dataset over (step, slot) that returns a micro-batch at a time."""
 
     def __init__(
         self,
@@ -201,8 +201,8 @@ class Dataset(torch.utils.data.Dataset):
         cursor: Cursor = START,
         validation: Sequence[PreparedSplit] = (),
     ):
-        """cursor: from where on every step has had this configuration's batch; validation: splits that are read
-        at each evaluation, so that their shards stay in the cache.
+        """cursor: the position from which every step has the batch size of this configuration. validation: splits that
+        are read at each evaluation, so their shards stay in the cache.
         """
         self._sources, self._data, self._cursor = sources, config.data, cursor
         self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
@@ -225,7 +225,7 @@ class Dataset(torch.utils.data.Dataset):
         return self._data.shuffle_shards is not None
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
-        """The micro-batch of (step, slot) pairs, all of one step."""
+        """The micro-batch for (step, slot) pairs, all of one step."""
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         self._ahead.at(step)
@@ -247,13 +247,13 @@ class Dataset(torch.utils.data.Dataset):
         )
 
     def samples(self, step: int) -> dict[str, list[int]]:
-        """What iteration `step` (from 0) reads, on all ranks: the rows of each source, in the order of the slots."""
+        """The samples of iteration `step` (from 0) on all ranks: the rows of each source, in the order of the slots."""
         first = self._cursor.at(step, self._slots_per_step, 0).sample
         source, row = self.order(first + np.arange(self._slots_per_step))
         return {str(s.folder): row[source == number].tolist() for number, s in enumerate(self._sources)}
 
     def _row(self, source: int, number: int, most: int) -> Row:
-        """A row of a source, of at most so many tokens (a prompt with its response has its own length)."""
+        """A row of a source, of at most `most` tokens (a prompt with its response has its own length)."""
         split, L = self._sources[source], self._data.sequence_length
         if split.prompts:
             return read_row(split, number, L, self._data.document_mask)
@@ -265,7 +265,7 @@ class Dataset(torch.utils.data.Dataset):
         return span_row(split, first, most, L, self._data.document_mask)
 
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
-        """Tokens of windows: all, or (random_length_fraction of the rows) one of 16 multiples of L/16, at least 1."""
+        """Tokens in each window: L, or in random_length_fraction of the rows one of 16 multiples of L/16 (at least 1)."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
             return [L] * len(slots)
@@ -274,10 +274,10 @@ class Dataset(torch.utils.data.Dataset):
 
 
 class ReadAhead:
-    """Copies the shards that come next from object stores, in a thread of each process that reads rows.
+    """Downloads the next shards from object stores in advance, in a thread of each process that reads rows.
 
-    Of each source those of the turn that is being read (see Shuffle) and then of the next one, as far as the run goes.
-    The processes of a node share the cache, so that each downloads what no other does.
+    For each source, it downloads the shards of the present turn (see Shuffle), then of the next one if the run reaches
+    it. All processes of a node share the cache, so each shard is downloaded by one of them.
     """
 
     def __init__(
@@ -286,24 +286,25 @@ class ReadAhead:
     ):  # fmt: skip
         self._sources, self._order, self._cursor = sources, order, cursor
         self._mask, self._steps, self._slots = config.data.document_mask, config.run.steps, config.slots_per_step
-        # Micro-batches that a process may be ahead of the one that trains: in steps, and one for the ranks.
+        # How far a process may be ahead of the training process: the prefetched micro-batches, in steps, and one for
+        # the ranks.
         self._lag = config.data.workers * config.data.prefetch + 1
         self._validation = [split for split in validation if split.cache is not None]
         self._cache = next((source.cache for source in sources if source.cache is not None), None)
         self._step, self._process = 0, 0
 
     def at(self, step: int) -> None:
-        """The process that calls reads rows of `step`."""
+        """Call when this process reads rows of `step`."""
         if self._cache is None:
             return
         self._step = step
-        if self._process != os.getpid():  # threads do not come with a fork
+        if self._process != os.getpid():  # a forked process has no threads
             self._process, self._new = os.getpid(), threading.Event()
             threading.Thread(target=self._run, daemon=True).start()
         self._new.set()
 
     def files(self, step: int) -> list[RemoteFile]:
-        """What has to be in the cache while `step` is read, what is needed first at the beginning."""
+        """The files that must be in the cache during `step`, in the order in which they are needed."""
         begin, now, end = (
             self._order.counts(self._cursor.at(at, self._slots, 0).sample)
             for at in (max(step - self._lag, self._cursor.step), min(step + 1, self._steps), self._steps)
@@ -332,7 +333,7 @@ class ReadAhead:
         while True:
             new.wait()
             new.clear()
-            # A failure is said where the rows are read; until then there is time for another attempt.
+            # A failed download is reported when its rows are read. Until then it can be tried again.
             with suppress(ValueError):
                 for _ in self._cache.fetch_ahead(self.files(self._step)):
                     if new.is_set():
@@ -360,19 +361,19 @@ def train_loader(
             prefetch_factor=config.data.prefetch if workers else None,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
-            snapshot_every_n_steps=1 << 62,  # its state is never asked for
+            snapshot_every_n_steps=1 << 62,  # its state is never used
         )
 
 
 @contextmanager
 def loader_errors() -> Iterator[None]:
-    """Say in one line what went wrong in a loader's process, and why one may have died."""
+    """Convert the error of a loader process, also its sudden death, to a ValueError of one line."""
     try:
         yield
     except (ValueError, OSError) as error:
         if not str(error).startswith("Caught "):
             raise
-        last = str(error).strip().splitlines()[-1]  # below the traceback of the process
+        last = str(error).strip().splitlines()[-1]  # after the traceback of the process
         raise ValueError(last.partition(": ")[2]) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -384,7 +385,7 @@ def loader_errors() -> Iterator[None]:
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    return batch  # __getitems__ has made it
+    return batch  # __getitems__ returns a complete batch
 
 
 def _start_worker(_worker: int) -> None:
@@ -393,9 +394,9 @@ def _start_worker(_worker: int) -> None:
 
 
 def validation_rows(split: "PreparedSplit | TextSplit", rows: int, sequence_length: int, document_mask: bool) -> Rows:
-    """`rows` rows (or all, where there are fewer), always the same, spread evenly over a split. Raises ValueError.
+    """`rows` rows of a split (or all, if there are fewer), always the same, spread evenly. Raises ValueError.
 
-    One that is cut before its response has nothing to evaluate and is left out. No prompt is eligible, even under SyRM.
+    A row that is cut before its response has nothing to evaluate and is skipped. No prompt is eligible, even with SyRM.
     """
     count = windows(split, sequence_length)
     rows = min(rows, count)
@@ -411,7 +412,7 @@ def validation_rows(split: "PreparedSplit | TextSplit", rows: int, sequence_leng
 
 
 def random_rows(splits: list[PreparedSplit], config: DataConfig, rows: int, bits: np.random.Philox) -> Rows:
-    """`rows` rows drawn independently from the mixture, as often as chance has it."""
+    """`rows` rows drawn independently from the mixture, with replacement."""
     weights = np.array(config.weights)
     chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
     counts, L = [windows(split, config.sequence_length) for split in splits], config.sequence_length

@@ -15,7 +15,7 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 
 def tokenizers_library():
-    """The module tokenizers, which only foreign tokenizers need. Raises ValueError where it is not installed."""
+    """The module tokenizers, which only foreign tokenizers need. Raises ValueError if it is not installed."""
     try:
         import tokenizers
     except ImportError:
@@ -162,7 +162,7 @@ def _neutralise_steps(content: dict) -> list[str]:
 
 
 def keep_apart(content: dict) -> None:
-    """Let text that spells a special token or a byte piece ("</s>", "<0x41>") be text. Raises ValueError where not.
+    """Let text that spells a special token or a byte piece ("</s>", "<0x41>") be text. Raises ValueError if not.
 
     A model that looks whole words up in its vocabulary (unigram, WordPiece, BPE with ignore_merges) finds these too.
     A split after the first character of such text prevents that, and changes no other text.

@@ -178,7 +178,7 @@ class Mixture:
     def __init__(self, phases: Sequence[tuple[int, Sequence[float]]], sources: Sequence[Shuffle]):
         """phases: the sample that each begins with (the first one with 0), ascending, and its relative weights.
 
-        Where several begin with the same sample the last one counts. Raises ValueError where a period is too long.
+        Where several begin with the same sample the last one counts. Raises ValueError if a period is too long.
         """
         self.sources = sources
         self._firsts = [first for first, _ in phases]

@@ -1,12 +1,12 @@
-"""A prepared folder in the making: the steps of a `Plan`, each committed by itself, in a folder that processes share.
+"""Make a prepared folder in steps that several processes share. Each step of a `Plan` is committed separately.
 
-Stages follow each other; the units of a stage are independent. What a unit writes is a function of the plan, and its
-file in `done` appears by a rename when all of it is on the disk, under a name with a hash of what it depends on. So a
-unit may be done twice, killed at any moment, or be found done by a later start, and the result has the same bytes.
-
-    .OUT.parts/settings     what the content depends on besides the inputs
+Stages run one after the other; the units of a stage are independent. The output of a unit depends only on the plan. A
+finished unit appears in `done` by a rename, after its content is on the disk, under a name that contains a hash of
+everything it depends on. So a unit may be done twice, killed at any moment, or found finished by a later start, and the
+result has the same bytes.
+    .OUT.parts/settings     everything but the inputs that the content depends on
     .OUT.parts/done/        a file for each finished unit: the tokenizer, hashes, lists of duplicates, records of parts
-    .OUT.parts/data/        the shards; at the end it takes the name of OUT
+    .OUT.parts/data/        the shards; renamed to OUT at the end
 """
 
 import json
@@ -33,36 +33,36 @@ from mdmtrain.data.shards import MANIFEST, PreparedSplit, ShardWriter, dtype_for
 from mdmtrain.data.tokenizer import MODEL_FILE, TextChanged, Tokenizer
 from mdmtrain.files import put_in_place, replacing
 
-BATCH = 1 << 18  # characters that a worker gets at once
-SOURCES = "sources.jsonl"  # of a prepared folder: a line for each input, with what came from it
-JOB = "job.json"  # of a folder that jobs of launchers.prepare work in
+BATCH = 1 << 18  # characters in a batch for a worker
+SOURCES = "sources.jsonl"  # in a prepared folder: one line for each input, with counts of its content
+JOB = "job.json"  # in a folder that jobs of launchers.prepare share
 SPLITS = ("train", "validation")
 DUPLICATE = "exact duplicates of earlier documents"
 Stage = Literal["tokenizer", "hashes", "duplicates", "parts"]
-Report = Callable[[int], None]  # bytes of the unit that are done
-Do = Callable[[int, Report], None]  # a unit
+Report = Callable[[int], None]  # is called with the number of bytes of the unit that are done
+Do = Callable[[int, Report], None]  # does a unit
 _SUFFIX = {"tokenizer": ".model", "hashes": ".npy", "duplicates": ".npy", "parts": ".json"}
 
 
 class Preparation:
-    """What of a plan is done, and the doing of the rest. Any number of processes may each have one of the same plan."""
+    """The finished and the remaining steps of a plan. Several processes may each have one for the same plan."""
 
     def __init__(self, plan: Plan, work: Path):
-        """work: see `work_folder`; `begin` makes what is in it."""
+        """work: see `work_folder`. `begin` creates its content."""
         self.plan, self.work = plan, work
         self._data, self._done = work / "data", work / "done"
         self._file = cache(self._file_of)
 
     def refuse_other_options(self) -> None:
-        """Raise ValueError where the folder has finished steps that were made with other options."""
+        """Raise ValueError if the folder has finished steps that were made with other options."""
         if in_use(self.work) and (self.work / "settings").read_text() != digest(self.plan.settings):
             raise ValueError(
                 f"{self.work} holds finished steps that were made with other options: give the same options to resume, "
-                "or remove it to start anew"
+                "or remove it to start again"
             )
 
     def begin(self) -> None:
-        """Make the folder, or resume in one."""
+        """Create the folder, or resume in it."""
         self._data.mkdir(exist_ok=True)
         self._done.mkdir(exist_ok=True)
         with replacing(self.work / "settings") as stream:
@@ -71,46 +71,46 @@ class Preparation:
             self._commit("tokenizer", 0, self.plan.model)
 
     def clean(self) -> None:
-        """Remove what killed processes were writing. No process may be at work."""
+        """Remove the incomplete output of killed processes. No other process may be working."""
         for leftover in self.work.glob("unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    # ---- what there is to do
+    # ---- stages and units
 
     def stages(self) -> list[Stage]:
         return [stage for stage in get_args(Stage) if self.plan.options.dedup or stage in ("tokenizer", "parts")]
 
     def units(self, stage: Stage) -> int:
-        """How many a stage has. That of duplicates is known once all hashes are there."""
+        """The number of units of a stage. For duplicates it is known only when all hashes are written."""
         if stage == "tokenizer":
             return 1
         return buckets(sum(self._hashed)) if stage == "duplicates" else len(self.plan.parts)
 
     def pending(self, stage: Stage) -> list[int]:
-        """The units of a stage that are not done."""
+        """The units of a stage that are not finished."""
         there = {path.name for path in self._done.iterdir()}
         return [unit for unit in range(self.units(stage)) if self._file(stage, unit).name not in there]
 
     def size(self, stage: Stage, unit: int) -> int:
-        """Bytes that a unit reads, as `Report` counts them."""
+        """The number of bytes that a unit reads, in the units of `Report`."""
         if stage == "tokenizer":
             return sum(self.plan.sizes)
         return 1 if stage == "duplicates" else self.plan.bytes_of(unit)
 
     @cached_property
     def _hashed(self) -> list[int]:
-        """Documents of each part."""
+        """The number of documents in each part."""
         return [len(np.load(file, mmap_mode="r")) for file in self._files("hashes")]
 
     def _files(self, stage: Stage) -> list[Path]:
         return [self._file(stage, unit) for unit in range(self.units(stage))]
 
     def _file_of(self, stage: Stage, unit: int) -> Path:
-        """What a unit is committed as."""
+        """The file that marks a unit as finished."""
         return self._done / f"{stage}-{unit:05d}-{self._key(stage, unit)[:16]}{_SUFFIX[stage]}"
 
     def _key(self, stage: Stage, unit: int) -> str:
-        """A hash of all that the content of a unit depends on."""
+        """A hash of everything that the content of a unit depends on."""
         plan = self.plan
         if stage == "tokenizer":
             return self._tokenizer_key
@@ -123,14 +123,14 @@ class Preparation:
     def _tokenizer_key(self) -> str:
         return digest(self.plan.settings) if self.plan.model else self.plan.made_from
 
-    # ---- doing it
+    # ---- do a unit
 
     @contextmanager
     def doing(self, stage: Stage, workers: int) -> Iterator[Do]:
-        """A function that does a unit of a stage and commits it, with so many processes that tokenize.
+        """A function that does a unit of a stage and commits it. workers: number of tokenizing processes.
 
-        It raises ValueError (bad input, one line), OSError, or BrokenProcessPool where one of its processes was killed;
-        then nothing of the unit is left.
+        The function raises ValueError (bad input, one line), OSError, or BrokenProcessPool if one of its processes was
+        killed. Then nothing of the unit remains.
         """
         match stage:
             case "tokenizer":
@@ -154,7 +154,7 @@ class Preparation:
 
     def _reading(self) -> Reading:
         options = self.plan.options
-        if self.plan.model:  # the file that was given may be gone, or have another path here
+        if self.plan.model:  # the file that was given may have been moved or removed since
             options = replace(options, tokenizer=str(self.model), tiktoken_pattern=None)
         return options.reading()
 
@@ -202,7 +202,7 @@ class Preparation:
                     count["documents"] += 1
                     count["bytes"] += size
                     count["tokens"] += len(tokens)
-                    count["text_tokens"] += len(tokens) - (response or 1) - 1  # those that the bytes became
+                    count["text_tokens"] += len(tokens) - (response or 1) - 1  # tokens of the text that `bytes` counts
                 report(position)
             record = {
                 "splits": {split: writer.close() for split, writer in writers.items()},
@@ -221,7 +221,7 @@ class Preparation:
         self._commit("parts", part, json.dumps(record).encode())
 
     def _kept_documents(self, part: int, reading: Reading) -> Iterator[tuple[Document, int, int]]:
-        """The documents of a part without the duplicates."""
+        """The documents of a part, without duplicates."""
         documents = self.plan.documents(part, reading, self._prompts)
         if not self.plan.options.dedup:
             yield from documents
@@ -239,7 +239,7 @@ class Preparation:
 
     @contextmanager
     def _unfinished(self, stage: Stage, unit: int) -> Iterator[Path]:
-        """A folder to write a unit in. It goes at the end; after SIGKILL, `clean` removes it."""
+        """A temporary folder for a unit's output, removed at the end. After SIGKILL, `clean` removes it."""
         folder = Path(tempfile.mkdtemp(prefix=f"unfinished-{stage}-{unit:05d}-", dir=self.work))
         try:
             yield folder
@@ -259,9 +259,10 @@ class Preparation:
     # ---- the end
 
     def finish(self, out: Path) -> tuple[dict[str, Any], Reading]:
-        """Make one folder of all parts, with a manifest: no shard is written again. What was left out, too.
+        """Join all parts into one folder with a manifest. Shards are not copied. Returns the manifest, and what was
+        skipped.
 
-        Raises ValueError where a split has no document.
+        Raises ValueError if a split has no document.
         """
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         reading = self._reading()
@@ -277,7 +278,7 @@ class Preparation:
             reading.left_out += Counter(record["left_out"])
             reading.files += Counter(record["files"])
         if problem := self._empty(splits, min(low for low, _ in draws), max(high for _, high in draws)):
-            shutil.rmtree(self._done)  # of no use with other options
+            shutil.rmtree(self._done)  # useless with other options
             raise ValueError(problem)
         shutil.copyfile(self.model, self._data / MODEL_FILE)
         (self._data / SOURCES).write_text("".join(json.dumps(source) + "\n" for source in sources), encoding="utf-8")
@@ -285,14 +286,14 @@ class Preparation:
         named = {name for split in splits.values() for shard in split["shards"] for name in shard.values()}
         for file in self._data.iterdir():
             if file.name not in {*named, MODEL_FILE, SOURCES, MANIFEST}:
-                file.unlink()  # of a part that was cut in another way before the inputs changed
+                file.unlink()  # from a part that was divided differently, before the inputs changed
         for split in splits:
             PreparedSplit(self._data, split)
         put_in_place(self._data, out)
         return manifest, reading
 
     def _empty(self, splits: dict[str, dict], lowest: float, highest: float) -> str | None:
-        """What is wrong where a split has no document. lowest, highest: of the numbers that were drawn."""
+        """An error message if a split has no document. lowest, highest: smallest and largest number from `draw`."""
         count = sum(split["documents"] for split in splits.values())
         if not count:
             return f"no text in the {len(self.plan.inputs)} input files: give files with text in them"
@@ -301,30 +302,30 @@ class Preparation:
             ("train", f"give --validation-fraction {math.floor(highest * 1e4) / 1e4} or less"),
         ):
             if not splits[split]["documents"]:
-                hint = "give more documents, or cut this one up" if count == 1 else hint
+                hint = "give more documents, or divide this one into several" if count == 1 else hint
                 return f"none of the {count} documents fell into the {split} split: {hint}"
         return None
 
 
 def work_folder(out: Path) -> Path:
-    """Where `out` is made."""
+    """The hidden folder in which `out` is made."""
     return out.parent / f".{out.name}.parts"
 
 
 def kept_steps(work: Path) -> int:
-    """How many finished units a folder has in which one is made; a tokenizer does not count."""
+    """The number of finished units in a work folder, without the tokenizer."""
     return sum(not file.name.startswith("tokenizer") for file in work.glob("done/*"))
 
 
 def in_use(work: Path) -> bool:
-    """Whether a folder in which one is made is to stay: for its finished units, or for jobs that write more of them."""
+    """Whether to keep a work folder: it has finished units, or jobs write to it."""
     return kept_steps(work) > 0 or (work / JOB).exists()
 
 
 # ---- tokens
 
 
-_Batch = tuple[list[tuple[int, Document]], int]  # documents, each with its input's number; bytes of the part so far
+_Batch = tuple[list[tuple[int, Document]], int]  # documents with the numbers of their inputs; bytes of the part so far
 _Encoded = tuple[int, int, int, np.ndarray, int | None]  # input, hash, bytes, bos + tokens + eos, start of the response
 Encode = Callable[[Iterable[_Batch]], Iterator[tuple[list[_Encoded], int]]]
 _tokenizer: Tokenizer  # of this worker process
@@ -338,18 +339,18 @@ def _start_worker(model: Path) -> None:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], int | None]:
-    """bos + tokens + eos, and where in them the response starts, if there is a prompt.
+    """The ids bos + tokens + eos, and the position in them where the response starts, or None without a prompt.
 
-    Raises ValueError naming the file and the line of a text that the tokenizer would change.
+    Raises ValueError that names the file and the line of a text that the tokenizer would change.
     """
     if document.ids is not None:
         return [tokenizer.bos_id, *document.ids.tolist(), tokenizer.eos_id], None
-    try:  # the response by itself, so that it starts with a token of its own, as it does when it is generated
+    try:  # encoded separately, so that a token starts at the response, as in generation
         before = [tokenizer.bos_id, *tokenizer.encode_prompt(document.prompt or "", document.specials)]
         tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
     except TextChanged as error:
         line = document.line if document.record else document.line + error.line - 1
-        raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave it out") from None
+        raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave this text out") from None
     return tokens, None if document.prompt is None else len(before)
 
 
@@ -364,8 +365,9 @@ def _encode(documents: list[tuple[int, Document]]) -> list[_Encoded]:
 
 @contextmanager
 def encoder(model: Path, workers: int) -> Iterator[Encode]:
-    """A function that encodes batches in their order, in so many processes; a few per worker are in flight, so memory
-    stays bounded. One worker is this process.
+    """A function that encodes batches in order. workers: number of processes; with 1, this process does it.
+
+    Only a few batches per worker are in progress, so memory is bounded.
     """
     if workers == 1:
         _start_worker(model)
@@ -391,7 +393,7 @@ def encoder(model: Path, workers: int) -> Iterator[Encode]:
 
 
 def _batches(documents: Iterable[tuple[Document, int, int]]) -> Iterator[_Batch]:
-    """Documents about BATCH characters at a time."""
+    """Batches of documents, of about BATCH characters each."""
     batch, size, position = [], 0, 0
     for document, number, position in documents:
         batch.append((number, document))

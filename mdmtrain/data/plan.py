@@ -1,6 +1,7 @@
-"""The parts that a prepared folder is made in: a pure function of its inputs and options.
+"""Divide the inputs of a prepared folder into parts. The division depends only on the inputs and the options.
 
-A part has consecutive inputs. How many processes prepare the parts, and in which order, changes nothing.
+A part is a range of consecutive inputs. The number of processes that prepare the parts, and their order, do not change
+the result.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ SHORT, LONG = "shorter than --min-chars", "longer than --max-chars"
 
 
 def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """[first, end) of the inputs of each part: as many as have `most` bytes together, or one that is larger."""
+    """The inputs [first, end) of each part: consecutive inputs of at most `most` bytes together, or one larger input."""
     parts, first, total = [], 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > most:
@@ -32,23 +33,23 @@ def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 def digest(*what: Any) -> str:
-    """sha256 of something that JSON can write."""
+    """sha256 of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be prepared. Processes that share the work read it from a file."""
+    """The inputs and the options of a preparation. Processes that share the work read the plan from a file."""
 
     inputs: tuple[Input, ...]
     identities: tuple[list, ...]  # of the inputs, when the plan was made
-    sizes: tuple[int, ...]  # bytes of the inputs, on disk
+    sizes: tuple[int, ...]  # of the inputs, as stored
     options: Options
-    model: bytes | None  # content of the tokenizer's file where one is given
+    model: bytes | None  # content of the tokenizer's file if one is given
 
     @classmethod
     def of(cls, inputs: Sequence[Input], options: Options) -> "Plan":
-        """Raises ValueError where the tokenizer cannot be read, OSError where an input is gone."""
+        """Raises ValueError if the tokenizer cannot be read, OSError if an input does not exist any more."""
         given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
         identities = tuple(one.identity() for one in inputs)
         sizes = tuple(one.size for one in inputs)
@@ -60,35 +61,36 @@ class Plan:
 
     @cached_property
     def settings(self) -> list:
-        """What the content depends on besides the inputs."""
+        """Everything but the inputs that the content depends on."""
         given = hashlib.sha256(self.model).hexdigest() if self.model else None
         return [FORMAT, LONGEST_TEXT, self.options.content(given)]
 
     @cached_property
     def made_from(self) -> str:
-        """What tells a folder that this plan makes from all others."""
+        """A hash that identifies the inputs and options, and so the content of the folder."""
         return digest(*self.settings, list(self.identities))
 
     def bytes_of(self, part: int) -> int:
         return sum(self.sizes[slice(*self.parts[part])])
 
     def prompts(self, reading: Reading) -> bool | None:
-        """Whether documents have prompts: as the first one does; None where there is none."""
+        """Whether the documents have prompts, decided by the first document. None without documents."""
         for source in self.inputs:
             for document, _ in read_documents(source, reading):
                 return document.prompt is not None
         return None
 
     def refuse_changes(self, part: int) -> None:
-        """Raise ValueError where an input of a part is no longer what it was when the plan was made."""
+        """Raise ValueError if an input of a part has changed since the plan was made."""
         for number in range(*self.parts[part]):
             source = self.inputs[number]
             if source.spool is None and open_name(source.name).identity() != self.identities[number]:
                 raise ValueError(f"{source.name} has changed since the preparation began: start it again")
 
     def documents(self, part: int, reading: Reading, prompts: bool | None) -> Iterator[tuple[Document, int, int]]:
-        """The documents of a part that are neither too short nor too long, each with the number of its input and the
-        bytes of the part read so far.
+        """Yields (document, number of its input, bytes of the part read so far) for a part.
+
+        Documents that are too short or too long are skipped.
         """
         first, end = self.parts[part]
         for number, before in zip(range(first, end), accumulate(self.sizes[first:end], initial=0), strict=False):
@@ -99,8 +101,10 @@ class Plan:
                     yield document, number, before + position
 
     def tokenizer_sample(self, reading: Reading, prompts: bool | None) -> Iterator[tuple[str, bool, int]]:
-        """Text for a tokenizer: the first documents of every input, in proportion to its bytes, four times what is
-        learned from at most. Each with whether it is of training, and the bytes of the inputs that are done.
+        """Text to train a tokenizer: the first documents of every input, in proportion to its bytes.
+
+        The total is at most four times the text that is learned from. Yields (text, whether it is in the train split,
+        bytes of the inputs done so far).
         """
         total, fraction = max(1, sum(self.sizes)), self.options.validation_fraction
         for source, size, before in zip(self.inputs, self.sizes, accumulate(self.sizes, initial=0), strict=False):
@@ -124,5 +128,8 @@ class Plan:
 
 
 def draw(hash: int) -> float:
-    """A document's number in [0, 1): below --validation-fraction it is validation. Like documents go together."""
+    """A pseudo-random number in [0, 1) from a document's hash. Below --validation-fraction, it is in validation.
+
+    Documents with the same normalised text have the same number, so they are in the same split.
+    """
     return (hash >> 31) / 2**32

@@ -97,7 +97,7 @@ def _do_stage(making: Preparation, stage: Stage, workers: int, progress: Progres
 
 
 def finished(plan: Plan, out: Path) -> Summary | None:
-    """What stands at `out`, where this plan made it. Raises ValueError where something else stands there."""
+    """What stands at `out`, where this plan made it. Raises ValueError if something else stands there."""
     if (out / MANIFEST).is_file():
         if not (work_folder(out) / "data").exists():  # killed after its last act
             shutil.rmtree(work_folder(out), ignore_errors=True)

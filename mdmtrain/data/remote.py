@@ -24,7 +24,7 @@ def is_url(path: str) -> bool:
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL, and its path there. For this process and thread: ask again after a fork.
 
-    Raises ValueError where nothing installed reaches it.
+    Raises ValueError if nothing installed reaches it.
     """
     try:
         return url_to_fs(url, use_listings_cache=False)
@@ -39,7 +39,7 @@ def read(url: str) -> bytes:
 
 
 def read_piece(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a file. Raises ValueError where it has fewer."""
+    """Bytes [start, end) of a file. Raises ValueError if it has fewer."""
     piece = ask(url, TIMEOUT, "cat_file", start=start, end=end)
     if len(piece) != end - start:
         raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: it changes, or is cut")

@@ -68,7 +68,7 @@ class _Bytes(io.RawIOBase):
 def remote_file(url: str) -> "Remote | BinaryIO":
     """The file of a URL; where its server gives no pieces of files, an unnamed temporary copy of it.
 
-    Raises ValueError where there is none, or it cannot be reached.
+    Raises ValueError if there is none, or it cannot be reached.
     """
     info = remote.ask(url, remote.TIMEOUT, "info")
     if info.get("type") == "directory":

@@ -38,7 +38,7 @@ def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
     """A sentencepiece model of others with what ours needs, its size before, and what was changed, for a person.
 
     What changes text is switched off, and roles without a control piece get a new one at the end of the vocabulary; ids
-    stay what they are. One that needs nothing is returned as it is. Raises ValueError where it is no such model.
+    stay what they are. One that needs nothing is returned as it is. Raises ValueError if it is no such model.
     """
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
@@ -72,7 +72,7 @@ class SentencePieces:
     """The pieces of a model file. Encodes any text, and tells which ids no text becomes."""
 
     def __init__(self, model: bytes):
-        """model: the content of a sentencepiece model file. Raises ValueError where it is none, or changes text."""
+        """model: the content of a sentencepiece model file. Raises ValueError if it is none, or changes text."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)

@@ -12,7 +12,7 @@ from mdmtrain.files import put_in_place
 
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Make a folder in which `out` is made, and lock it. Raises ValueError where another process writes it."""
+    """Make a folder in which `out` is made, and lock it. Raises ValueError if another process writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -29,7 +29,7 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
 def staging(out: Path) -> Iterator[Path]:
     """A locked empty folder beside `out` to write into. At the end it takes the name of `out`, on an error it goes.
 
-    After SIGKILL the next run for `out` removes it. Raises ValueError where another process writes it.
+    After SIGKILL the next run for `out` removes it. Raises ValueError if another process writes it.
     """
     folder = out.parent / f".{out.name}.partial"
     with locked(folder, out):

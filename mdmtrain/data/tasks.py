@@ -102,7 +102,7 @@ def split_of(prompt: str) -> Split:
 def make_tasks(split: Split, number: int, seed: int) -> list[Task]:
     """`number` tasks of a split, the kinds in turn. The first n of a longer list are the list of n.
 
-    Those of "test" are all different; the others come as they are drawn. Raises ValueError where a kind has too few.
+    Those of "test" are all different; the others come as they are drawn. Raises ValueError if a kind has too few.
     """
     kinds = [_of_kind(kind, split, -(-(number - i) // len(KINDS)), seed) for i, kind in enumerate(KINDS)]
     return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(number)]

@@ -80,7 +80,7 @@ def as_tokenizer_json(file: Path, pattern: str | None) -> tuple[dict, dict]:
 
 
 def _checked(pattern: str, known: str) -> str:
-    """A pattern of the user. Raises ValueError where the library would read it otherwise than tiktoken does."""
+    """A pattern of the user. Raises ValueError if the library would read it otherwise than tiktoken does."""
     if re.search(r"\}\+|(?<!\\)\$", pattern):
         raise ValueError(
             "--tiktoken-pattern: '{m,n}+' and '$' mean something else here: write them as '{m,n}' and '\\z'"

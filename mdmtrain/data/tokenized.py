@@ -32,7 +32,7 @@ class TokenFile:
     def __init__(self, name: str, raw: BinaryIO, index: BinaryIO | None, dtype: TokenType | None, tokenizer: Tokenizer):
         """name: for errors. index: of Megatron's files. dtype: of a file without a header. tokenizer: made the ids.
 
-        Raises ValueError where the file and its header or its index do not fit each other.
+        Raises ValueError if the file and its header or its index do not fit each other.
         """
         self.name, self._raw, self._tokenizer = name, raw, tokenizer
         self._bytes = raw.seek(0, 2)
@@ -52,7 +52,7 @@ class TokenFile:
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document without bos and eos: int64 [ids].
 
-        Raises ValueError where an id is none that the tokenizer makes of a document, or documents do not end with eos.
+        Raises ValueError if an id is none that the tokenizer makes of a document, or documents do not end with eos.
         """
         eos, with_eos = self._tokenizer.eos_id, None
         for number, ids in enumerate(self._by_index() if self._lengths is not None else self._by_eos(), 1):

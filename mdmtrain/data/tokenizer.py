@@ -75,14 +75,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
-        """The tokenizer that `path` names, see `read_model`. Raises ValueError where there is none that fits."""
+        """The tokenizer that `path` names, see `read_model`. Raises ValueError if there is none that fits."""
         return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
         """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model to `path`.
 
-        Raises ValueError where `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
+        Raises ValueError if `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
         """
         smallest = 5 + 256 + 3
         if vocab_size < smallest:

@@ -1,7 +1,8 @@
-"""Files of object stores on a local disk: bounded, shared by all processes of a node, kept from run to run.
+"""A cache on a local disk for files of object stores. All processes of a node share it, and it is kept between runs.
 
-A file is called by its sha256, so that an old content never passes for a new one, and is there only when it is complete
-and has been checked. What was used longest ago makes room: the time of modification is that of the last use.
+The name of a file is its sha256, so that old content is never taken for new content. A file has this name only after it
+is complete and verified. To make room, the least recently used files are removed; the modification time is the time of
+the last use.
 """
 
 import fcntl
@@ -15,12 +16,12 @@ from pathlib import Path
 
 from mdmtrain.data import remote
 
-PART = ".part"  # ending of a file that is being downloaded; its process holds a lock on it
+PART = ".part"  # suffix of a file that is being downloaded and is locked
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in an object store, as a manifest has it."""
+    """A file in an object store, as described in a manifest."""
 
     url: str
     size: int  # bytes
@@ -28,21 +29,21 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """What it is called in a cache."""
+        """The name of the file in a cache."""
         return f"{self.sha256}-{self.url.rsplit('/', 1)[-1]}"
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder on a local disk with at most `limit` bytes of files."""
+    """A folder on a local disk with files of at most `limit` bytes in total."""
 
     folder: Path
     limit: int
 
     def open(self, file: RemoteFile) -> int:
-        """A descriptor of a file, which is downloaded first if it is not there. The caller closes it.
+        """An open descriptor of a file, which is downloaded if necessary. The caller closes it.
 
-        Raises ValueError if it cannot be had, or is not what the manifest says.
+        Raises ValueError if the download fails, or if the content does not match the manifest.
         """
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -54,9 +55,10 @@ class ShardCache:
                 return descriptor
 
     def fetch_ahead(self, files: Iterable[RemoteFile]) -> Iterator[None]:
-        """Download what is missing, in this order, but for what another process is downloading. Yields after each file.
+        """Download missing files in this order, except those that another process is downloading. Yields after each
+        file.
 
-        All of them count as used now, so that none makes room for another.
+        All of the files count as used now, so that they do not displace each other.
         """
         missing = [file for file in files if not self._touch(file)]
         for file in missing:
@@ -67,7 +69,7 @@ class ShardCache:
             yield
 
     def _touch(self, file: RemoteFile) -> bool:
-        """Is it there? Then it counts as used now."""
+        """Whether the file is in the cache. If so, it counts as used now."""
         try:
             _use(self.folder / file.name)
         except FileNotFoundError:
@@ -75,10 +77,12 @@ class ShardCache:
         return True
 
     def _download(self, file: RemoteFile, wait: bool) -> int | None:
-        """A descriptor of the new file. None: another process has downloaded it (or, without `wait`, does so now)."""
+        """Download a file. Returns a descriptor, or None if another process has downloaded it (without `wait`: or is
+        doing so).
+        """
         if file.size > self.limit:
             raise ValueError(
-                f"{file.url} has {file.size:,} bytes, and the cache {self.folder} may have {self.limit:,}: raise "
+                f"{file.url} has {file.size:,} bytes, the cache {self.folder} is limited to {self.limit:,}: raise "
                 "data.cache_gb"
             )
         part, final = self.folder / (file.name + PART), self.folder / file.name
@@ -87,7 +91,7 @@ class ShardCache:
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if not _is(descriptor, part):  # it was completed or given up while this process waited
+            if not _is(descriptor, part):  # it was completed or removed while this process waited
                 os.close(descriptor)
                 return None
             if final.exists():
@@ -96,7 +100,7 @@ class ShardCache:
                 return None
             self._fill(file, descriptor)
             _use(descriptor)
-            with self._locked():  # else it might be under neither name for who adds up the sizes
+            with self._locked():  # so that a process that adds up sizes sees one of the two names
                 os.rename(part, final)
             return descriptor
         except BlockingIOError:
@@ -109,12 +113,12 @@ class ShardCache:
             raise
 
     def _fill(self, file: RemoteFile, descriptor: int) -> None:
-        """Download into an empty file that is locked. Raises ValueError if the content is not the manifest's."""
+        """Download into a locked empty file. Raises ValueError if the content does not match the manifest."""
         size = remote.size_of(file.url)
         if size != file.size:
             raise ValueError(f"{file.url} has {size:,} bytes, the manifest says {file.size:,}: copy it there again")
         while not self._reserve(file.size, descriptor):
-            time.sleep(0.2)  # other downloads take all the room; when they are complete, they can make room
+            time.sleep(0.2)  # other downloads use all the room; they can be removed when they are complete
         digest = hashlib.sha256()
         for start in range(0, size, remote.PIECE):
             piece = remote.read_piece(file.url, start, min(start + remote.PIECE, size))
@@ -124,10 +128,10 @@ class ShardCache:
         if digest.hexdigest() != file.sha256:
             raise ValueError(f"{file.url} was altered (its sha256 is not the manifest's): copy it there again")
         with self._writing():
-            os.fsync(descriptor)  # the name says that the content is right: it must not come to the disk before it
+            os.fsync(descriptor)  # the name guarantees the content, so the content must be on the disk first
 
     def _reserve(self, size: int, descriptor: int) -> bool:
-        """Make room for a file and give it its size, which then counts. False: downloads take too much of the room."""
+        """Make room for a file and allocate its size. False if unfinished downloads use too much of the room."""
         with self._locked():
             os.ftruncate(descriptor, 0)
             files = []
@@ -146,7 +150,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """While no other process makes room or completes a file."""
+        """A context in which no other process makes room or completes a file."""
         with self._writing(), open(self.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -163,12 +167,12 @@ class ShardCache:
 
 
 def _use(file: int | Path) -> None:
-    """Now is the time of its last use. (The system's own clock for files moves every few milliseconds only.)"""
+    """Record the time of the last use. (The file system's own clock moves only every few milliseconds.)"""
     os.utime(file, ns=(time.time_ns(),) * 2)
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Does a path name the open file?"""
+    """Whether a path still names the open file."""
     try:
         return os.stat(path).st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
@@ -176,12 +180,12 @@ def _is(descriptor: int, path: Path) -> bool:
 
 
 def _removed(path: str) -> bool:
-    """Remove a complete file (who reads it keeps it open), or what a process that is gone has left of a download."""
+    """Remove a complete file (its readers keep it open), or the rest of a download whose process has ended."""
     try:
         with open(path) as file:
             if path.endswith(PART):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
         return True
-    except (BlockingIOError, FileNotFoundError):  # it is being downloaded; or was completed just now
+    except (BlockingIOError, FileNotFoundError):  # it is being downloaded, or was completed just now
         return False

@@ -1,7 +1,7 @@
-"""A conversation as a prompt and a response: the template that writes out the messages before the last one.
+"""Convert a conversation to a prompt and a response. A template formats all messages but the last as the prompt.
 
-The special tokens that a tokenizer's own template writes become their ids. Text of the messages that spells one stays
-text, like all text.
+Special tokens written by a tokenizer's template become their ids. Text in a message that looks like a special token
+remains text.
 """
 
 import json
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TEXT_MARK = "\U0010f582"  # keeps text that spells a special token apart from one; private use, and taken out again
+TEXT_MARK = "\U0010f582"  # inserted into text that looks like a special token, removed again later
 Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Template:
-    """How messages become a prompt.
+    """Converts messages to a prompt.
 
-    Without `jinja`, each is a line "<|role|>" and its content from the next line on, and a line "<|assistant|>" ends
-    the prompt, all of it text. `jinja` is a template of transformers, `specials` are its tokenizer's special tokens.
+    Without `jinja`, each message is a line "<|role|>" followed by its content, and a line "<|assistant|>" ends the
+    prompt. All of it is text. `jinja` is a template of transformers, `specials` are the special tokens of its
+    tokenizer.
     """
 
     jinja: str | None = None
@@ -27,7 +28,7 @@ class Template:
     eos: str = ""  # the token that templates call eos_token
 
     def prompt(self, messages: list[dict[str, str]]) -> tuple[str, Spans]:
-        """The prompt to which the assistant responds, and which [start, end) of it are special tokens.
+        """The prompt for the assistant's response, and the ranges [start, end) in it that are special tokens.
 
         Raises ValueError if the template refuses the messages.
         """
@@ -48,12 +49,12 @@ class Template:
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # bos is ours to add
+        names: dict[str, Any] = {"bos_token": "", "eos_token": self.eos}  # we add bos ourselves
         try:
             rendered, _ = render_jinja_template(  # type: ignore[str-unpack] # a pair, annotated as a string
                 [messages], chat_template=self.jinja, add_generation_prompt=True, **names
             )
-        except Exception as error:  # whatever a template does
+        except Exception as error:  # a template may raise any error
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
         return rendered[0]
 
@@ -61,9 +62,9 @@ class Template:
         return sorted(self.specials, key=len, reverse=True)
 
     def _apart(self, content: str) -> str:
-        """Content in which no special token is spelled. Raises ValueError if the mark itself is in it."""
+        """The content with a mark inside every special token. Raises ValueError if the content contains the mark."""
         if TEXT_MARK in content:
-            raise ValueError(f"a message has U+{ord(TEXT_MARK):X}, which is used to mark text")
+            raise ValueError(f"a message contains U+{ord(TEXT_MARK):X}, which is reserved to mark text")
         for special in self._longest_first():
             content = content.replace(special, special[:1] + TEXT_MARK + special[1:])
         return content
@@ -73,7 +74,7 @@ PLAIN = Template()
 
 
 def template_in(folder: Path) -> str | None:
-    """The chat template of a model folder, as transformers keeps it there: the default one where it has several.
+    """The default chat template of a model folder in the format of transformers, or None.
 
     Raises ValueError if its file is damaged.
     """

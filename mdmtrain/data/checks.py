@@ -1,4 +1,4 @@
-"""What a person should know about the data of a run before it starts, and what then refuses it."""
+"""Describe the data of a run before it starts, and refuse a start with unsuitable data."""
 
 import numpy as np
 
@@ -13,16 +13,16 @@ MOST_COMPARED = 20_000_000  # documents of a split whose hashes are compared
 def describe_data(
     config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit], cursor: Cursor
 ) -> list[str]:
-    """Lines about the rows, the mixture and the cache. Raises ValueError if a run must not start so."""
+    """Lines about the rows, the mixture and the cache. Raises ValueError if the data must not be used like this."""
     lines = [describe_rows(source, config.data.sequence_length) for source in sources if source.prompts]
     lines += describe_mixture(config, sources, mixture(config, sources, cursor), cursor)
     return lines + describe_cache(config, sources, validation)
 
 
 def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor) -> list[str]:
-    """How often each source will have been read at the end of the run: the lines of a table.
+    """A table of how many times each source will have been read at the end of the run.
 
-    Raises ValueError if that is more often than its max_epochs.
+    Raises ValueError if that is more than its max_epochs.
     """
     steps, data = config.run.steps, config.data
     reads = order.counts(cursor.at(steps, config.slots_per_step, 0).sample)
@@ -45,7 +45,7 @@ def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixtur
 
 
 def cache_need(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> int:
-    """Bytes that the cache has to hold at a time: the validation splits, and of each source two turns (see Shuffle)."""
+    """Bytes that the cache needs at a time: the validation splits, and two turns of each source (see Shuffle)."""
     mask, together = config.data.document_mask, config.data.shuffle_shards
     need = sum(int(split.row_bytes(mask).sum()) for split in validation if split.cache is not None)
     for source in sources:
@@ -56,9 +56,9 @@ def cache_need(config: Config, sources: list[PreparedSplit], validation: list[Pr
 
 
 def describe_cache(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
-    """What the cache has to hold at a time: a line, where a source lies in an object store.
+    """A line about the room that the cache needs, if a source is in an object store.
 
-    Raises ValueError if it may hold less.
+    Raises ValueError if data.cache_gb is less.
     """
     need, data, together = cache_need(config, sources, validation), config.data, config.data.shuffle_shards
     if not need:
@@ -72,11 +72,11 @@ def describe_cache(config: Config, sources: list[PreparedSplit], validation: lis
 
 
 def shared_documents(train: list[PreparedSplit], validation: list[PreparedSplit]) -> list[str]:
-    """A warning for each validation split of which documents are also in the train split of another source.
+    """A warning for each validation split that has documents of the train split of another source.
 
-    In one folder there are none: preparation sends documents that differ in white space, case or the encoding of
-    characters alone to the same split. Reads 8 bytes for each training document, where there are several sources; of a
-    split with more than MOST_COMPARED documents about so many are looked at.
+    Within one folder this cannot happen: preparation assigns documents that differ only in white space, case or the
+    encoding of characters to the same split. Reads 8 bytes for each training document, if there are several sources. Of
+    a split with more than MOST_COMPARED documents, only about this number is compared.
     """
     lines = []
     for held_out in validation:

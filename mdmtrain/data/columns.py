@@ -1,6 +1,6 @@
-"""Records of columnar files, Parquet and Arrow: some rows at a time, so that memory does not grow with the file.
+"""Read records from Parquet and Arrow files. Only some rows are in memory at once, so memory is bounded.
 
-`pyarrow` reads them. It is imported here alone, and this module only where such a file is read.
+`pyarrow` reads the files. Only this module imports it, and this module is imported only to read such files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,20 +10,20 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_BYTES = 4 << 20  # of rows that are in memory at once, as far as the file's index tells their size
-MOST_ROWS = 1024  # at once
-PAGES = 1 << 20  # bytes of a Parquet column that are read at once: without a bound, a whole column of a row group
-_CONTINUES = b"\xff\xff\xff\xff"  # begins each message of an Arrow stream
+ROWS_BYTES = 4 << 20  # of rows in memory at once, if the file's metadata has their size
+MOST_ROWS = 1024  # in memory at once
+PAGES = 1 << 20  # bytes of a Parquet column that are read at once; the default is a whole column of a row group
+_CONTINUES = b"\xff\xff\xff\xff"  # the first bytes of each message of an Arrow stream
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 _LISTS = (pa.types.is_list, pa.types.is_large_list)
 
 
 class Table:
-    """A columnar file that is open."""
+    """An open columnar file."""
 
     def __init__(self, name: str, kind: str, raw: BinaryIO):
-        """name: for errors. kind: "parquet" or "arrow", the file format or the stream format of it.
+        """name: for errors. kind: "parquet" or "arrow" (its file format or its stream format).
 
         Raises ValueError for a damaged file, as all methods do.
         """
@@ -37,12 +37,12 @@ class Table:
                 self._stream = raw.read(4) == _CONTINUES
                 self._end = raw.seek(0, 2)
                 raw.seek(max(self._end - 8, 0))
-                if self._stream and raw.read(8) != _CONTINUES + bytes(4):  # pyarrow takes a cut between batches for it
-                    raise EOFError("cut off: it has no mark of its end")
+                if self._stream and raw.read(8) != _CONTINUES + bytes(4):  # pyarrow accepts a cut between batches
+                    raise EOFError("cut off: it has no end marker")
                 self.schema = self._arrow().schema
 
     def text_field(self, field: str) -> None:
-        """Raise ValueError unless the column `field` exists and has text. Dots lead to fields inside a column."""
+        """Raise ValueError unless the column `field` exists and has text. A dot leads to a field inside a column."""
         found = self._type(field)
         if pa.types.is_dictionary(found):
             found = found.value_type
@@ -59,7 +59,7 @@ class Table:
                              "'role' and a 'content'")  # fmt: skip
 
     def _type(self, field: str) -> pa.DataType:
-        """The type of a field. Raises ValueError if there is none of this name, or several."""
+        """The type of a field. Raises ValueError if there is no such field, or several."""
         names = self.schema.names
         path = [field] if field in names or "." not in field else field.split(".")
         if names.count(path[0]) != 1:
@@ -74,9 +74,10 @@ class Table:
         return found
 
     def rows(self, columns: Sequence[str] | None) -> Iterator[tuple[dict[str, Any] | UnicodeDecodeError, float]]:
-        """The fields of each row, or the error where a text in it is not UTF-8; and the share of the file that is read.
+        """Yields (fields of a row, share of the file read so far). A row with text that is not UTF-8 is an error
+        object.
 
-        columns: those to read, as `text_field` takes them; None: all.
+        columns: the columns to read, named as in `text_field`; None: all.
         """
         if columns is None:
             columns = self.schema.names
@@ -89,7 +90,7 @@ class Table:
                     yield row, share
 
     def _batches(self, columns: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
-        """Some rows at a time, and the share of the file that is read after them."""
+        """Yields some rows at a time, and the share of the file that is read after them."""
         if self._kind == "parquet":
             done, rows = 0, self._file.metadata.num_rows
             for group in range(self._file.num_row_groups):
@@ -115,7 +116,7 @@ class Table:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """What pyarrow raises as one line."""
+        """Convert pyarrow's errors to a ValueError of one line."""
         try:
             yield
         except (pa.ArrowException, EOFError, OSError) as error:
@@ -127,14 +128,14 @@ class Table:
 
 
 def _rows(group: pq.RowGroupMetaData) -> int:
-    """How many rows of a group are read at once."""
+    """The number of rows of a group that are read at once."""
     return max(1, min(MOST_ROWS, ROWS_BYTES * group.num_rows // max(group.total_byte_size, 1)))
 
 
 def _whole(batch: pa.RecordBatch) -> list[dict[str, Any]] | None:
-    """The rows of a batch; None if a text in it is not UTF-8, which pyarrow does not check when it reads."""
+    """The rows of a batch. None if a text is not UTF-8, which pyarrow does not check when it reads."""
     try:
-        batch.validate(full=True)  # damaged offsets would be read outside the batch
+        batch.validate(full=True)  # otherwise damaged offsets would lead to reads outside the batch
         return batch.to_pylist()
     except UnicodeDecodeError:
         return None

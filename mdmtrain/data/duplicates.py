@@ -1,8 +1,9 @@
-"""Documents whose text an earlier document has, found without holding all hashes in memory.
+"""Find documents with the text of an earlier document, without all hashes in memory.
 
-Each part writes the hashes of its documents, sorted. A bucket is a range of hashes: the hashes of all parts in it are
-sorted together, which finds the documents after the first one of each text. A part leaves out what the buckets found in
-it. Memory: about 100 bytes for a document of a part, or of a bucket, which has BUCKET documents.
+Each part writes the sorted hashes of its documents. A bucket is a range of hash values. For each bucket, the hashes of
+all parts in its range are sorted together, which finds all but the first document of each text. Then each part skips
+the duplicates found in it. Memory: about 100 bytes per document of the largest part, or of a bucket, which has about
+BUCKET documents.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ _FOUND = np.dtype([("part", "<u4"), ("number", "<u4")])
 
 
 def text_hash(document: Document) -> bytes:
-    """16 bytes of exactly what a document says: its text with its prompt, or its ids where they were made elsewhere."""
+    """16 bytes: a hash of a document's exact content, its text with its prompt, or its ids if it was stored as ids."""
     if document.ids is not None:
         content = document.ids.astype("<i8").tobytes()
     elif document.prompt is not None:
@@ -31,7 +32,7 @@ def text_hash(document: Document) -> bytes:
 
 
 def sorted_hashes(hashes: Iterable[bytes]) -> np.ndarray:
-    """The hashes of a part's documents, which are numbered from 0, in their order: _HASH [documents]."""
+    """The hashes of a part's documents, sorted, each with the number of its document (from 0): _HASH [documents]."""
     content = bytearray()
     for hash in hashes:
         content += hash
@@ -47,9 +48,9 @@ def buckets(documents: int) -> int:
 
 
 def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
-    """Which documents in a bucket (of so many) have the text of an earlier one, by part and number: _FOUND, ascending.
+    """The documents of a bucket that have the text of an earlier one: _FOUND (part and number), ascending.
 
-    parts: the files with what `sorted_hashes` gave for each part.
+    parts: files with the result of `sorted_hashes` for each part; of: number of buckets.
     """
     lowest, above = (np.uint64(min(-(-number * 2**64 // of), 2**64 - 1)) for number in (bucket, bucket + 1))
     blocks, origins = [], []
@@ -61,7 +62,7 @@ def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
         origins.append(np.full(end - first, part, "<u4"))
     found, origin = np.concatenate(blocks), np.concatenate(origins)
     del blocks, origins
-    order = np.lexsort((found["low"], found["high"]))  # stable: documents of one text stay in their order
+    order = np.lexsort((found["low"], found["high"]))  # stable: documents with equal hashes stay in their order
     high, low = found["high"][order], found["low"][order]
     again = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
     again.sort()
@@ -72,7 +73,7 @@ def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
 
 
 def numbers_in(files: Iterable[Path], part: int) -> np.ndarray:
-    """The numbers of a part's documents that the buckets found, ascending: uint32 [duplicates of the part]."""
+    """The numbers of the duplicates in a part, ascending: uint32 [duplicates of the part]."""
     lists = [np.empty(0, "<u4")]
     for file in files:
         found = np.load(file, mmap_mode="r")

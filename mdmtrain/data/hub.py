@@ -1,7 +1,7 @@
-"""Tokenizers as model folders on the hub have them, tokenizer.json: ours written for others, theirs read for us.
+"""Tokenizers in the format of model folders on the hub, tokenizer.json: write ours, and read those of others.
 
-A foreign tokenizer is kept in one file, as ours are: a JSON object with the tokenizer.json, made lossless, and the
-names of its bos, eos, pad and mask tokens. `Tokenizer` takes either kind.
+A third-party tokenizer is kept in one file: a JSON object with its tokenizer.json, made lossless, and the names of its
+bos, eos, pad and mask tokens. `Tokenizer` reads both kinds.
 """
 
 import json
@@ -30,10 +30,12 @@ log = logging.getLogger("mdmtrain")
 
 
 class HubPieces:
-    """A foreign tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
+    """A third-party tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
 
     def __init__(self, model: bytes):
-        """model: what `bundle` gave. Raises ValueError if it is none, or the library is missing."""
+        """model: the result of `bundle`. Raises ValueError if it is something else, or if the library is not
+        installed.
+        """
         try:
             content = json.loads(model)
             self.names: dict[str, str] = content["roles"]
@@ -43,8 +45,8 @@ class HubPieces:
         except ValueError:
             raise
         except Exception:  # the library raises Exception itself
-            raise ValueError("no JSON of a tokenizer and its roles") from None
-        self._tokenizer.encode_special_tokens = True  # text never becomes a reserved id
+            raise ValueError("not a JSON object with a tokenizer and its roles") from None
+        self._tokenizer.encode_special_tokens = True  # no text is encoded to a reserved id
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
@@ -60,30 +62,30 @@ class HubPieces:
         return self._vocabulary.get(piece, -1)
 
     def id_to_piece(self, number: int) -> str:
-        return self._tokenizer.id_to_token(number) or ""  # a foreign vocabulary may have holes
+        return self._tokenizer.id_to_token(number) or ""  # a third-party vocabulary may have gaps
 
     def unk_id(self) -> int:
         unknown = self.content["model"].get("unk_id")
         return self.piece_to_id(self.content["model"].get("unk_token") or "") if unknown is None else unknown
 
     def reserved(self) -> set[int]:
-        """Ids that no text becomes: special tokens, the piece of what is unknown, and numbers without a piece."""
+        """The ids that no text is encoded to: special tokens, the unknown piece, and numbers without a piece."""
         special = {token["id"] for token in self.content["added_tokens"] if token["special"]}
         holes = set(range(self.get_piece_size())) - set(self._vocabulary.values())
         return special | holes | ({self.unk_id()} - {-1})
 
     def added(self) -> list[str]:
-        """Pieces with a meaning of their own: tokens that text spells, or that it must not become."""
+        """Pieces with a special meaning: tokens that text can contain, and tokens that text must not be encoded to."""
         return [token["content"] for token in self.content["added_tokens"]]
 
 
 def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """A foreign tokenizer.json as one file, made lossless, and its vocabulary size before anything was added.
+    """A third-party tokenizer.json as one lossless file, and its vocabulary size before tokens were added.
 
-    The names of bos, eos, pad and mask are in tokenizer_config.json (or special_tokens_map.json) beside `file`, or
-    config, the model's config.json, has their ids. A role that nothing names gets a new token at the end of the
-    vocabulary if `add_missing`; one that shares its token with another always does. What had to be changed is logged.
-    Raises ValueError.
+    tokenizer_config.json (or special_tokens_map.json) next to `file` has the names of bos, eos, pad and mask, or
+    config, the model's config.json, has their ids. With `add_missing`, a missing role gets a new token at the end of
+    the vocabulary. A role that shares its token with another one always does. All changes are logged. Raises
+    ValueError.
     """
     library = tokenizers_library()
     try:
@@ -95,12 +97,12 @@ def bundle(file: Path, config: dict, add_missing: bool) -> tuple[bytes, int]:
 
 
 def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_missing: bool) -> tuple[bytes, int]:
-    """The same of a tokenizer.json and its settings that were made from `file`."""
+    """The same for a tokenizer.json and settings that were converted from `file`."""
     usual = tokenizers_library().Tokenizer.from_str(json.dumps(content))
     try:
         content.setdefault("added_tokens", [])
         _add_from_settings(content, settings)
-        content = json.loads(load(content).to_str())  # as the library writes it today
+        content = json.loads(load(content).to_str())  # in the library's present format
         size = max(number for _, number in vocabulary(content)) + 1
         notes = neutralise(content)
         for token in content["added_tokens"]:
@@ -116,14 +118,14 @@ def bundle_content(file: Path, content: dict, settings: dict, config: dict, add_
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}, or its settings: not in the format ({error!r}): get the original files") from None
+        raise ValueError(f"{file}, or its settings: unknown format ({error!r}): get the original files") from None
     if notes:
         log.warning("%s, to lose no text: %s (docs/tokenizers.md)", file, "; ".join(notes))
     return _dump(roles, content), size
 
 
 def _settings(folder: Path) -> dict:
-    """What tokenizer_config.json says, and special_tokens_map.json of older folders where that says nothing."""
+    """The content of tokenizer_config.json, completed from special_tokens_map.json (of older folders)."""
     found: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
@@ -135,7 +137,7 @@ def _settings(folder: Path) -> dict:
 
 
 def _text(token: str | dict | None) -> str | None:
-    """A token of the settings, which have either its text or an object with that. Raises ValueError."""
+    """The text of a token in the settings, where it is a string or an object. Raises ValueError."""
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
         raise ValueError(f"tokenizer_config.json names {text!r} as a token: it must be a text")
@@ -143,7 +145,7 @@ def _text(token: str | dict | None) -> str | None:
 
 
 def _add_from_settings(content: dict, settings: dict) -> None:
-    """Tokens, and which of them are special, that tokenizer_config.json knows and tokenizer.json does not."""
+    """Add the tokens that are only in tokenizer_config.json, and mark those as special that are special there."""
     known = {token["content"]: token for token in content["added_tokens"]}
     for number, token in (settings.get("added_tokens_decoder") or {}).items():
         entry = known.setdefault(token["content"], {**FLAGS, **token, "id": int(number)})
@@ -158,9 +160,9 @@ def _add_from_settings(content: dict, settings: dict) -> None:
 
 
 def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dict[str, str]:
-    """The tokens that the settings, or the model's configuration by their ids, name for the roles.
+    """The token of each role, named by the settings, or by its id in the model's configuration.
 
-    An id in the configuration that is an ordinary piece (its default, often) does not count, which `notes` says.
+    An id in the configuration that belongs to an ordinary piece (often a default) is ignored, with an entry in `notes`.
     """
     by_id, names = {number: piece for piece, number in vocabulary(content)}, {}
     declared = {token["content"] for token in content["added_tokens"]}
@@ -180,19 +182,19 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
 
 
 def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str]) -> dict[str, str]:
-    """A special token for each role, shared with no other. Adds tokens to `content`; what it changes is in `notes`."""
+    """A separate special token for each role. Adds tokens to `content`, and a description of the changes to `notes`."""
     model, tokens = content["model"], {token["content"]: token for token in content["added_tokens"]}
     unknown = model.get("unk_token")
     if unknown is None and model.get("unk_id") is not None:
         unknown = model["vocab"][model["unk_id"]][0]
     ordinary = spelled(content, [name for name in names.values() if name not in tokens])
     roles, taken = {}, {unknown: "unk"} if unknown else {}
-    for role in ("eos", "bos", "mask", "pad"):  # the first keeps a token that several have
+    for role in ("eos", "bos", "mask", "pad"):  # in this order: the first role keeps a shared token
         name = names.get(role)
         if name is None and not add_missing:
             raise ValueError(f"it names no {role} token: tokenizer_config.json must have {role}_token")
         if name in ordinary:
-            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which text has: name a token of its own")
+            raise ValueError(f"{role}_token {name!r} is an ordinary piece, which occurs in text: name a special token")
         if name in taken:
             notes.append(f"{role} gets a token of its own, as {name!r} is {taken[name]}")
         if name is None or name in taken:
@@ -207,29 +209,30 @@ def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str])
 
 
 def hub_files(model: bytes) -> dict[str, bytes]:
-    """The files that give transformers' AutoTokenizer the ids of the tokenizer in `model`: name -> content.
+    """The files with which transformers' AutoTokenizer gives the same ids as the tokenizer in `model`: name -> content.
 
-    Raises ValueError if a tokenizer.json cannot say the same.
+    Raises ValueError if a tokenizer.json cannot express the tokenizer.
     """
     if model[:1] == b"{":
         pieces, files = HubPieces(model), {}
         content = pieces.content
     else:
         pieces, files = SentencePieces(model), {"tokenizer.model": model}
-        if pieces.model_type != "BPE":  # the two libraries choose differently between equally likely pieces
+        if pieces.model_type != "BPE":  # the two libraries differ in the choice between equally likely pieces
             raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
     settings: dict[str, Any] = {f"{role}_token": name for role, name in pieces.names.items()}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings["split_special_tokens"] = True  # as ours: text that spells <mask> is text
+    settings["split_special_tokens"] = True  # as in our tokenizers, text such as <mask> remains text
     texts = {"tokenizer.json": content, "tokenizer_config.json": settings}
     return files | {name: json.dumps(text, ensure_ascii=False, indent=1).encode() for name, text in texts.items()}
 
 
 def bundle_unigram(pieces: SentencePieces) -> bytes:
-    """A sentencepiece unigram model as `bundle` gives a tokenizer.json: exact in transformers from the start.
+    """A sentencepiece unigram model in the form that `bundle` gives a tokenizer.json, so that it is exact in
+    transformers.
 
-    Where two ways to split a word are equally likely the ids may be others than sentencepiece's.
+    If two divisions of a word are equally likely, the ids may differ from sentencepiece's.
     """
     content = json.loads(load(_converted(pieces)).to_str())
     return _dump(pieces.names, content)
@@ -240,16 +243,16 @@ def _dump(roles: dict[str, str], content: dict) -> bytes:
 
 
 def _converted(pieces: SentencePieces) -> dict:
-    """A sentencepiece model as a tokenizer.json, our escape of U+2581 included. Raises ValueError.
+    """A sentencepiece model as a tokenizer.json, with our escape of U+2581. Raises ValueError.
 
-    User-defined pieces become added tokens: like these they are found first, and are merged with nothing.
+    User-defined pieces become added tokens, because both are found first and are not merged.
     """
     added = []
     for number in pieces.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED):
         piece, special = pieces.id_to_piece(number), pieces.pieces[number].type != PIECE.USER_DEFINED
         if not special and (SPACE_MARK in piece or ESCAPE in piece):
             raise ValueError(f"user-defined piece {piece!r}: a tokenizer.json cannot have one with a space")
-        if special or " " not in piece:  # sentencepiece sees no spaces, so it never finds one with them
+        if special or " " not in piece:  # sentencepiece never finds a piece with a space
             added.append({"id": number, "content": piece, **FLAGS, "special": special})
     marked = [*escaping(SPACE_MARK), *replacements((" ", SPACE_MARK))]
     back = [*replacements((SPACE_MARK, " ")), {"type": "ByteFallback"}, *unescaping(SPACE_MARK)]
@@ -275,8 +278,8 @@ def _unigram(pieces: SentencePieces) -> dict:
 
 
 def _bpe(pieces: SentencePieces) -> dict:
-    """sentencepiece merges the neighbours whose union has the best score, so every way to split a piece into two others
-    is a merge, in the order of the scores.
+    """A BPE model. sentencepiece merges the two neighbours whose union has the best score. So each division of a piece
+    into two others is a merge, in the order of the scores.
     """
     ordinary = {pieces.id_to_piece(i): i for i in pieces.of_type(PIECE.NORMAL)}
     merges = [

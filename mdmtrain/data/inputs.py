@@ -189,7 +189,7 @@ def named_in(file: Path) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The paths that match a glob. `**` enters each real folder once; that of `glob` never ends if links form a circle."""
+    """The paths that match a glob. `**` enters each real folder once; that of `glob` never ends with circular links."""
     base, any_depth, rest = pattern.partition("**/")
     if not any_depth:
         return sorted(glob.glob(pattern))

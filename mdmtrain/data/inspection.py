@@ -1,6 +1,6 @@
-"""What is in a prepared folder: lengths, tokens, sources, documents that occur again.
+"""Statistics of a prepared folder: lengths, tokens, sources, repeated documents.
 
-Memory: 8 bytes for each document of the shards that are looked at, twice, and a count for each piece.
+Memory: 16 bytes for each document of the shards that are read, and a count for each piece.
 """
 
 import json
@@ -21,22 +21,22 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass
 class SplitContent:
-    """What the shards of a split that were looked at hold."""
+    """Statistics of those shards of a split that were read."""
 
     split: PreparedSplit
-    shards: list[int]  # that were looked at
-    lengths: np.ndarray  # int64 [documents], tokens with bos and eos
-    counts: np.ndarray  # int64 [vocabulary], how often each piece occurs
-    repeated: int | None  # documents that are like an earlier one; None: the folder has no hashes
+    shards: list[int]  # the shards that were read
+    lengths: np.ndarray  # int64 [documents], number of tokens with bos and eos
+    counts: np.ndarray  # int64 [vocabulary], number of occurrences of each piece
+    repeated: int | None  # number of documents like an earlier one; None: the folder has no hashes
 
     @property
     def text_tokens(self) -> int:
-        """Tokens that the split's `bytes` became: those of the texts, or of the responses, without bos and eos."""
+        """The number of tokens that correspond to `bytes`: those of the texts or responses, without bos and eos."""
         per_document = 1 if self.split.prompts else 2
         return self.split.eligible_tokens - per_document * self.split.documents
 
     def numbers(self, tokenizer: Tokenizer, most: int) -> dict[str, Any]:
-        """What a report says, as JSON. most: of the most frequent tokens."""
+        """The numbers for a report, as JSON. most: how many of the most frequent tokens are included."""
         pieces, seen = tokenizer.pieces(), int(self.counts.sum())
         fallback = [number for number, piece in enumerate(tokenizer.raw_pieces()) if _BYTE.fullmatch(piece)]
         texts = seen - int(self.counts[list({tokenizer.bos_id, tokenizer.eos_id})].sum())
@@ -64,7 +64,7 @@ class SplitContent:
 
 
 def look_at(folder: Path, split: str, most_shards: int) -> SplitContent:
-    """Read a split, or so many of its shards, spread evenly. Raises ValueError if it is damaged."""
+    """Read a split, or at most `most_shards` of its shards, spread evenly. Raises ValueError if it is damaged."""
     opened = PreparedSplit(folder, split)
     count = min(most_shards, opened.shards)
     shards = [number * opened.shards // count for number in range(count)]
@@ -80,7 +80,7 @@ def look_at(folder: Path, split: str, most_shards: int) -> SplitContent:
 
 
 def decoded(opened: PreparedSplit, tokenizer: Tokenizer, count: int) -> list[dict[str, Any]]:
-    """So many documents, spread evenly over a split: {"document", "text"}, "prompt" where they have one."""
+    """`count` documents, spread evenly over a split: {"document", "text"}, and "prompt" if they have one."""
     made = []
     count = min(count, opened.documents)
     for number in (one * opened.documents // count for one in range(count)):
@@ -93,9 +93,9 @@ def decoded(opened: PreparedSplit, tokenizer: Tokenizer, count: int) -> list[dic
 
 
 def sources(folder: Path, most: int) -> list[dict[str, Any]]:
-    """The inputs that gave most bytes, largest first, then the others together; empty in older folders.
+    """The inputs that gave the most bytes, largest first, then the sum of the others. Empty in older folders.
 
-    Each: "input", "size" on disk, "documents", "bytes" and "tokens" in the folder, "bytes_per_token".
+    Each: "input", stored "size", "documents", "bytes" and "tokens" in the folder, "bytes_per_token".
     """
     file = folder / SOURCES
     if not file.is_file():
@@ -115,7 +115,8 @@ def sources(folder: Path, most: int) -> list[dict[str, Any]]:
 def inspect(folder: Path, most_shards: int, most: int, documents: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A report of a prepared folder, as JSON, and the lengths of the documents of each split.
 
-    most: sources and frequent tokens in it; documents: decoded, of each split. Raises ValueError.
+    most: number of sources and of frequent tokens in it; documents: number of decoded documents of each split. Raises
+    ValueError.
     """
     manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder)
     contents = {split: look_at(folder, split, most_shards) for split in manifest["splits"]}

@@ -265,7 +265,7 @@ class Dataset(torch.utils.data.Dataset):
         return span_row(split, first, most, L, self._data.document_mask)
 
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
-        """Tokens in each window: L, or in random_length_fraction of the rows one of 16 multiples of L/16 (at least 1)."""
+        """Tokens in each window: L, or for random_length_fraction of the rows one of 16 multiples of L/16."""
         L, fraction = self._data.sequence_length, self._data.random_length_fraction
         if not fraction:
             return [L] * len(slots)

@@ -1,7 +1,7 @@
-"""A foreign tokenizer.json made lossless: what cuts, pads or changes text is switched off, and ids are the file's.
+"""Make a third-party tokenizer.json lossless: switch off what cuts, pads or changes text, and keep the file's ids.
 
-Everything here edits the file's JSON, so that transformers reads the same tokenizer from a folder that we export.
-Whether a tokenizer is lossless then is for `Tokenizer` to find out, which refuses those that are not.
+All changes are made in the file's JSON, so that transformers reads the same tokenizer from an exported folder.
+`Tokenizer` checks the result, and refuses a tokenizer that is still not lossless.
 """
 
 import json
@@ -10,12 +10,14 @@ import re
 ROLES = ("bos", "eos", "pad", "mask")
 SPACE_MARK, ESCAPE = "\u2581", "\U0010f581"  # see tokenizer.py
 PREFIX = "no space is put before the first word"
-BYTE = "<0x41>"  # an example of all byte pieces: there is no A in it, which could be why that byte is there
+BYTE = "<0x41>"  # stands for all byte pieces; its text has no A, so its id cannot come from the byte A
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def tokenizers_library():
-    """The module tokenizers, which only foreign tokenizers need. Raises ValueError if it is not installed."""
+    """The module tokenizers, which is only needed for third-party tokenizers. Raises ValueError if it is not
+    installed.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -24,17 +26,17 @@ def tokenizers_library():
 
 
 def replacements(*pairs: tuple[str, str]) -> list[dict]:
-    """Steps of a normalizer or a decoder that replace strings, in turn."""
+    """Steps of a normalizer or a decoder that replace strings, in this order."""
     return [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in pairs]
 
 
 def escaping(mark: str) -> list[dict]:
-    """Normalizer steps before spaces become `mark`: a mark in the text stays apart from a space."""
+    """Normalizer steps before spaces become `mark`. They keep a mark in the text distinct from a space."""
     return replacements((ESCAPE, ESCAPE + "0"), (mark, ESCAPE + "1"))
 
 
 def unescaping(mark: str) -> list[dict]:
-    """Decoder steps after marks became spaces again."""
+    """Decoder steps after marks have become spaces again."""
     return [{"type": "Fuse"}, *replacements((ESCAPE + "1", mark), (ESCAPE + "0", ESCAPE))]
 
 
@@ -42,17 +44,17 @@ def unescaping(mark: str) -> list[dict]:
 
 
 def vocabulary(content: dict) -> list[tuple[str, int]]:
-    """Every piece of a tokenizer.json and the id that the file gives it, added tokens after the model's pieces."""
+    """Every piece of a tokenizer.json with its id in the file. Added tokens come after the model's pieces."""
     pieces = content["model"]["vocab"]
     own = list(pieces.items()) if isinstance(pieces, dict) else [(piece, i) for i, (piece, _) in enumerate(pieces)]
     return own + [(token["content"], token["id"]) for token in content["added_tokens"]]
 
 
 def load(content: dict):
-    """The library's tokenizer of a tokenizer.json, with the ids that are in the file. Raises ValueError.
+    """Load a tokenizer.json with the library, with the ids of the file. Raises ValueError.
 
-    The library numbers added tokens anew where there are holes between their ids. A token that the model's vocabulary
-    has too keeps its id: there it is written then.
+    The library renumbers added tokens if there are gaps between their ids. A token that is also in the model's
+    vocabulary keeps its id, so in that case the added tokens are written into the vocabulary.
     """
     numbers: dict[str, int] = {}
     for piece, number in vocabulary(content):
@@ -85,7 +87,7 @@ def _from_json(content: dict):
 
 
 def _steps(step: dict | None, key: str) -> list[dict]:
-    """A step, or the steps of a sequence of sequences."""
+    """A step as a list, or the steps of nested sequences."""
     if step is None:
         return []
     return [part for inner in step[key] for part in _steps(inner, key)] if step["type"] == "Sequence" else [step]
@@ -102,16 +104,16 @@ def _marks_spaces(step: dict) -> bool:
 
 
 def neutralise(content: dict) -> list[str]:
-    """Switch off what loses text in the content of a tokenizer.json; returns what that was, for a person to read.
+    """Switch off what loses text in the content of a tokenizer.json. Returns a description of each change.
 
-    Doing it again changes nothing.
+    A second call changes nothing.
     """
     notes = []
     for name in ("truncation", "padding"):
         if content.get(name):
             notes.append(f"{name} is off")
         content[name] = None
-    content["post_processor"] = None  # bos and eos are ours to add
+    content["post_processor"] = None  # we add bos and eos ourselves
     for name in ("dropout", "alpha", "nbest_size"):
         if content["model"].get(name):
             notes.append(f"{name} is off")
@@ -148,7 +150,7 @@ def _neutralise_steps(content: dict) -> list[str]:
         elif step["type"] == "ByteLevel" and step["add_prefix_space"]:
             notes.append(PREFIX)
             step["add_prefix_space"] = False
-    # A space at the start is the text's own now.
+    # A space at the start belongs to the text now.
     decoders = [step for step in decoders if step["type"] != "Strip" and step not in after[1:]]
     for step in decoders:
         if step["type"] == "Metaspace":
@@ -162,10 +164,11 @@ def _neutralise_steps(content: dict) -> list[str]:
 
 
 def keep_apart(content: dict) -> None:
-    """Let text that spells a special token or a byte piece ("</s>", "<0x41>") be text. Raises ValueError if not.
+    """Encode text that looks like a special token or a byte piece ("</s>", "<0x41>") as text. Raises ValueError if
+    impossible.
 
-    A model that looks whole words up in its vocabulary (unigram, WordPiece, BPE with ignore_merges) finds these too.
-    A split after the first character of such text prevents that, and changes no other text.
+    A model that looks up whole words in its vocabulary (unigram, WordPiece, BPE with ignore_merges) would find these
+    pieces. Such text is split after its first character, which prevents this and changes no other text.
     """
     texts = [token["content"] for token in content["added_tokens"] if token["special"]]
     if content["model"].get("byte_fallback"):
@@ -177,13 +180,13 @@ def keep_apart(content: dict) -> None:
         split = {"pattern": {"Regex": "|".join(patterns)}, "behavior": "Isolated", "invert": False}
         splitters = _steps(content["pre_tokenizer"], "pretokenizers")
         content["pre_tokenizer"] = _sequence([*splitters, {"type": "Split", **split}], "pretokenizers")
-    unknown = {content["model"].get("unk_token")}  # comes of what has no piece, too: `Tokenizer` refuses that
+    unknown = {content["model"].get("unk_token")}  # text without a piece also gives it; `Tokenizer` refuses that
     for text in set(spelled(content, found)) - unknown:
         raise ValueError(f"ordinary text that spells {text!r} becomes this token: give the role a token of its own")
 
 
 def spelled(content: dict, texts: list[str]) -> list[str]:
-    """Which of the pieces `texts` the model makes from text that spells them."""
+    """Those of `texts` that the model encodes as the piece with this text."""
     if not texts:
         return []
     loaded = load(content)

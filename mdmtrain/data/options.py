@@ -1,4 +1,4 @@
-"""What a prepared folder is made with, besides its inputs: as a value, and as options of a command line."""
+"""The options of a preparation: as a value, and as options of a command line."""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -26,20 +26,20 @@ from mdmtrain.data.tokenizer import chat_template
 
 @dataclass(frozen=True)
 class Options:
-    """What a prepared folder is made with, besides its inputs."""
+    """The options that determine a prepared folder, together with its inputs."""
 
-    tokenizer: str | None = None  # a tokenizer's file, or a folder with one; None: train one
-    vocab_size: int = 32_768  # pieces of a tokenizer trained here
-    validation_fraction: float = 0.01  # of the documents, chosen by their hash
-    shard_tokens: int = 100_000_000  # most tokens in a shard (one document may be longer)
+    tokenizer: str | None = None  # path of a tokenizer's file or of a folder that has one; None: train one
+    vocab_size: int = 32_768  # number of pieces of a tokenizer that is trained here
+    validation_fraction: float = 0.01  # share of the documents; chosen by their hash
+    shard_tokens: int = 100_000_000  # largest number of tokens in a shard, if it has more than one document
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
-    tiktoken_pattern: str | None = None  # of a tokenizer that is a rank file of tiktoken
+    tiktoken_pattern: str | None = None  # for a tokenizer that is a rank file of tiktoken
     dtype: TokenType | None = None  # of files of token ids without a header
-    part_bytes: int = 1 << 30  # of the input files, on disk, that a part has at most (one file may be larger)
-    dedup: bool = False  # leave out documents whose text an earlier one has
-    min_chars: int | None = None  # characters of a document, its prompt included
+    part_bytes: int = 1 << 30  # largest size of the input files of a part, as stored, if it has more than one
+    dedup: bool = False  # skip documents whose text an earlier document has
+    min_chars: int | None = None  # of a document with its prompt
     max_chars: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,21 +56,22 @@ class Options:
         if self.max_chars is not None and self.max_chars < (self.min_chars or 0):
             raise ValueError(f"--max-chars {self.max_chars} is less than --min-chars {self.min_chars}")
         if self.dtype and not self.tokenizer:
-            raise ValueError("--dtype is of token ids: give the --tokenizer that made them")
+            raise ValueError("--dtype is for token ids: give the --tokenizer that made them")
 
     def reading(self) -> Reading:
         ids = Ids(self.tokenizer, self.tiktoken_pattern, self.dtype) if self.tokenizer else None
         return Reading(self.on_bad_record, self.format, self.fields, ids)
 
     def content(self, tokenizer_sha256: str | None) -> dict[str, Any]:
-        """What a folder's content depends on, as JSON. Newer options are in it where they are used: folders from before
-        there were any stay what they are. tokenizer_sha256: of the one that is given.
+        """The options that a folder's content depends on, as JSON. tokenizer_sha256: of a tokenizer that is given.
+
+        Newer options are included only if they are used, so that the values of older folders do not change.
         """
         settings = asdict(self)
         for name in ("fields", "dtype", "part_bytes", "dedup", "min_chars", "max_chars"):
             if getattr(self, name) == getattr(Options, name):
                 del settings[name]
-        del settings["tiktoken_pattern"]  # the tokenizer has it
+        del settings["tiktoken_pattern"]  # it is contained in the tokenizer
         if tokenizer_sha256:
             settings["tokenizer"] = tokenizer_sha256
             del settings["vocab_size"]
@@ -78,14 +79,14 @@ class Options:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a preparation, its inputs among them; `read_options` reads them."""
+    """Add the options of a preparation and its inputs. `read_options` reads them."""
     add = parser.add_argument
     add(
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="text file, file with a JSON object a line (.jsonl, .ndjson, .json, or whatever begins with one), each "
-        "also compressed (.gz, .zst, .bz2, .xz), Parquet or Arrow file, folder, quoted glob (** for any depth), or - "
+        help="text file, file with one JSON object per line (.jsonl, .ndjson, .json, or a file that begins with one), "
+        "each also as .gz, .zst, .bz2 or .xz, Parquet or Arrow file, folder, quoted glob (** for any depth), or - "
         "for standard input. A JSON object or a row has a 'text' field, which is one document, or 'prompt' and "
         "'response': prompts are never masked in training, and sizes in bytes are those of the responses. A text file "
         f"is one document, cut at line ends every {LONGEST_TEXT:,} bytes. In folders, links are followed and hidden "
@@ -98,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="use that of a prepared folder, a run, a checkpoint or a model folder, or a tokenizer.json, a "
+        help="use the tokenizer of a prepared folder, run, checkpoint or model folder, or a tokenizer.json, a "
         "sentencepiece model or a rank file of tiktoken; docs/tokenizers.md says which are accepted",
     )
     kind.add_argument(
@@ -111,39 +112,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--tiktoken-pattern",
         metavar="PATTERN",
-        help="where --tokenizer is a rank file of tiktoken that is not named like its encoding: the encoding's name "
-        f"({', '.join(ENCODINGS)}), or the regular expression at which it splits text",
+        help="for a --tokenizer that is a rank file of tiktoken and not named like its encoding: the encoding's name "
+        f"({', '.join(ENCODINGS)}), or the regular expression by which it splits text",
     )
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, only files with such names ('*.py')")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, no files or folders with such names")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="in folders, read only files so named ('*.py')")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="in folders, skip files and folders so named")
     add(
         "--validation-fraction",
         type=float,
         default=Options.validation_fraction,
         metavar="F",
-        help="share of the documents, chosen by their hash, that is kept for validation (default %(default)s)",
+        help="share of the documents, chosen by their hash, that is used for validation (default %(default)s)",
     )
     add(
         "--dedup",
         action="store_true",
-        help="leave out documents that have exactly the text of an earlier one, in the order of the inputs",
+        help="skip documents with exactly the text of an earlier one, in the order of the inputs",
     )
-    add("--min-chars", type=int, metavar="N", help="leave out documents of fewer characters, their prompts included")
-    add("--max-chars", type=int, metavar="N", help="leave out documents of more characters, their prompts included")
+    add("--min-chars", type=int, metavar="N", help="skip documents of fewer characters, their prompts included")
+    add("--max-chars", type=int, metavar="N", help="skip documents of more characters, their prompts included")
     add(
         "--shard-tokens",
         type=int,
         default=Options.shard_tokens,
         metavar="N",
-        help="most tokens in a shard file (default %(default)s)",
+        help="largest number of tokens in a shard file (default %(default)s)",
     )
     add(
         "--part-bytes",
         type=int,
         default=Options.part_bytes,
         metavar="N",
-        help="the inputs are prepared in parts of so many bytes at most, as they lie on disk; a file is never cut, and "
-        "a part that is finished is kept when the preparation is stopped (default %(default)s)",
+        help="largest size of a part of the inputs, in stored bytes; a file is never divided, and finished parts are "
+        "kept if the preparation is stopped (default %(default)s)",
     )
     add_field_options(parser)
     add_format_option(parser)
@@ -152,7 +153,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> tuple[list[Input], Options]:
-    """The inputs and the options that a command line names. Raises ValueError."""
+    """The inputs and the options of a command line. Raises ValueError."""
     template = chat_template(args.tokenizer) if args.messages_field and args.tokenizer else PLAIN
     options = Options(
         args.tokenizer,

@@ -1,6 +1,6 @@
-"""Which sample a global sample number is: random access into a shuffled, weighted, endless stream of windows.
+"""Map a global sample number to its sample: random access into an endless, shuffled, weighted stream of windows.
 
-Nothing is stored and nothing is drawn in sequence, so any rank finds any sample at once, however large the corpus.
+Nothing is stored or drawn in sequence, so any rank can look up any sample at once in a corpus of any size.
 """
 
 from bisect import bisect_right
@@ -20,15 +20,17 @@ _LONGEST_PERIOD = 100_000
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stood in its data after some step. From there on each step takes as much as the step before."""
+    """The position of a run in its data after some step. From there, all steps have the same numbers of samples and
+    tokens.
+    """
 
     step: int = 0
-    sample: int = 0  # number in the order of the sample that comes next
-    tokens: int = 0  # positions trained on, padding included
-    phases: tuple[int, ...] = ()  # the samples at which the phases began that began before `step`
+    sample: int = 0  # the next sample's number in the order
+    tokens: int = 0  # number of positions trained on, with padding
+    phases: tuple[int, ...] = ()  # the first samples of the phases that began before `step`
 
     def at(self, step: int, samples_per_step: int, tokens_per_step: int) -> "Cursor":
-        """Where it stands after a later step."""
+        """The position after a later step."""
         steps = step - self.step
         assert steps >= 0, (step, self)
         return replace(
@@ -50,10 +52,11 @@ def permute(
     source: int = 0,
     stream: noise.Stream = noise.Stream.ORDER,
 ) -> int | np.ndarray:
-    """A shuffle of range(size) as a function: the element at `index` (int, or int64 of any shape; 1 <= size <= 2^62).
+    """A random permutation of range(size) as a function: its value at `index` (int or int64 of any shape; 1 <= size <=
+    2^62).
 
-    A Feistel network, which is a bijection of 4^h values for any round function, on the smallest 4^h >= size; values
-    outside the range are walked on along their cycle until they are inside (fewer than 4 evaluations in the mean).
+    A Feistel network on the smallest 4^h >= size. It is a bijection for any round function. A value outside the range
+    is replaced by the next one in its cycle until it is inside (fewer than 4 evaluations on average).
     """
     keys = _round_keys(seed, stream, epoch, source)
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -79,24 +82,24 @@ def _feistel(values: np.ndarray, half: int, keys: tuple[np.uint64, ...]) -> np.n
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: every bit of the input flips about half of those of the output."""
+    """The finalizer of splitmix64: a change of one input bit changes about half of the output bits."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 class Shuffle:
-    """The rows of a source in a fresh random order each epoch: read number -> row.
+    """The rows of a source in a new random order in each epoch: read number -> row.
 
-    A turn is a part of the reads that needs certain shards alone: an epoch, which needs them all.
+    A turn is a range of reads that needs only certain shards. Here it is an epoch, which needs all shards.
     """
 
     def __init__(self, size: int, seed: int, source: int, shards: int = 1):
-        """size: rows; shards: in how many the rows lie."""
+        """size: number of rows. shards: number of shards that contain them."""
         self.size, self._seed, self._source, self._shards = size, seed, source, shards
 
     def __call__(self, reads: np.ndarray) -> np.ndarray:
-        """The rows of reads (numbered over all epochs): int64 in, int64 of the same shape out."""
+        """The rows of the given reads (numbered over all epochs): int64 in, int64 of the same shape out."""
         rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
@@ -107,7 +110,7 @@ class Shuffle:
         return read // self.size
 
     def first_read(self, turn: int) -> int:
-        """The read that a turn begins with."""
+        """The first read of a turn."""
         return turn * self.size
 
     def shards_of(self, turn: int) -> np.ndarray:
@@ -116,16 +119,18 @@ class Shuffle:
 
 
 class ShardShuffle(Shuffle):
-    """The same with few shards at a time: the shards in a random order each epoch, and the rows of so many in a row
-    shuffled together. A turn is the reads of these.
+    """A shuffle that reads few shards at a time.
+
+    In each epoch the shards are in random order. Groups of consecutive shards in this order are shuffled together. A
+    turn is the reads of a group.
     """
 
     def __init__(self, shard_rows: np.ndarray, together: int, seed: int, source: int):
-        """shard_rows: rows of each shard, int64 [shards]; together: the most shards that are shuffled together."""
+        """shard_rows: rows of each shard, int64 [shards]; together: largest number of shards in a group."""
         self._firsts = np.cumsum([0, *shard_rows])  # the first row of each shard
         super().__init__(int(self._firsts[-1]), seed, source, len(shard_rows))
         self._turns = -(-len(shard_rows) // together)  # in an epoch
-        self._edges = np.arange(self._turns + 1) * len(shard_rows) // self._turns  # places in the order of shards
+        self._edges = np.arange(self._turns + 1) * len(shard_rows) // self._turns  # of groups, in the order of shards
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,10 +140,10 @@ class ShardShuffle(Shuffle):
         if found is None:
             places = np.arange(self._shards)
             shards = permute(places, self._shards, self._seed, epoch, self._source, noise.Stream.SHARDS)
-            assert isinstance(shards, np.ndarray)  # as the places are
+            assert isinstance(shards, np.ndarray)  # because the positions are an array
             before = np.cumsum([0, *np.diff(self._firsts)[shards]])
             found = shards, before, before[self._edges]
-            self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: found}  # two: for reads around an edge
+            self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: found}  # two, for reads around an edge
         return found
 
     def __call__(self, reads: np.ndarray) -> np.ndarray:
@@ -169,16 +174,16 @@ class ShardShuffle(Shuffle):
 
 
 class Mixture:
-    """Samples of several sources in exact proportions, in phases that each have their own.
+    """Samples of several sources in exact proportions. Each phase has its own proportions.
 
-    After any n samples of a phase, each source has had n * share of them to within one. Its reads go on through all
-    phases.
+    After any n samples of a phase, the number of samples of a source differs from n * share by less than one. The reads
+    of a source continue through all phases.
     """
 
     def __init__(self, phases: Sequence[tuple[int, Sequence[float]]], sources: Sequence[Shuffle]):
-        """phases: the sample that each begins with (the first one with 0), ascending, and its relative weights.
+        """phases: (first sample, relative weights) of each phase, ascending, beginning with sample 0.
 
-        Where several begin with the same sample the last one counts. Raises ValueError if a period is too long.
+        If several phases begin at the same sample, the last one counts. Raises ValueError if a period is too long.
         """
         self.sources = sources
         self._firsts = [first for first, _ in phases]
@@ -204,16 +209,16 @@ class Mixture:
         return source, row
 
     def counts(self, samples: int) -> np.ndarray:
-        """How many of the first so many samples are of each source: int64 [sources]."""
+        """The number of samples of each source among the first `samples`: int64 [sources]."""
         number = bisect_right(self._firsts, samples) - 1
         return self._before[number] + self._phases[number].counts(samples - self._firsts[number])
 
 
 class _Phase:
-    """Which source each sample of a phase is of, and how many of it came before in the phase."""
+    """For each sample of a phase: its source, and the number of earlier samples of that source in the phase."""
 
     def __init__(self, weights: Sequence[float], key: str):
-        # A float stands for what the user wrote: 0.1 is one tenth.
+        # A float means what the user wrote in decimal: 0.1 is exactly one tenth.
         shares = [Fraction(str(weight)) for weight in weights]
         shares = [share / sum(shares) for share in shares]
         self._period = lcm(*(share.denominator for share in shares))
@@ -236,10 +241,10 @@ class _Phase:
 
 
 def _quota_method(quota: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each sample in a period, and how many earlier samples of the period it has: int64 [period] each.
+    """The source of each sample in a period, and the number of earlier samples of that source: int64 [period] each.
 
-    Balinski and Young 1975: the next goes to the largest quota / (count + 1) among the sources that this leaves
-    below their share rounded up. (The ratios are of integers below 2^17, so that floats compare them exactly.)
+    Balinski and Young 1975: the next sample goes to the source with the largest quota / (count + 1) among those that
+    stay below their share rounded up. (The ratios are of integers below 2^17, so comparing floats is exact.)
     """
     source, earlier = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
     count = np.zeros_like(quota)

@@ -22,7 +22,7 @@ SHORT, LONG = "shorter than --min-chars", "longer than --max-chars"
 
 
 def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """The inputs [first, end) of each part: consecutive inputs of at most `most` bytes together, or one larger input."""
+    """The inputs [first, end) of each part: consecutive inputs of at most `most` bytes in total, or a larger one."""
     parts, first, total = [], 0, 0
     for number, size in enumerate(sizes):
         if number > first and total + size > most:

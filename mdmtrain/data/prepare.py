@@ -1,7 +1,7 @@
-"""Text -> prepared folder: stream the documents of files, tokenize in parallel, write shards.
+"""Prepare text for training: read documents, tokenize them in parallel, write shards.
 
-Everything is written to a hidden folder beside the destination and moved into place as the last act (`parts`), so what
-stands at the destination is complete. The content does not depend on the number of workers or processes.
+All output goes to a hidden folder next to the destination, which is renamed at the end (`parts`), so a folder at the
+destination is complete. The content does not depend on the number of workers or processes.
 """
 
 import shutil
@@ -20,25 +20,25 @@ from mdmtrain.data.records import Reading, check_inputs
 from mdmtrain.data.shards import MANIFEST, PreparedSplit, read_manifest
 from mdmtrain.data.staging import locked
 
-PHASES: dict[Stage, str] = {  # for a person
+PHASES: dict[Stage, str] = {  # for messages
     "tokenizer": "reading for the tokenizer",
     "hashes": "hashing documents",
     "duplicates": "finding duplicates",
     "parts": "tokenizing",
 }
 _KINDS = {"text": "text", "jsonl": "JSON lines", "parquet": "Parquet", "arrow": "Arrow", "tokens": "token ids"}
-Progress = Callable[[str, int, int], None]  # phase, bytes of the input files done, and in all
+Progress = Callable[[str, int, int], None]  # phase, bytes of the input files done, and all
 
 
 @dataclass
 class Summary:
     out: Path
     manifest: dict[str, Any]
-    already: bool  # nothing was done: the folder was there, made from the same inputs and options
-    reading: Reading  # what the inputs were, and what was left out of them
+    already: bool  # nothing was done: the folder exists, made from the same inputs and options
+    reading: Reading  # what the inputs were, and what was skipped
 
     def lines(self, seconds: float) -> list[str]:
-        """What was made, how big, how fast, for a person."""
+        """Lines that describe the result: content, size, time."""
         manifest, fingerprint = self.manifest, self.manifest["fingerprint"][:12]
         if self.already:
             return [f"already prepared: {self.out} (same inputs and options; fingerprint {fingerprint})"]
@@ -65,10 +65,10 @@ class Summary:
 def prepare(
     inputs: Sequence[Input | Path], out: Path, options: Options, workers: int, progress: Progress | None = None
 ) -> Summary:
-    """Prepare the files `inputs` into the folder `out`; does nothing where that was done before.
+    """Prepare the files `inputs` into the folder `out`. Does nothing if that was done before.
 
-    Raises ValueError (bad input, one line) or OSError; then `out` is as it was. Finished parts are kept for the next
-    call (`preparation`), otherwise nothing is left.
+    Raises ValueError (bad input, one line) or OSError; then `out` is unchanged. Finished parts are kept for the next
+    call (see `preparation`), everything else is removed.
     """
     plan = Plan.of([one if isinstance(one, Input) else open_name(one) for one in inputs], options)
     if done := finished(plan, out):
@@ -97,9 +97,11 @@ def _do_stage(making: Preparation, stage: Stage, workers: int, progress: Progres
 
 
 def finished(plan: Plan, out: Path) -> Summary | None:
-    """What stands at `out`, where this plan made it. Raises ValueError if something else stands there."""
+    """The summary of `out` if this plan made it, None if it does not exist. Raises ValueError if it is
+    something else.
+    """
     if (out / MANIFEST).is_file():
-        if not (work_folder(out) / "data").exists():  # killed after its last act
+        if not (work_folder(out) / "data").exists():  # killed after the final rename
             shutil.rmtree(work_folder(out), ignore_errors=True)
         manifest = read_manifest(out)
         if manifest["made_from"] != plan.made_from:
@@ -114,10 +116,10 @@ def finished(plan: Plan, out: Path) -> Summary | None:
 
 @contextmanager
 def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
-    """The making of `out`, in a locked folder beside it, begun or resumed. The folder goes at the end.
+    """Make `out` in a locked folder next to it, newly or resumed. The folder is removed at the end.
 
-    It stays where the block does not end well and units are finished, or after SIGKILL; the next call resumes in it.
-    Raises ValueError: what the block raises, with what is kept, and where another process prepares `out`.
+    If the block fails after units were finished, or after SIGKILL, the folder stays, and the next call resumes in it.
+    Raises ValueError: the errors of the block, with a note of what is kept, or if another process prepares `out`.
     """
     work = work_folder(out)
     making = Preparation(plan, work)

@@ -1,4 +1,4 @@
-"""Manners of a helper process: it leaves signals to its parent and never outlives it."""
+"""Rules for helper processes: a helper ignores signals that are meant for its parent, and ends when its parent ends."""
 
 import multiprocessing
 import os
@@ -9,9 +9,9 @@ import threading
 def follow_parent() -> None:
     """Call first in a helper process.
 
-    Ctrl-C and Slurm signal the whole process group, but only the parent knows whether to stop now or after saving; a
-    helper that dies first would turn its orderly stop into a crash. A parent killed by SIGKILL cannot say goodbye, so a
-    thread waits for its end.
+    Ctrl-C and Slurm signal the whole process group, but only the parent decides whether to stop at once or after
+    saving. If a helper ended first, the parent would crash instead of stopping in order. A parent that is killed by
+    SIGKILL cannot end its helpers, so a thread of the helper waits for the end of the parent.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -146,7 +146,7 @@ def add_field_options(parser: argparse.ArgumentParser) -> None:
 
 
 class BadRecord(Exception):
-    """A record that cannot be used. It is counted under `reason`. `line` is relative to the first line of the record."""
+    """A record that cannot be used, counted under `reason`. `line` is relative to the first line of the record."""
 
     def __init__(self, reason: str, explanation: str = "", line: int = 0):
         super().__init__(reason + explanation)

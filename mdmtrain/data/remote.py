@@ -1,6 +1,6 @@
-"""Files in object stores, through fsspec: s3://, gs://, hf:// and whatever else an installed library of it reaches.
+"""Files in object stores through fsspec: s3://, gs://, hf:// and all others for which a library is installed.
 
-Every request has a timeout and is made again where it failed. What fails in the end is a ValueError of one line.
+Every request has a timeout and is repeated if it fails. If all attempts fail, a ValueError of one line is raised.
 """
 
 import time
@@ -12,9 +12,9 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 T = TypeVar("T")
-PIECE = 16 << 20  # bytes that one request asks for
-TIMEOUT, LIST_TIMEOUT = 60.0, 600.0  # seconds for a request of one piece, and for the list of a whole folder
-PAUSES = (1.0, 4.0, 16.0)  # seconds before the second attempt and those after it
+PIECE = 16 << 20  # bytes in one request
+TIMEOUT, LIST_TIMEOUT = 60.0, 600.0  # seconds for a request of one piece, for the list of a folder
+PAUSES = (1.0, 4.0, 16.0)  # seconds before the second and later attempts
 
 
 def is_url(path: str) -> bool:
@@ -22,14 +22,14 @@ def is_url(path: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL, and its path there. For this process and thread: ask again after a fork.
+    """The filesystem of a URL, and the path in it. Valid in this process and thread; call it again after a fork.
 
-    Raises ValueError if nothing installed reaches it.
+    Raises ValueError if no installed library supports the protocol.
     """
     try:
         return url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url}: {_one_line(error)}: install what reaches it, or choose another place") from None
+        raise ValueError(f"{url}: {_one_line(error)}: install its package, or choose another place") from None
 
 
 def read(url: str) -> bytes:
@@ -39,10 +39,10 @@ def read(url: str) -> bytes:
 
 
 def read_piece(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a file. Raises ValueError if it has fewer."""
+    """Bytes [start, end) of a file. Raises ValueError if the file is too short."""
     piece = ask(url, TIMEOUT, "cat_file", start=start, end=end)
     if len(piece) != end - start:
-        raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: it changes, or is cut")
+        raise ValueError(f"{url}: asked for bytes {start:,} to {end:,}, got {len(piece):,}: the file has changed")
     return piece
 
 
@@ -51,23 +51,23 @@ def exists(url: str) -> bool:
 
 
 def size_of(url: str) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes."""
     return ask(url, TIMEOUT, "info")["size"]
 
 
 def sizes_in(url: str) -> dict[str, int]:
-    """Bytes of each file of a folder, by name."""
+    """The size in bytes of each file in a folder, by name."""
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in ask(url, LIST_TIMEOUT, "ls", detail=True)}
 
 
 def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
-    """Call a method of the URL's filesystem for its path; timeout: seconds for an attempt. Raises ValueError."""
+    """Call a method of the URL's filesystem with its path. timeout: seconds for each attempt. Raises ValueError."""
 
     def call() -> Any:
         filesystem_, path = filesystem(url)
         if isinstance(filesystem_, AsyncFileSystem):
             return sync(filesystem_.loop, getattr(filesystem_, f"_{method}"), path, timeout=timeout, **arguments)
-        return getattr(filesystem_, method)(path, **arguments)  # of a disk or in memory
+        return getattr(filesystem_, method)(path, **arguments)  # on a disk or in memory
 
     return _persistently(call, url, timeout)
 
@@ -78,7 +78,7 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
             return call()
         except ValueError:
             raise
-        except Exception as error:  # each library has its own
+        except Exception as error:  # each library has its own errors
             error = _reason(error)
             if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
                 raise ValueError(f"{url}: there is nothing of this name") from None
@@ -93,7 +93,7 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
 
 
 def _reason(error: Exception) -> Exception:
-    """Why a request failed: fsspec says of all that fails on the web that no file was found."""
+    """The cause of a failed request: for the web, fsspec reports every failure as a missing file."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error

@@ -1,6 +1,6 @@
-"""Inputs behind URLs: which there are, and their bytes as a file that can be read from any place on.
+"""Inputs at URLs: list them, and read them as seekable files.
 
-A version (an ETag or a time) comes with the listing, so that a file that changed since then is another input.
+The listing includes a version (an ETag or a time), so a file that has changed since then counts as a different input.
 """
 
 import fnmatch
@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 
 from mdmtrain.data import remote
 
-LEAST, MOST = 1 << 16, 1 << 23  # bytes of a request; they grow while a file is read in a row
+LEAST, MOST = 1 << 16, 1 << 23  # bytes in a request; it grows during sequential reads
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_commit", "mtime", "updated", "created")
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file behind a URL: its bytes, and what tells it from a later one of the same name."""
+    """A file at a URL. `version` differs if the content was replaced under the same name."""
 
     url: str
     size: int
@@ -30,11 +30,13 @@ class Remote:
 
 
 class _Bytes(io.RawIOBase):
-    """The bytes of a file, asked for in pieces. A read raises ValueError where a request fails in the end."""
+    """A seekable file that requests its content in pieces. A read raises ValueError if all attempts of a
+    request fail.
+    """
 
     def __init__(self, url: str, size: int):
         self._url, self._size = url, size
-        self._at = self._first = 0  # where the next read begins, and the piece that is held
+        self._at = self._first = 0  # position of the next read, and the start of the present piece
         self._piece = b""
         self._ask = LEAST
 
@@ -51,7 +53,7 @@ class _Bytes(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # what io gives it
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # io passes a memoryview
         if self._at >= self._size:
             return 0
         if not self._first <= self._at < self._first + len(self._piece):
@@ -66,9 +68,9 @@ class _Bytes(io.RawIOBase):
 
 
 def remote_file(url: str) -> "Remote | BinaryIO":
-    """The file of a URL; where its server gives no pieces of files, an unnamed temporary copy of it.
+    """The file at a URL, or an unnamed temporary copy if the server does not send parts of files.
 
-    Raises ValueError if there is none, or it cannot be reached.
+    Raises ValueError if it does not exist or cannot be reached.
     """
     info = remote.ask(url, remote.TIMEOUT, "info")
     if info.get("type") == "directory":
@@ -89,11 +91,11 @@ def _file(url: str, info: dict[str, Any]) -> "Remote | BinaryIO":
 def remote_files(
     argument: str, include: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[tuple[str, "Remote | BinaryIO"]]:
-    """(URL, file) of the files that a URL, a glob of URLs or a URL of a folder names, in the order of their names.
+    """(URL, file) of each file that a URL, a glob of URLs or the URL of a folder names, ordered by name.
 
-    include, exclude: for names in folders, as `find_inputs` takes them. Raises ValueError.
+    include, exclude: patterns for names in folders, as in `find_inputs`. Raises ValueError.
     """
-    web = argument.startswith(("http://", "https://"))  # a question mark begins the query there
+    web = argument.startswith(("http://", "https://"))  # there a question mark begins the query, and is no glob
     if "*" in argument or (not web and glob.has_magic(argument)):
         found = remote.ask(argument, remote.LIST_TIMEOUT, "glob", detail=True)
     else:

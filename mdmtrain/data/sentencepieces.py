@@ -1,7 +1,8 @@
-"""A sentencepiece model as our tokenizer needs it: it changes no text, and reserved ids are control pieces.
+"""sentencepiece models that change no text and whose reserved ids are control pieces, as our tokenizer needs them.
 
-sentencepiece writes spaces as U+2581, so a U+2581 in the text would come back as a space. It is escaped with a
-private-use character that next to no text contains; the escape itself is escaped too: one escaped form per string.
+sentencepiece writes spaces as U+2581, so a U+2581 in the text would be decoded as a space. It is escaped with a
+private-use character that occurs in almost no text. The escape character itself is escaped too, so that every string
+has exactly one escaped form.
 """
 
 import sentencepiece
@@ -11,8 +12,8 @@ from sentencepiece import sentencepiece_model_pb2 as protobuf
 from mdmtrain.data.lossless import ESCAPE, PREFIX, ROLES, SPACE_MARK
 
 PIECE = protobuf.ModelProto.SentencePiece
-MASKS = ("<mask>", "<|mdm_mask|>")  # the mask's piece: of our models and of many, or one that `adapted` added
-MODEL_TYPES = {protobuf.TrainerSpec.BPE: "BPE", protobuf.TrainerSpec.UNIGRAM: "Unigram"}  # tokenizer.json's names
+MASKS = ("<mask>", "<|mdm_mask|>")  # the mask in our models and many others, and the one that `adapted` adds
+MODEL_TYPES = {protobuf.TrainerSpec.BPE: "BPE", protobuf.TrainerSpec.UNIGRAM: "Unigram"}  # names in tokenizer.json
 
 
 def escape(text: str) -> str:
@@ -35,10 +36,11 @@ def _roles(proto: protobuf.ModelProto) -> dict[str, str]:
 
 
 def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
-    """A sentencepiece model of others with what ours needs, its size before, and what was changed, for a person.
+    """A third-party sentencepiece model, adapted; its size before; and messages about the changes.
 
-    What changes text is switched off, and roles without a control piece get a new one at the end of the vocabulary; ids
-    stay what they are. One that needs nothing is returned as it is. Raises ValueError if it is no such model.
+    Features that change text are switched off. A role without a control piece gets a new one at the end of the
+    vocabulary. Existing ids do not change. A model that needs no changes is returned as it is. Raises ValueError for
+    other files.
     """
     try:
         sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(model)
@@ -69,10 +71,10 @@ def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
 
 
 class SentencePieces:
-    """The pieces of a model file. Encodes any text, and tells which ids no text becomes."""
+    """The pieces of a model file. Encodes any text, and knows the ids that no text is encoded to."""
 
     def __init__(self, model: bytes):
-        """model: the content of a sentencepiece model file. Raises ValueError if it is none, or changes text."""
+        """model: the content of a model file. Raises ValueError if it is not a sentencepiece model, or changes text."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
@@ -80,7 +82,7 @@ class SentencePieces:
             raise ValueError("it is not a sentencepiece model") from None
         proto = protobuf.ModelProto.FromString(model)
         rules, training = proto.normalizer_spec, proto.trainer_spec
-        self.pieces = list(proto.pieces)  # each with its piece, score and type
+        self.pieces = list(proto.pieces)  # each has a piece, a score and a type
         self.names = _roles(proto)
         if missing := [role for role in ROLES if role not in self.names]:
             raise ValueError(
@@ -111,7 +113,7 @@ class SentencePieces:
         return len(self.pieces)
 
     def piece_to_id(self, piece: str) -> int:
-        """The id of a piece, that of the unknown piece where there is none."""
+        """The id of a piece, or of the unknown piece if it does not exist."""
         return self._processor.piece_to_id(piece)
 
     def id_to_piece(self, number: int) -> str:
@@ -124,9 +126,9 @@ class SentencePieces:
         return [i for i, piece in enumerate(self.pieces) if piece.type in types]
 
     def reserved(self) -> set[int]:
-        """Ids that no text becomes."""
+        """The ids that no text is encoded to."""
         return set(self.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.UNUSED))
 
     def added(self) -> list[str]:
-        """Pieces with a meaning of their own: tokens that text spells, or that it must not become."""
+        """Pieces with a special meaning: user-defined pieces, and control pieces, which text must not be encoded to."""
         return [self.pieces[i].piece for i in self.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED)]

@@ -38,7 +38,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes one split. Call `add` for each document in order, then `close`, which returns the split's manifest entry."""
+    """Writes one split. Call `add` for each document in order, then `close`, which returns the manifest entry."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         """A new shard begins before a document that would make a shard longer than `shard_tokens` tokens."""
@@ -124,7 +124,7 @@ def is_prepared(path: str) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. Raises ValueError if it is missing or damaged, or has another format version."""
+    """The manifest of a prepared folder. Raises ValueError if it is missing, damaged or of another version."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(_manifest_content(folder))
@@ -301,7 +301,7 @@ class PreparedSplit:
         return ids
 
     def documents_in(self, start: int, length: int) -> np.ndarray:
-        """The document of each position in [start, start + length), numbered from 0 within the range: int32 [length]."""
+        """The document of each position in [start, start + length), counted from 0 in the range: int32 [length]."""
         begins, offset = np.zeros(length, dtype=np.int32), 0
         for shard, a, b in self._parts(start, length):
             starts = self._numbers("documents", shard)

@@ -1,4 +1,4 @@
-"""A folder that is complete, or not there."""
+"""A folder that appears only when it is complete."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from mdmtrain.files import put_in_place
 
 @contextmanager
 def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Make a folder in which `out` is made, and lock it. Raises ValueError if another process writes it."""
+    """Create the folder in which `out` is made, and lock it. Raises ValueError if another process has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -27,9 +27,9 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A locked empty folder beside `out` to write into. At the end it takes the name of `out`, on an error it goes.
+    """A locked empty folder next to `out` to write into. It is renamed to `out` at the end, or removed after an error.
 
-    After SIGKILL the next run for `out` removes it. Raises ValueError if another process writes it.
+    After SIGKILL, the next run for `out` removes it. Raises ValueError if another process is writing `out`.
     """
     folder = out.parent / f".{out.name}.partial"
     with locked(folder, out):

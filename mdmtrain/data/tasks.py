@@ -1,8 +1,8 @@
-"""Prompts with one exact answer, made from a seed: arithmetic in words, table look-up, string transformation.
+"""Prompts with one exact answer, generated from a seed: arithmetic in words, table look-up, string transformation.
 
-They measure fine-tuning (docs/finetune-study.md): an answer is right or wrong, nothing has to be downloaded, and any
-number of them can be made. Tables and strings have all sizes from small to large, so that accuracy rises by degrees.
-The length of an answer follows from its prompt, so the number of masked positions gives nothing away.
+They measure fine-tuning (docs/finetune-study.md): an answer is right or wrong, nothing is downloaded, and any number of
+them can be generated. Tables and strings have various sizes, so that accuracy increases gradually. The prompt
+determines the length of the answer, so the number of masked positions reveals nothing.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from mdmtrain.diffusion import noise
 
 Split = Literal["pretrain", "train", "test"]  # train: fine-tuning; test: scoring
-SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # of all prompts
+SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # share of all prompts
 
 # fmt: off
 UNITS = [
@@ -25,21 +25,21 @@ UNITS = [
 ]
 # fmt: on
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-TABLE = range(2, 7)  # pairs of a key and a value
-ASKED = 3  # the most keys of a table that are looked up
-LETTERS = range(3, 9)  # of a string that is transformed
+TABLE = range(2, 7)  # number of pairs of a key and a value
+ASKED = 3  # largest number of keys that are looked up
+LETTERS = range(3, 9)  # number of letters of a string that is transformed
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "rotate": lambda letters: letters[1:] + letters[:1],
 }
-DRAWS = 26 + 2 * TABLE[-1] + 2  # uniforms that the greediest kind takes
-FUTILE = 10_000  # draws in a row that give nothing new
+DRAWS = 26 + 2 * TABLE[-1] + 2  # uniform numbers that the kind with the most choices needs
+FUTILE = 10_000  # give up after so many draws without a new task
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and the only response that counts as right."""
+    """A prompt and the only right response."""
 
     kind: str  # a key of KINDS
     prompt: str
@@ -55,14 +55,14 @@ def in_words(number: int) -> str:
 
 
 def arithmetic(u: np.ndarray) -> Task:
-    """The sum or the difference of two numbers below 100, the larger one first; the answer has three digits."""
+    """The sum or the difference of two numbers below 100, the larger one first. The answer has three digits."""
     smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
     word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
     return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")
 
 
 def lookup(u: np.ndarray) -> Task:
-    """A table of letters with digits, and some of the letters: the answer is their digits, in the order asked."""
+    """A table of letters with digits, and some of the letters. The answer is their digits, in the same order."""
     pairs = TABLE[int(u[-1] * len(TABLE))]
     asked = 1 + int(u[-2] * min(ASKED, pairs))
     keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
@@ -93,16 +93,16 @@ KINDS: dict[str, Callable[[np.ndarray], Task]] = {
 
 
 def split_of(prompt: str) -> Split:
-    """The split of a prompt, by its hash: splits of whatever sizes and seeds never share one."""
+    """The split of a prompt, from its hash. So splits of any sizes and seeds have no prompt in common."""
     place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big") / 2**48
     edges = np.cumsum(list(SHARES.values()))[:-1]
     return get_args(Split)[int(np.searchsorted(edges, place, side="right"))]
 
 
 def make_tasks(split: Split, number: int, seed: int) -> list[Task]:
-    """`number` tasks of a split, the kinds in turn. The first n of a longer list are the list of n.
+    """`number` tasks of a split, alternating between the kinds. A longer list begins with the same tasks.
 
-    Those of "test" are all different; the others come as they are drawn. Raises ValueError if a kind has too few.
+    The tasks of "test" are all different; those of other splits may repeat. Raises ValueError if a kind has too few.
     """
     kinds = [_of_kind(kind, split, -(-(number - i) // len(KINDS)), seed) for i, kind in enumerate(KINDS)]
     return [kinds[i % len(KINDS)][i // len(KINDS)] for i in range(number)]

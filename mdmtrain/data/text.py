@@ -1,4 +1,4 @@
-"""Text that nobody prepared: files tokenized in memory, and documents or continuations as padded rows."""
+"""Text without preparation: files tokenized in memory, and documents or continuations as padded rows."""
 
 import re
 import string
@@ -17,12 +17,12 @@ from mdmtrain.data.tokenizer import Tokenizer
 
 
 class TextSplit:
-    """A text or jsonl file as one stream of tokens in memory, read like a `PreparedSplit`."""
+    """A text or jsonl file as one stream of tokens in memory, with the methods of `PreparedSplit` for reading."""
 
     def __init__(self, source: Input, tokenizer: Tokenizer, reading: Reading, lines: bool = False):
-        """Documents are those of tools/prepare_data.py, or with `lines` the lines of them that are not blank.
+        """Documents are as in tools/prepare_data.py; with `lines`, each line that is not blank is one.
 
-        Raises ValueError naming the file that is unreadable or empty, and the line.
+        Raises ValueError that names the file that is unreadable or empty, and the line.
         """
         self.folder, self.split = Path(source.name), "text"
         self.vocab_size, self.pad_id, self.bytes = tokenizer.vocab_size, tokenizer.pad_id, 0
@@ -70,7 +70,7 @@ class TextSplit:
 
 
 def _documents(source: Input, reading: Reading, lines: bool) -> Iterator[Document]:
-    """The documents of an input; with `lines`, a text in a record has one on each of its lines too."""
+    """The documents of an input. With `lines`, each line of a text in a record is a document too."""
     for document, _ in read_documents(source, reading, lines=lines):
         if lines and document.record and document.prompt is None:
             texts = re.split(r"\r\n|\r|\n", document.text)
@@ -80,9 +80,9 @@ def _documents(source: Input, reading: Reading, lines: bool) -> Iterator[Documen
 
 
 def document_rows(split: PreparedSplit | TextSplit, rows: int, length: int, cut: bool, pad_id: int) -> tuple[Rows, int]:
-    """`rows` documents (or all, where there are fewer), evenly spaced, each by itself: bos + tokens + eos, padded.
+    """`rows` documents (or all, if there are fewer), evenly spaced, each in its own row: bos + tokens + eos, padded.
 
-    One longer than `length` tokens is cut there, or goes on in rows of its own. Returns how many were longer, too.
+    A document longer than `length` tokens is cut, or continues in further rows. Also returns the number of longer ones.
     """
     edges = np.append(split.document_starts(), split.tokens)
     count = len(edges) - 1
@@ -96,12 +96,14 @@ def document_rows(split: PreparedSplit | TextSplit, rows: int, length: int, cut:
 
 
 def continuation_rows(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Rows:
-    """(given, continuation) as rows of which only the continuation is to be predicted."""
+    """Rows from pairs (given, continuation). Only the continuation is to be predicted."""
     return pad_rows([(a + b, np.arange(len(a) + len(b)) >= len(a)) for a, b in pairs], pad_id)
 
 
 def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str) -> tuple[list[int], list[int]]:
-    """bos + prefix, and continuation: split out of the whole text's tokens where none of them crosses the border."""
+    """The ids of bos + prefix, and of continuation. The whole text is encoded, and divided if no token crosses the
+    border.
+    """
     given = tokenizer.encode(prefix)
     whole = tokenizer.encode(prefix + continuation)
     rest = whole[len(given) :] if whole[: len(given)] == given else tokenizer.encode(continuation)
@@ -109,7 +111,7 @@ def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str) -> tuple[l
 
 
 def pad_rows(rows: Sequence[tuple[Sequence[int] | np.ndarray, np.ndarray]], pad_id: int) -> Rows:
-    """(ids, eligible) of each row, padded to the longest; the padding sees nothing of the text and is not seen."""
+    """Pad rows of (ids, eligible) to the longest one. Text and padding do not attend to each other."""
     shape = len(rows), max(len(ids) for ids, _ in rows)
     ids, segments = np.full(shape, pad_id, dtype=np.int64), np.full(shape, -1, dtype=np.int32)
     eligible = np.zeros(shape, dtype=bool)

@@ -1,7 +1,7 @@
-"""tiktoken's files, a rank for each token in base64, as the tokenizer.json of a byte-level BPE.
+"""Convert tiktoken's files (the rank of each token, in base64) to the tokenizer.json of a byte-level BPE.
 
-The file does not say at which pattern text is split before it is merged, nor what the special tokens are: those of
-known encodings are here, under the names of their files.
+The file contains neither the regular expression that splits text before merging, nor the special tokens. This module
+has them for known encodings, by file name.
 """
 
 import base64
@@ -15,16 +15,16 @@ from mdmtrain.data.lossless import FLAGS, tokenizers_library
 
 
 class Encoding(NamedTuple):
-    """What a rank file does not say."""
+    """The parts of an encoding that a rank file does not contain."""
 
     pattern: str
-    specials: dict[str, int]  # token -> its id
+    specials: dict[str, int]  # token -> id
     eos: str | None
     bos: str | None = None
 
 
-# As tiktoken's openai_public.py and Llama's tokenizer.py have them, but without possessive quantifiers, some of which
-# mean something else to the tokenizers library.
+# From tiktoken's openai_public.py and Llama's tokenizer.py, but without possessive quantifiers, because some of them
+# have another meaning in the tokenizers library.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,10 +60,10 @@ def is_rank_file(content: bytes) -> bool:
 
 
 def as_tokenizer_json(file: Path, pattern: str | None) -> tuple[dict, dict]:
-    """(the tokenizer.json, the settings beside it with the names of its tokens) of a rank file.
+    """The tokenizer.json of a rank file, and settings with the names of its special tokens.
 
-    pattern: the name of a known encoding, or the regular expression at which text is split; None: the encoding that the
-    file is named like. Raises ValueError.
+    pattern: the name of a known encoding, or the regular expression that splits text; None: the encoding with the name
+    of the file. Raises ValueError.
     """
     name = pattern or file.stem
     known = ", ".join(ENCODINGS)
@@ -80,7 +80,7 @@ def as_tokenizer_json(file: Path, pattern: str | None) -> tuple[dict, dict]:
 
 
 def _checked(pattern: str, known: str) -> str:
-    """A pattern of the user. Raises ValueError if the library would read it otherwise than tiktoken does."""
+    """Check a user's pattern. Raises ValueError if the library would interpret it differently from tiktoken."""
     if re.search(r"\}\+|(?<!\\)\$", pattern):
         raise ValueError(
             "--tiktoken-pattern: '{m,n}+' and '$' mean something else here: write them as '{m,n}' and '\\z'"
@@ -95,7 +95,7 @@ def _checked(pattern: str, known: str) -> str:
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """Token -> its rank, which is its id. Raises ValueError."""
+    """The rank of each token, which is its id. Raises ValueError."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         match = _RANK.fullmatch(line)
@@ -113,13 +113,13 @@ def _ranks(file: Path) -> dict[bytes, int]:
 
 
 def _converted(ranks: dict[bytes, int], pattern: str) -> str:
-    """As transformers does it: each way to put a token together from two others is a merge, ordered by the ranks."""
+    """The conversion of transformers: each pair of tokens that form a token is a merge, ordered by rank."""
     tokenizers_library()
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class Converter(TikTokenConverter):
         @staticmethod
         def load_tiktoken_bpe(_: str) -> dict[bytes, int]:
-            return ranks  # without the package tiktoken
+            return ranks  # works without the package tiktoken
 
     return Converter(vocab_file="", pattern=pattern).converted().to_str()

@@ -1,8 +1,8 @@
-"""Corpora that are token ids already: Megatron's .bin and .idx, NumPy arrays, and files of nothing but ids.
+"""Tokenized corpora: Megatron's .bin and .idx, NumPy arrays, and files that contain only token ids.
 
-Their ids are kept as they are. A document ends with eos, or in Megatron's files where the index says, may begin with
-bos, and is given without both. They are copied into our shards, not pointed at: our documents have a bos, and the
-validation split is drawn document by document.
+Ids are not changed. A document ends with eos (with a Megatron index: where the index says) and may begin with bos; it
+is returned without both. The ids are copied into our shards instead of being referenced, because our documents have a
+bos, and the validation split is drawn by document.
 
 Sources of the formats: Megatron-LM megatron/core/datasets/indexed_dataset.py, OLMo-core's NumpyDatasetBase, nanoGPT
 data/openwebtext/prepare.py, llm.c dev/data/data_common.py.
@@ -18,26 +18,26 @@ from mdmtrain.data.tokenizer import Tokenizer
 
 TokenType = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 BLOCK = 1 << 20  # ids that are read at once
-LONGEST = 1 << 26  # ids of a document: more without an eos are a sign of the wrong eos
+LONGEST = 1 << 26  # ids in a document; a longer one suggests that eos is wrong
 NUMPY = b"\x93NUMPY"
 MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LLM_C = {struct.pack("<ii", 20240520, 1): "<u2", struct.pack("<ii", 20240801, 7): "<u4"}  # magic number and version
-LLM_C_HEADER = 256 * 4  # bytes; the third of its numbers counts the ids
+LLM_C_HEADER = 256 * 4  # bytes; the third number in it is the number of ids
 
 
 class TokenFile:
-    """A file of ids that is open."""
+    """An open file of token ids."""
 
     def __init__(self, name: str, raw: BinaryIO, index: BinaryIO | None, dtype: TokenType | None, tokenizer: Tokenizer):
         """name: for errors. index: of Megatron's files. dtype: of a file without a header. tokenizer: made the ids.
 
-        Raises ValueError if the file and its header or its index do not fit each other.
+        Raises ValueError if the file does not match its header or its index.
         """
         self.name, self._raw, self._tokenizer = name, raw, tokenizer
         self._bytes = raw.seek(0, 2)
         raw.seek(0)
-        self._lengths: np.ndarray | None = None  # ids of each document, where an index says it
+        self._lengths: np.ndarray | None = None  # ids in each document, if there is an index
         self._dtype, self._count = self._read_index(index) if index else self._read_header(dtype)
         begin, expected = raw.tell(), self._count * self._dtype.itemsize
         if begin + expected != self._bytes:
@@ -52,7 +52,8 @@ class TokenFile:
     def documents(self) -> Iterator[np.ndarray]:
         """The ids of each document without bos and eos: int64 [ids].
 
-        Raises ValueError if an id is none that the tokenizer makes of a document, or documents do not end with eos.
+        Raises ValueError for an id that the tokenizer never encodes text to, and for documents without an eos at the
+        end.
         """
         eos, with_eos = self._tokenizer.eos_id, None
         for number, ids in enumerate(self._by_index() if self._lengths is not None else self._by_eos(), 1):
@@ -104,7 +105,7 @@ class TokenFile:
             yield self._take(length)
 
     def _by_eos(self) -> Iterator[np.ndarray]:
-        """Documents between eos; one may stand before the first document, and the last document may have none."""
+        """Documents between eos tokens. An eos may precede the first document, and the last one may have none."""
         parts: list[np.ndarray] = []
         held, found = 0, False
         for block in self._blocks():
@@ -130,7 +131,7 @@ class TokenFile:
         )
 
     def _read_header(self, dtype: TokenType | None) -> tuple[np.dtype, int]:
-        """(type, number) of the ids of a file that has no index; its next byte is the first of the ids."""
+        """(dtype, number) of the ids in a file without an index. Then the file is at its first id."""
         head = self._raw.read(8)
         self._raw.seek(0)
         if head.startswith(NUMPY):
@@ -142,7 +143,7 @@ class TokenFile:
             return np.dtype(LLM_C[head]), int(np.frombuffer(header, "<i4")[2])
         found = np.dtype(dtype).newbyteorder("<")
         if self._bytes % found.itemsize:
-            raise ValueError(f"{self.name}: {self._bytes:,} bytes are no whole number of {dtype}: check --dtype")
+            raise ValueError(f"{self.name}: {self._bytes:,} bytes are not a whole number of {dtype}: check --dtype")
         return found, self._bytes // found.itemsize
 
     def _read_numpy(self) -> tuple[np.dtype, int]:
@@ -156,7 +157,7 @@ class TokenFile:
         return dtype, shape[0]
 
     def _read_index(self, index: BinaryIO) -> tuple[np.dtype, int]:
-        """(type, number) of the ids that Megatron's index describes; sets the lengths of its documents."""
+        """(dtype, number) of the ids that Megatron's index describes. Sets the lengths of the documents."""
         content = index.read()
         name, head = f"the index of {self.name}", struct.calcsize("<9sQBQQ")
         if len(content) < head or not content.startswith(MEGATRON):

@@ -1,7 +1,7 @@
-"""Text <-> token ids, and nothing lost: every text comes back as it was, or is refused.
+"""Lossless tokenizers: every text is decoded exactly as it was, or is refused.
 
-No text ever becomes a reserved id. Our own tokenizers are sentencepiece BPE models with byte fallback whose bos, eos,
-pad and mask are control pieces; `hub.py` reads those of other models.
+No text is encoded to a reserved id. Our own tokenizers are sentencepiece BPE models with byte fallback, in which bos,
+eos, pad and mask are control pieces. `hub.py` reads the tokenizers of other models.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from mdmtrain.data.tiktoken_files import as_tokenizer_json, is_rank_file
 log = logging.getLogger("mdmtrain")
 
 MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
-SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more only costs time and memory
+SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more would only cost time and memory
 
-# Characters that tokenizers are known to drop, join, compose or replace, one by one and side by side.
+# Characters that some tokenizers drop, join, compose or replace, alone and next to each other.
 _RANGES = [(0, 0x250), (0x300, 0x370), (0x1100, 0x1120), (0x2000, 0x2070), (0xFB00, 0xFB07), (0xFEFF, 0xFF20)]
 _CHARACTERS = "".join(chr(i) for first, end in _RANGES for i in range(first, end))
 _TEXTS = [
@@ -37,52 +37,52 @@ _TEXTS = [
 
 
 class TextChanged(ValueError):
-    """Text that a tokenizer would not give back as it is."""
+    """A tokenizer would not decode the text as it was."""
 
     def __init__(self, message: str, line: int):
-        """line: where in the text, from 1."""
+        """line: line number in the text, from 1."""
         super().__init__(message)
         self.line = line
 
 
 class Tokenizer:
-    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one.
+    """A loaded tokenizer, made by `Tokenizer.load` or `Tokenizer.train`.
 
-    `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` has the ids that no text
-    becomes: those of special tokens (bos, eos, pad, mask and others), of the piece for what is unknown, and numbers
-    without a piece.
+    `model` is the content of its file; manifests identify it by `sha256`. `reserved` has the ids that no text is
+    encoded to: those of special tokens (bos, eos, pad, mask and others), of the unknown piece, and numbers without a
+    piece.
     """
 
     def __init__(self, model: bytes, name: str):
-        """`model` is the content of a sentencepiece model file, or what `hub.bundle` made of a foreign tokenizer.
+        """model: the content of a sentencepiece model file, or the result of `hub.bundle` for a third-party tokenizer.
 
-        `name` stands for it in errors. Raises ValueError for one that loses text or reserves no ids for its roles.
+        name: for errors. Raises ValueError for a tokenizer that loses text, or has no reserved id for a role.
         """
         try:
             self._pieces = HubPieces(model) if model[:1] == b"{" else SentencePieces(model)
             names = self._pieces.names
             if names["mask"] in (names["bos"], names["eos"], names["pad"]):
-                raise ValueError(f"its mask token {names['mask']!r} has another role too: give it one of its own")
+                raise ValueError(f"its mask token {names['mask']!r} has another role too: give each role its own token")
         except ValueError as error:
             raise ValueError(f"tokenizer {name}: {error}") from None
         self.name, self.model, self.sha256 = name, model, hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._pieces.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self._pieces.piece_to_id(names[role]) for role in ROLES)
         self.reserved = frozenset(self._pieces.reserved())
-        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # the id of what has no piece, where there is one
+        self.unknown = frozenset({self._pieces.unk_id()} - {-1})  # id of the unknown piece, if there is one
         for text in self.probes():
             self.encode(text)
 
     @classmethod
     def load(cls, path: str | Path, tiktoken_pattern: str | None = None) -> "Tokenizer":
-        """The tokenizer that `path` names, see `read_model`. Raises ValueError if there is none that fits."""
+        """The tokenizer at `path`, see `read_model`. Raises ValueError if there is none, or if it is unsuitable."""
         return read_model(path, tiktoken_pattern)[0]
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> "Tokenizer":
-        """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts` and write the model to `path`.
+        """Learn `vocab_size` pieces from a bounded, deterministic sample of `texts`, and write the model to `path`.
 
-        Raises ValueError if `vocab_size` is too small for the bytes and reserved pieces or too large for the texts.
+        Raises ValueError if `vocab_size` is too small for the bytes and reserved pieces, or too large for the texts.
         """
         smallest = 5 + 256 + 3
         if vocab_size < smallest:
@@ -104,8 +104,8 @@ class Tokenizer:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,  # runs of spaces: indentation
                 split_digits=True,
-                character_coverage=1.0,  # the rare ones are out already; sentencepiece takes no bound on their number
-                max_sentence_length=1 << 20,  # above every chunk of _sentences: nothing is skipped
+                character_coverage=1.0,  # rare characters are already removed, with a bound on the number of others
+                max_sentence_length=1 << 20,  # longer than every chunk of _sentences, so that none is skipped
                 pad_id=3,
                 control_symbols=["<mask>"],  # id 4, after unk, bos, eos and pad
                 num_threads=1,
@@ -121,7 +121,9 @@ class Tokenizer:
         return cls(model.getvalue(), str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no bos or eos added, none reserved. Raises TextChanged where they would not give it back."""
+        """The ids of `text`, without bos and eos, none reserved. Raises TextChanged if they would be decoded
+        differently.
+        """
         ids = self.encode_unchecked(text)
         back = self._pieces.decode(ids)
         if back == text and self.reserved.isdisjoint(ids):
@@ -138,15 +140,17 @@ class Tokenizer:
             what = f"it has no piece for {text[at : at + 1]!r}"
         else:
             piece = self._pieces.id_to_piece(bad)
-            at, what = max(text.find(piece), 0), f"it takes text for its reserved token {piece!r}"
+            at, what = max(text.find(piece), 0), f"it encodes text as its reserved token {piece!r}"
         raise TextChanged(f"tokenizer {self.name} does not give text back: {what}", text.count("\n", 0, at) + 1)
 
     def encode_unchecked(self, text: str) -> list[int]:
-        """Ids of `text` as the library gives them: for measurements of what the check costs."""
+        """The ids of `text` without the check of `encode`, to measure the time of the check."""
         return self._pieces.encode(text)
 
     def encode_prompt(self, text: str, specials: Spans = ()) -> list[int]:
-        """The same, where [start, end) in the text of `specials` are special tokens, which a chat template wrote."""
+        """The same, but the ranges `specials` ([start, end) in the text), which a chat template wrote, become special
+        tokens.
+        """
         ids, done = [], 0
         for start, end in specials:
             ids += [*self.encode(text[done:start]), self._pieces.piece_to_id(text[start:end])]
@@ -158,30 +162,32 @@ class Tokenizer:
         return [piece for piece in self._pieces.added() if self._pieces.piece_to_id(piece) in self.reserved]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bos, eos, pad and mask give nothing, bytes that are not UTF-8 give U+FFFD.
+        """The text of `ids`. bos, eos, pad and mask are skipped; bytes that are not UTF-8 become U+FFFD.
 
-        What is decoded part by part is what is decoded at once, but for characters cut into parts.
+        Decoding part by part gives the same text, except for a character that is divided between parts.
         """
         skip = {self.bos_id, self.eos_id, self.pad_id, self.mask_id}
         return self._pieces.decode([int(i) for i in ids if i not in skip])
 
     def pieces(self) -> list[str]:
-        """Every id's piece for a person to read: '<mask>', 'def', '<0xE4>'."""
+        """The readable form of the piece of every id: '<mask>', 'def', '<0xE4>'."""
         return [piece.replace(SPACE_MARK, " ") for piece in self.raw_pieces()]
 
     def raw_pieces(self) -> list[str]:
-        """Every id's piece as the tokenizer's file has it, "" where there is none."""
+        """The piece of every id as in the tokenizer's file, or "" if it has none."""
         return [self._pieces.id_to_piece(i) for i in range(self.vocab_size)]
 
     def probes(self) -> list[str]:
-        """Texts that a tokenizer which loses something would change; all of its special and added pieces are in one."""
+        """Texts that reveal a lossy tokenizer, because it would change them. One of them has all special and added
+        pieces.
+        """
         added = self._pieces.added()
         within = "".join(f" {piece} a{piece}b\n{piece}\n " for piece in added)
         return [*_TEXTS, _CHARACTERS, " ".join(_CHARACTERS), *([within, "".join(added)] if added else [])]
 
 
 def chat_template(path: str | Path) -> Template:
-    """The chat template of the model folder that has the tokenizer `path`; a plain one where it has none.
+    """The chat template of the model folder that has the tokenizer `path`, or a plain one if it has none.
 
     Raises ValueError.
     """
@@ -194,11 +200,11 @@ def chat_template(path: str | Path) -> Template:
 
 
 def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[Tokenizer, int]:
-    """The tokenizer that `path` names, and its vocabulary size before tokens were added.
+    """The tokenizer at `path`, and its vocabulary size before tokens were added.
 
-    path: a sentencepiece model, a tokenizer.json, or a folder with one (prepared data, a checkpoint, a model); or a
-    rank file of tiktoken, for which `tiktoken_files` has the pattern. Foreign ones become lossless, and get the roles
-    that they lack, which is logged. Raises ValueError.
+    path: a sentencepiece model, a tokenizer.json, a folder with one (prepared data, a checkpoint, a model), or a rank
+    file of tiktoken (`tiktoken_files` has its pattern). A third-party tokenizer is made lossless and gets missing
+    roles; the changes are logged. Raises ValueError.
     """
     path = Path(path)
     if path.is_dir():
@@ -222,7 +228,7 @@ def read_model(path: str | Path, tiktoken_pattern: str | None = None) -> tuple[T
 
 
 def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
-    """A sentencepiece model that loses no text and has all roles, and its size before. What was changed is logged."""
+    """A sentencepiece model that loses no text and has all roles, and its size before. Changes are logged."""
     try:
         content, size, notes = adapted(content)
     except ValueError as error:
@@ -233,7 +239,7 @@ def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
 
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
-    """The same of a folder. config: the model's config.json. add_missing: roles that it lacks get new tokens."""
+    """The same for a folder. config: the model's config.json. add_missing: add new tokens for missing roles."""
     ours, theirs = folder / MODEL_FILE, folder / HUB_FILE
     if ours.is_file():
         try:
@@ -262,9 +268,10 @@ def _json_object(file: Path) -> dict:
 
 
 def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
-    """Texts chosen by their hash, about `characters` long together at most, spread evenly; the same set in any order.
+    """A sample of texts, chosen by hash, of about `characters` in total at most. The order of the texts does not
+    matter.
 
-    Memory stays bounded: whenever the sample is over the bound, the threshold halves and the texts above it go.
+    Memory is bounded: when the sample is too large, the threshold is halved, and the texts above it are dropped.
     """
     kept: list[tuple[int, str]] = []
     threshold, size = 1 << 64, 0
@@ -281,9 +288,9 @@ def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
 
 
 def _rare_characters(texts: list[str], most: int) -> dict[int, str]:
-    """Translation of the characters that get no piece of their own, and are spelled in bytes, to a space.
+    """A translation to a space for rare characters, which get no piece of their own and are encoded as bytes.
 
-    Kept are the most frequent ones, up to 99.95% of the text and `most` characters.
+    The most frequent characters are kept, up to 99.95% of the text and at most `most` characters.
     """
     counts = Counter[str]()
     for text in texts:
@@ -297,9 +304,9 @@ def _rare_characters(texts: list[str], most: int) -> dict[int, str]:
 
 
 def _sentences(texts: list[str], rare: dict[int, str]) -> Iterator[str]:
-    """Chunks for the trainer: line ends inside, so that they are learned as pieces.
+    """Chunks for the trainer. Line ends are inside chunks, so that pieces with line ends are learned.
 
-    sentencepiece skips a chunk with NUL or U+2585 (its own mark for unknowns), so these are out.
+    Chunks with NUL or U+2585 (sentencepiece's mark for unknown characters) would be skipped, so these are replaced.
     """
     out = {**rare, 0: " ", 0x2585: " "}
     for text in texts:

@@ -406,5 +406,5 @@ def test_a_bad_input_is_one_line_and_leaves_nothing(name, given_tokenizer, token
 
 
 def test_fields_that_exclude_each_other():
-    with pytest.raises(ValueError, match="--field and --messages-field exclude each other"):
+    with pytest.raises(ValueError, match="--field and --messages-field cannot be combined"):
         Fields("a", messages="b")

@@ -4,7 +4,7 @@
     python -m launchers.prepare INPUT... --out DIR --tasks 100 --slurm '--time 4:00:00'      tasks of a job array
 
 The folder has the same bytes for any number of tasks, and as tools/prepare_data.py makes it. The same command resumes a
-preparation that was stopped or killed. docs/preparing.md is the user's guide.
+preparation that was stopped or killed. docs/data.md describes the inputs.
 """
 
 import argparse
@@ -48,28 +48,28 @@ from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
 from mdmtrain.files import replacing
 from mdmtrain.parallel.stop import heard
 
-POLL = 2.0  # seconds between two looks at what is done
+POLL = 2.0  # seconds between two updates of the table
 MANY = ("tasks", "give fewer --tasks")
 
 
 class Tasks(Protocol):
-    """Where the units of a stage are done."""
+    """Runs the units of a stage in tasks."""
 
     def start(self, stage: Stage, deals: list[list[int]]) -> None:
         """Start a task for each list of units."""
 
     def left(self) -> int:
-        """How many of the tasks have not ended."""
+        """The number of tasks that have not ended."""
 
     def ended(self, stage: Stage) -> list[list[int]]:
-        """The units of each task of a stage that has ended since this was asked last."""
+        """The units of each task of a stage that has ended since the last call."""
 
     def stop(self) -> None:
-        """The launcher ends before the tasks."""
+        """Called when the launcher ends before the tasks."""
 
 
 class Processes:
-    """Tasks on this machine. They end when the launcher ends, however it does."""
+    """Tasks on this machine. They end when the launcher ends for any reason."""
 
     def __init__(self, work: Path, workers: int):
         self._work, self._workers = work, workers
@@ -109,14 +109,14 @@ class Processes:
         for process in self._processes:
             assert process.stdin
             with suppress(BrokenPipeError):
-                process.stdin.close()  # a task ends then
+                process.stdin.close()  # this ends the task
         for process in self._processes:
             process.wait()
         self._processes = []
 
 
 class JobArray:
-    """Tasks of a Slurm job array. They continue when the launcher ends; the next one finds them in the folder."""
+    """Tasks of a Slurm job array. They continue when the launcher ends. The next launcher finds them in the folder."""
 
     def __init__(self, work: Path, options: argparse.Namespace, workers: int):
         self._work, self._options, self._workers = work, options, workers
@@ -146,7 +146,7 @@ class JobArray:
         return told["deals"] if told and told["stage"] == stage else []
 
     def _told(self) -> dict | None:
-        """The job that was submitted last, by an earlier launcher too."""
+        """The last submitted job, also if an earlier launcher submitted it."""
         file = self._work / JOB
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -171,7 +171,7 @@ def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor
 
 @dataclass
 class Show:
-    """The live table."""
+    """The live progress table."""
 
     making: Preparation
     console: Console
@@ -190,7 +190,7 @@ class Show:
         for unit in pending:
             try:
                 done += int(note(self.making.work, stage, unit).read_text())
-            except (FileNotFoundError, ValueError):  # not begun, or just being written
+            except (FileNotFoundError, ValueError):  # not begun, or being written at this moment
                 continue
         return done, total, units - len(pending), units
 
@@ -206,10 +206,10 @@ class Show:
 
 
 def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attempts: int, show: Show) -> None:
-    """Do all units of a stage, each at most `attempts` times. Raises ValueError with the error line of one that fails.
+    """Do all units of a stage, each at most `attempts` times. Raises ValueError with the error line of a failed unit.
 
-    Units are dealt to `count` tasks at a time. Those that are left when these have ended are dealt again. A unit has
-    failed once where it was begun and is not done; where a task began none of its units, all of them have.
+    Units are divided between `count` tasks. When these have ended, the remaining units are divided again. A failure is
+    counted for each unit that was begun and is not done; if a task began none of its units, for all of them.
     """
     failures, errors = Counter[int](), dict[int, str]()
     show.start(stage)
@@ -277,14 +277,14 @@ def parser() -> CommandParser:
         type=positive,
         default=3,
         metavar="N",
-        help="a part that failed N times is given up, and the others are finished (default: 3)",
+        help="number of attempts for a part; if all fail, the other parts are still finished (default: 3)",
     )
     made.add_argument("--dry-run", action="store_true", help="print the plan, and the job script; start nothing")
     return made
 
 
 def slurm_options(arguments: str, workers: int) -> argparse.Namespace:
-    """The options of --slurm. Raises ValueError for those that a preparation does not have."""
+    """The options of --slurm. Raises ValueError for those that are not allowed in a preparation."""
     options = parse(slurm_parser(), shlex.split(arguments), None)
     if options.config or options.nodes != 1 or options.gpus_per_node or options.ranks_per_node != 1:
         raise ValueError(f"--slurm {arguments!r}: a task has one node and no GPU: leave out nodes, GPUs and ranks")

@@ -1,6 +1,7 @@
-"""A task of a preparation: does its share of the units of a stage, inside a job or as a process of this machine.
+"""A task of a preparation: does some units of a stage, in a Slurm job or as a process on this machine.
 
-launchers.prepare starts it. A unit that fails leaves its error line for the launcher, and the next one begins.
+launchers.prepare starts it. For a unit that fails, it writes the error line for the launcher, and continues with the
+next unit.
 """
 
 import json
@@ -19,11 +20,11 @@ from mdmtrain.data.parts import Do, Preparation, Stage
 from mdmtrain.data.plan import Plan
 from mdmtrain.files import replacing
 
-BEAT = 1.0  # seconds between two notes of how far a unit is
+BEAT = 1.0  # seconds between two updates of a unit's progress
 
 
 def write_plan(work: Path, plan: Plan) -> None:
-    """Write what tasks need. Raises ValueError if only this process can read an input."""
+    """Write the plan for the tasks. Raises ValueError if an input can only be read by this process."""
     for one in plan.inputs:
         if one.spool is not None:
             raise ValueError(
@@ -37,14 +38,14 @@ def write_plan(work: Path, plan: Plan) -> None:
 
 
 def note(work: Path, stage: Stage, unit: int) -> Path:
-    """The file with the bytes that are done of a unit which was begun; with `.error`, why it failed."""
+    """The progress file of a unit: its bytes done. The same name with `.error` has the reason of a failure."""
     return work / "running" / f"{stage}-{unit:05d}"
 
 
 def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
-    """Do those of the units that are not done yet."""
+    """Do those of the given units that are not done yet."""
     plan, directory = pickle.loads((work / "plan.pickle").read_bytes())
-    os.chdir(directory)  # of the names of inputs
+    os.chdir(directory)  # the inputs may be relative paths
     making = Preparation(plan, work)
     pending = set(making.pending(stage))
     with making.doing(stage, workers) as do:
@@ -54,7 +55,7 @@ def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
 
 
 def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
-    """Do a unit. Returns whether the next one can be begun."""
+    """Do a unit. Returns whether the next unit can begin."""
     file, last = note(work, stage, unit), time.monotonic()
     file.write_text("0")
 
@@ -81,7 +82,9 @@ def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
 
 
 def main() -> None:
-    """WORK STAGE WORKERS, and the units as JSON on a line of standard input, which the launcher closes to end this."""
+    """Arguments: WORK STAGE WORKERS. Standard input: a line of JSON with the units; when it is closed, the task
+    ends.
+    """
     work, workers = sys.argv[1], int(sys.argv[3])
     stage = cast(Stage, sys.argv[2])
     units = json.loads(sys.stdin.readline())

@@ -267,13 +267,13 @@ class DiffusionConfig(Section):
         0.0, ge=0, le=1, description="omega moves to 1 (the NELBO) over this last fraction of the run"
     )
     isad_tokens: tuple[str | int, ...] = Field(
-        (), description="ISAD: token ids or pieces that are masked more often; biased, see docs/variance.md"
+        (), description="ISAD: token ids or pieces that are masked more often; biased, see docs/mathematics.md"
     )
     isad_delta: float = Field(0.2, gt=0, le=1, description="ISAD: added to the masking rate of these tokens")
     syrm_tokens: tuple[str | int, ...] = Field(
         (),
         description="SyRM: token ids or pieces that are also masked in prompts; changes the objective, see "
-        "docs/variance.md",
+        "docs/prompts.md",
     )
 
     @property

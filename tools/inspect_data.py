@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What is in a prepared folder: documents decoded, lengths, bytes per token by source, frequent tokens, repetitions.
+"""Statistics of a prepared folder: decoded documents, lengths, bytes per token by source, frequent tokens, repetitions.
 
 tools/inspect_data.py DATA [--figure FILE] [--json FILE]
 """
@@ -17,7 +17,7 @@ from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.inspection import inspect
 from mdmtrain.evaluate import write_json
 
-SHOWN = 300  # characters of a document
+SHOWN = 300  # characters of a document that are printed
 
 
 def show(report: dict, console: Console) -> None:
@@ -28,10 +28,10 @@ def show(report: dict, console: Console) -> None:
         "documents": lambda one: f"{one['documents']:,}",
         "bytes": lambda one: f"{one['bytes']:,}",
         "bytes/token": lambda one: f"{one['bytes_per_token']:.2f}",
-        "shards looked at": lambda one: f"{one['shards_looked_at']:,} of {one['shards']:,}",
+        "shards read": lambda one: f"{one['shards_looked_at']:,} of {one['shards']:,}",
         "tokens of a document": lambda one: ", ".join(f"{name} {n:,.0f}" for name, n in one["length"].items()),
         "byte fallback": lambda one: (
-            "none: not of this tokenizer" if one["byte_fallback"] is None else f"{one['byte_fallback']:.2%}"
+            "none: it has no such pieces" if one["byte_fallback"] is None else f"{one['byte_fallback']:.2%}"
         ),
         "pieces that do not occur": lambda one: f"{one['unused_pieces']:,} of {report['vocabulary']:,}",
         "like an earlier document": lambda one: (
@@ -49,7 +49,7 @@ def show(report: dict, console: Console) -> None:
         ratio = "" if one["bytes_per_token"] is None else f"{one['bytes_per_token']:.2f}"
         numbers = (f"{one[key]:,}" for key in ("documents", "bytes", "tokens"))
         table.add_row(escape(one["input"]), *numbers, ratio)
-    console.print(table if report["sources"] else "sources: not recorded by the version that prepared this", "")
+    console.print(table if report["sources"] else "sources: not recorded (prepared by an older version)", "")
 
     for split, one in splits.items():
         words = [f"{token['piece']!r} {token['share']:.2%}" for token in one["frequent"]]
@@ -64,7 +64,7 @@ def show(report: dict, console: Console) -> None:
 
 
 def draw(lengths: dict[str, np.ndarray], path: Path) -> None:
-    """Draw which share of a split's documents has which length."""
+    """Draw a histogram of the lengths of the documents of each split."""
     longest = max(int(one.max()) for one in lengths.values())
     edges = np.unique(np.geomspace(1, longest + 1, 60).astype(int))
     figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=number,
         default=100,
         metavar="N",
-        help="look at N shards of each split at most, spread evenly (default: 100)",
+        help="read at most N shards of each split, spread evenly (default: 100)",
     )
     add("--figure", type=output_file, metavar="FILE", help="draw the lengths of the documents to this file (PNG)")
     add("--json", type=output_file, metavar="FILE", help="write the report to this file too")

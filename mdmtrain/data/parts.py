@@ -4,6 +4,7 @@ Stages run one after the other; the units of a stage are independent. The output
 finished unit appears in `done` by a rename, after its content is on the disk, under a name that contains a hash of
 everything it depends on. So a unit may be done twice, killed at any moment, or found finished by a later start, and the
 result has the same bytes.
+
     .OUT.parts/settings     everything but the inputs that the content depends on
     .OUT.parts/done/        a file for each finished unit: the tokenizer, hashes, lists of duplicates, records of parts
     .OUT.parts/data/        the shards; renamed to OUT at the end

@@ -159,7 +159,7 @@ def test_what_is_not_what_the_manifest_says_is_refused(tmp_path, monkeypatch):
     place.unlink()
     assert "0.bin: there is nothing of this name" in refused(cache, file)
     assert "raise data.cache_gb" in refused(ShardCache(tmp_path / "c", 99), file)
-    assert "install what reaches it" in refused(cache, RemoteFile("nowhere://0.bin", 100, "0" * 64))
+    assert "install its package" in refused(cache, RemoteFile("nowhere://0.bin", 100, "0" * 64))
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_are_one_line(tmp_path, monkeypatch):

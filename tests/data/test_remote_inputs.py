@@ -154,7 +154,7 @@ def refused(*arguments: str) -> str:
 def test_what_cannot_be_reached_is_one_line(s3, bucket, monkeypatch):  # noqa: F811
     assert f"{bucket}/nothing.jsonl: there is nothing of this name" in refused(f"{bucket}/nothing.jsonl")
     assert "no file behind" in refused(f"{bucket}/*.txt")
-    assert "install what reaches it" in refused("nosuch://bucket/a.jsonl")
+    assert "install its package" in refused("nosuch://bucket/a.jsonl")
     assert "times in a row: check the store" in refused("http://127.0.0.1:1/a.jsonl")
     s3.deny(True)
     try:

@@ -179,7 +179,7 @@ BAD: dict[str, tuple] = {
     ),
     "another dtype": ({"a.bin": bytes_of([10, 11, 2] * 9, "<u4")}, "the id 0 is", "uint16"),
     "negative ids": ({"a.bin": bytes_of([-1, 2], "<i4")}, "the id -1 is outside", "int32"),
-    "half an id": ({"a.bin": bytes_of([10, 2]) + b"\1"}, "5 bytes are no whole number of uint16", "uint16"),
+    "half an id": ({"a.bin": bytes_of([10, 2]) + b"\1"}, "5 bytes are not a whole number of uint16", "uint16"),
     "no eos": ({"a.bin": bytes_of([10, 11])}, "there is no eos (2)", "uint16"),
     "padding": ({"a.bin": bytes_of([10, PAD, 2])}, "the id 3 is the tokenizer's '<pad>'", "uint16"),
     "bos inside": ({"a.bin": bytes_of([10, BOS, 2])}, "the id 1 is the tokenizer's '<s>'", "uint16"),
@@ -236,5 +236,5 @@ def test_ids_need_their_tokenizer(tmp_path):
     np.save(tmp_path / "a.npy", np.array([10, 2]))
     with pytest.raises(ValueError, match=r"a.npy: token ids, not text: tools/prepare_data.py reads them with"):
         prepare([tmp_path / "a.npy"], tmp_path / "out", Options(vocab_size=300), 1)
-    with pytest.raises(ValueError, match="--dtype is of token ids: give the --tokenizer"):
+    with pytest.raises(ValueError, match="--dtype is for token ids: give the --tokenizer"):
         Options(dtype="uint16")

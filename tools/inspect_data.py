@@ -17,7 +17,7 @@ from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.data.inspection import inspect
 from mdmtrain.evaluate import write_json
 
-SHOWN = 300  # characters of a document
+SHOWN = 300  # characters of a document that are printed
 
 
 def show(report: dict, console: Console) -> None:

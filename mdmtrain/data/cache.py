@@ -35,7 +35,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder on a local disk with at most `limit` bytes of files."""
+    """A folder on a local disk with files of at most `limit` bytes in total."""
 
     folder: Path
     limit: int

@@ -67,7 +67,7 @@ class Template:
         Raises ValueError if the content already contains TEXT_MARK.
         """
         if TEXT_MARK in content:
-            raise ValueError(f"a message has U+{ord(TEXT_MARK):X}, which is used to mark text")
+            raise ValueError(f"a message contains U+{ord(TEXT_MARK):X}, which is reserved to mark text")
         for special in self._longest_first():
             content = content.replace(special, special[:1] + TEXT_MARK + special[1:])
         return content

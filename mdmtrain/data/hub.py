@@ -30,7 +30,7 @@ log = logging.getLogger("mdmtrain")
 
 
 class HubPieces:
-    """A foreign tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
+    """A third-party tokenizer with the methods of a SentencePieceProcessor that `Tokenizer` uses."""
 
     def __init__(self, model: bytes):
         """model: the result of `bundle`. Raises ValueError if it is anything else, or the library is missing."""

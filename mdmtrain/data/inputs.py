@@ -1,9 +1,10 @@
-"""What an input is, by its name and by its first bytes, and how it is opened.
+"""Find the inputs of a command, recognise the format of each one, and open it.
 
-The name is the one that was given: a link in a Hugging Face cache is called train.jsonl, the blob that it points to has
-no ending. Endings are compared without regard to case. The content has the last word: gzip is unpacked whatever the
-file is called, JSON objects are never taken for prose, and a file in a format that cannot be read is refused by its own
-name. To read another compression, give its `Format` a `decompress`.
+The format follows from the name that was given (a link in a Hugging Face cache is called train.jsonl, but the blob it
+points to has no ending) and from the first bytes of the content. Endings are compared without regard to case. If name
+and content disagree, the content decides: a gzip file is unpacked whatever its name is, and JSON objects are never read
+as plain text. A format that cannot be read is refused, and the error names the format. To support another compression,
+give its `Format` a `decompress`.
 """
 
 import bz2
@@ -38,7 +39,7 @@ else:
 
 STANDARD_INPUT = "-"
 BOM = b"\xef\xbb\xbf"
-HEAD = 1 << 12  # bytes that are looked at to recognise a format
+HEAD = 1 << 12  # bytes that are read to recognise a format
 _BLOCK = 1 << 17  # bytes that are unpacked at once
 ID_ENDINGS = {".bin", ".npy"}
 RECORD_ENDINGS = {".jsonl", ".ndjson", ".jsonlines", ".json"}
@@ -48,16 +49,16 @@ Kind = Literal["text", "jsonl", "parquet", "arrow", "tokens"]
 FormatOption = Literal["auto", "text", "jsonl"]
 
 
-# ---- which inputs there are
+# ---- find inputs
 
 
 @dataclass(frozen=True)
 class Input:
-    """A file, under the name that the user gave it, a URL, or the content of standard input or of a pipe."""
+    """A file (by the name that the user gave), a URL, or the content of standard input or of a pipe."""
 
     name: str
-    spool: BinaryIO | None = None  # an unnamed temporary file with the content of what can be read only once
-    remote: Remote | None = None  # where the name is a URL
+    spool: BinaryIO | None = None  # an unnamed temporary file with the content of an input that can be read only once
+    remote: Remote | None = None  # set if the name is a URL
 
     @property
     def size(self) -> int:
@@ -67,7 +68,7 @@ class Input:
         return os.stat(self.name if self.spool is None else self.spool.fileno()).st_size
 
     def open(self) -> BinaryIO:
-        """The bytes from the first one on, seekable."""
+        """A seekable stream of the content, at its first byte."""
         if self.remote:
             return self.remote.open()
         if self.spool is None:
@@ -77,7 +78,7 @@ class Input:
         return os.fdopen(descriptor, "rb")
 
     def index(self) -> "Input | None":
-        """The .idx file of Megatron beside a .bin file, where there is one."""
+        """The Megatron index (.idx) next to a .bin file, or None."""
         if self.spool or not self.name.endswith(".bin"):
             return None
         beside = f"{self.name.removesuffix('.bin')}.idx"
@@ -85,7 +86,7 @@ class Input:
         return open_name(beside) if there else None
 
     def identity(self) -> list:
-        """What tells this input from another one, or from a later version of itself."""
+        """Values that differ between this input and any other one, or a later version of this one."""
         index = self.index()
         return self._identity() + (index.identity() if index else [])
 
@@ -99,9 +100,9 @@ class Input:
 
 
 def open_name(name: str | Path) -> Input:
-    """The input of this name; "-" is standard input. Pipes are read to their end here, into a temporary file.
+    """The input with this name; "-" is standard input. Pipes are read completely here, into a temporary file.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if there is no such file.
     """
     name = str(name)
     if _is_url(name):
@@ -126,7 +127,7 @@ def _is_url(name: str) -> bool:
 
 
 def _data_of(file: str) -> str:
-    """The .bin file beside an index of Megatron; any other file itself."""
+    """The .bin file next to a Megatron index; any other file is returned unchanged."""
     data = f"{file.removesuffix('.idx')}.bin"
     return data if file.endswith(".idx") and os.path.isfile(data) else file
 
@@ -143,26 +144,26 @@ def _spooled(stream: BinaryIO) -> BinaryIO:
 
 
 def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Sequence[str], out: Path) -> list[Input]:
-    """The files that `arguments` (files, folders, globs, URLs of these, "-") name, each once, in a fixed order.
+    """The files named by `arguments` (files, folders, globs, URLs of these, "-"), each once, in a fixed order.
 
-    Within folders, `include` patterns choose files and `exclude` patterns drop files and folders, both by name; hidden
-    names and the folder `out` are left alone. Links to folders are followed, each real folder once.
+    Within folders, `include` patterns select files, and `exclude` patterns remove files and folders, both by name.
+    Hidden names and the folder `out` are not read. Links to folders are followed; each real folder is read once.
 
-    Raises ValueError where an argument names nothing or a link leads nowhere, OSError where a folder cannot be read.
+    Raises ValueError if an argument matches nothing or a link is broken, OSError if a folder cannot be read.
     """
     found: dict[str, Input] = {}
     for argument in arguments:
         if _is_url(argument):
             behind = {url: file for url, file in remote_files(argument, include, exclude)}
             if not behind:
-                raise ValueError(f"no file behind {argument!r} matches it, --include and --exclude: check the URL")
+                raise ValueError(f"no file behind {argument!r} matches the URL, --include and --exclude: check them")
             for url, file in behind.items():
                 if not (url.endswith(".idx") and f"{url.removesuffix('.idx')}.bin" in behind):
                     found.setdefault(url, _behind_url(url, file))
             continue
         exists = argument == STANDARD_INPUT or os.path.lexists(argument)
         named = [argument] if exists else _expand(argument)
-        if not named and os.path.isfile(f"{argument}.idx"):  # the prefix of Megatron's two files
+        if not named and os.path.isfile(f"{argument}.idx"):  # the common prefix of Megatron's two files
             named = [f"{argument}.idx"]
         if not named:
             raise ValueError(f"no input matches {argument!r}: give a file, a folder or a quoted glob")
@@ -179,7 +180,7 @@ def find_inputs(arguments: Sequence[str], include: Sequence[str], exclude: Seque
 
 
 def named_in(file: Path) -> list[str]:
-    """The inputs that the lines of a text file name; blank lines are none. Raises ValueError."""
+    """The inputs named by the lines of a text file. Blank lines are skipped. Raises ValueError."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -189,7 +190,7 @@ def named_in(file: Path) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The paths that a glob names. `**` enters each real folder once (that of `glob` never ends where links cycle)."""
+    """The paths that match a glob. `**` enters each real folder once; that of `glob` never ends with circular links."""
     base, any_depth, rest = pattern.partition("**/")
     if not any_depth:
         return sorted(glob.glob(pattern))
@@ -198,7 +199,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path) -> Iterator[str]:
-    """The files in a folder and the folders below it. Raises ValueError for a link or a pipe that cannot be read."""
+    """The files in a folder and its subfolders. Raises ValueError for a broken link, and for a pipe or socket."""
     for folder, files in _folders(root, exclude, {os.path.realpath(out)} - {os.path.realpath(root)}):
         for name in _of_dataset(folder, files):
             path = os.path.join(folder, name)
@@ -211,12 +212,12 @@ def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path)
 
 
 def _of_dataset(folder: str, files: list[str]) -> list[str]:
-    """Those of a folder's files that have data, in their order: all, but where `datasets.save_to_disk` wrote them.
+    """The files of a folder that have data, in order: all files, except in a folder written by `datasets.save_to_disk`.
 
-    Its state.json lists the files with data; others may be caches of the same data. Raises ValueError where it is
-    damaged.
+    There, state.json lists the files that have data; other files may be caches of the same data. Raises ValueError if
+    state.json is damaged.
     """
-    if "dataset_dict.json" in files:  # names the folders of the splits
+    if "dataset_dict.json" in files:  # lists the folders of the splits
         files = [name for name in files if name != "dataset_dict.json"]
     if not {"state.json", "dataset_info.json"} <= set(files):
         return files
@@ -229,12 +230,14 @@ def _of_dataset(folder: str, files: list[str]) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{state}: damaged, or not of datasets.save_to_disk: replace it, or exclude it") from None
     if mapped:
-        raise ValueError(f"{folder}: a dataset with an index of its rows: call flatten_indices() and save it again")
+        raise ValueError(f"{folder}: its rows are selected by an index: call flatten_indices() and save it again")
     return named
 
 
 def _folders(root: str, exclude: Sequence[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of a folder and those below it, links included; each real one once, not `seen`."""
+    """(folder, names of its files) for a folder and its subfolders, links included. Each real folder once; not those in
+    `seen`.
+    """
 
     def stop(error: OSError) -> None:
         raise error
@@ -253,14 +256,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-# ---- what they are
+# ---- recognise and open inputs
 
 
 class _Frames(io.RawIOBase):
-    """Compressed frames end to end, unpacked; zero bytes may stand between and after them.
+    """Decompress consecutive compressed frames. Zero bytes between and after frames are skipped.
 
-    The readers of the standard library end without a word where other bytes follow a frame, which would lose what a
-    damaged second frame holds.
+    The readers of the standard library stop without an error if other bytes follow a frame, so the content of a damaged
+    second frame would be lost silently.
     """
 
     def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]):
@@ -271,8 +274,8 @@ class _Frames(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # what io gives it
-        """Raises EOFError where a frame is cut off or damaged, or where other bytes follow it."""
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # io passes a memoryview
+        """Raises EOFError if a frame is truncated or damaged, or if other bytes follow it."""
         content = b""
         while not content:
             packed = b""
@@ -296,7 +299,7 @@ class _Frames(io.RawIOBase):
 
 
 def _unpack_zstd() -> Any:
-    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # as `zstd --long=31` needs
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})  # `zstd --long=31` needs it
 
 
 def _frames(decompressor: Callable[[], Any]) -> Callable[[BinaryIO], BinaryIO]:
@@ -305,15 +308,15 @@ def _frames(decompressor: Callable[[], Any]) -> Callable[[BinaryIO], BinaryIO]:
 
 @dataclass(frozen=True)
 class Format:
-    """A way of packing data that is not text."""
+    """A compression, or a format that is not plain text."""
 
-    name: str  # with its article
+    name: str  # with an article, for messages
     endings: tuple[str, ...]
-    magic: tuple[bytes, ...]  # what its files begin with; none: it is known by its ending alone
-    instead: str  # what to do with such a file
+    magic: tuple[bytes, ...]  # the first bytes of its files; empty: recognised by its ending alone
+    instead: str  # the remedy in the error message
     decompress: Callable[[BinaryIO], BinaryIO] | None = None
-    kind: Kind | None = None  # how its records are read; neither this nor decompress: recognised, but not read
-    offset: int = 0  # of the magic bytes
+    kind: Kind | None = None  # how its records are read; with neither this nor decompress, it is refused
+    offset: int = 0  # position of the magic bytes
 
     def unpack(self, raw: BinaryIO) -> BinaryIO:
         assert self.decompress is not None, self.name
@@ -327,7 +330,7 @@ def _gunzip(raw: BinaryIO) -> BinaryIO:
 _UNPACK = "unpack it, or compress it with gzip instead"
 _CONVERT = "convert it to Parquet, or to .jsonl with a 'text' field"
 _EXTRACT = "extract the text from it"
-_SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that zstandard may begin with
+_SKIPPABLE = tuple(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))  # frames that may come first in zstandard
 _BZIP2 = tuple(b"BZh%d%b" % (n, then) for n in range(1, 10) for then in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90"))
 FORMATS = (
     Format("a gzip file", (".gz", ".gzip", ".tgz"), (b"\x1f\x8b",), _UNPACK, _gunzip),
@@ -355,33 +358,33 @@ FORMATS = (
     Format("an SQLite database", (".sqlite",), (b"SQLite format 3\0",), _CONVERT),
     Format("a NumPy array", (".npy",), (b"\x93NUMPY",), _UNPACK, kind="tokens"),
     Format("a file of ids for llm.c", (), tuple(LLM_C), _UNPACK, kind="tokens"),
-    Format("a Megatron index", (), (MEGATRON,), "its .bin file must be beside it"),
+    Format("a Megatron index", (), (MEGATRON,), "its .bin file must be next to it"),
     Format("a PDF document", (".pdf",), (b"%PDF-",), _EXTRACT),
     Format("a Git LFS pointer", (), (b"version https://git-lfs.github.com/spec/",), "fetch the file: git lfs pull"),
 )
-_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading through `decompress` raises
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # errors from reading through `decompress`
 _BY_ENDING = {ending: format for format in FORMATS for ending in format.endings}
 _JSON_OBJECT = re.compile(rb'\s*\[?\s*\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\})')
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An input that is being read: its text without packing and byte order mark, or a file for `columns.Table`."""
+    """An open input: a stream of its text, unpacked and without byte order mark, or a file for `columns.Table`."""
 
     kind: Kind
-    by_content: bool  # whether the content, and not the name, says that these are JSON records
+    by_content: bool  # the content, not the name, shows that these are JSON records
     stream: BinaryIO
-    raw: BinaryIO  # what lies on disk; its position is the progress of a text
+    raw: BinaryIO  # the file as stored; its position is the progress of a text
 
 
 @contextmanager
 def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = False) -> Iterator[Opened]:
-    """Open an input as what it is; one without a format of its own as text or as JSON records, or as `option` says.
+    """Open an input in the format that is recognised. Otherwise it is text or JSON records, as `option` says.
 
-    raw_ids: .bin and .npy files without a header are ids.
+    raw_ids: .bin and .npy files without a header have token ids.
 
-    Raises ValueError, here or while it is read, naming the input: in a format or an encoding that is not read, or
-    damaged.
+    Raises ValueError that names the input, here or while it is read, if its format or encoding is not supported, or if
+    it is damaged.
     """
     with source.open() as raw:
         packed = None
@@ -428,14 +431,16 @@ def open_input(source: Input, option: FormatOption = "auto", raw_ids: bool = Fal
 
 
 def _has_ids(source: Input, raw: BinaryIO, raw_ids: bool) -> bool:
-    """Whether the user or an index says that a .bin or .npy file has ids. Raises ValueError where it looks so."""
+    """Whether a .bin or .npy file has token ids, according to the user or an index. Raises ValueError if only its
+    content suggests it.
+    """
     if raw_ids or source.index():
         return True
     head = raw.read(HEAD)
     raw.seek(0)
     if not _recognise(head) and has_control_characters(head):
         raise ValueError(
-            f"{source.name}: not text: where it has token ids without a header (OLMo-core, nanoGPT), give --dtype and "
+            f"{source.name}: not text: if it has token ids without a header (OLMo-core, nanoGPT), give --dtype and "
             "--tokenizer; otherwise leave it out with --exclude"
         )
     return False
@@ -447,11 +452,10 @@ def _damaged(name: str, packed: Format, error: Exception) -> ValueError:
 
 
 def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | None, Kind | None, bytes]:
-    """(the compression of a file, the kind of records where their format is one of their own, the first bytes of what
-    is inside); `raw` is at its first byte again.
+    """The compression of a file, the kind of its records if it has a format of its own, and its first unpacked bytes.
 
-    Their endings are taken off `endings`. Raises ValueError for a format that is not read, and where the content is not
-    what the ending says.
+    Leaves `raw` at its first byte, and removes the recognised endings from `endings`. Raises ValueError for a format
+    that cannot be read, and if the content does not match the ending.
     """
     stream, packed = raw, None
     while True:
@@ -484,7 +488,7 @@ def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | Non
 def _recognise(head: bytes) -> Format | None:
     for format in FORMATS:
         for magic in format.magic:
-            # Short words of letters could begin a text as well: the bytes after them have to be binary.
+            # A text could also begin with these short words of letters, so the bytes after them must be binary.
             is_word = magic.isalnum() and len(magic) < 5
             if head.startswith(magic, format.offset) and not (is_word and not has_control_characters(head)):
                 return format
@@ -492,15 +496,18 @@ def _recognise(head: bytes) -> Format | None:
 
 
 def has_control_characters(content: bytes) -> bool:
-    """Whether there are bytes that text files do not have: control characters other than space, bell and escape."""
+    """Whether there are bytes that text files do not have: control characters other than white space, bell, backspace,
+    escape.
+    """
     return bool(content.translate(None, bytes(range(32, 256)) + b"\a\b\t\n\v\f\r\x1b"))
 
 
 def _other_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, told by the byte order mark or by where the zero bytes are.
+    """UTF-16 or UTF-32 if the byte order mark or the positions of the zero bytes show it, else None.
 
-    In alphabetic text the high bytes (every second one) are small, as the numbers of the alphabets are, and some are
-    zero, those of spaces and digits; low bytes are hardly ever zero. Other scripts are no valid UTF-8 either.
+    In alphabetic text the high bytes (every second byte) are small, because all characters are in a few blocks of
+    Unicode. Some of them, those of spaces and digits, are zero. Low bytes are rarely zero. Text in other scripts is not
+    valid UTF-8, so it is refused later.
     """
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
@@ -522,9 +529,9 @@ def _other_encoding(head: bytes) -> str | None:
 
 
 def _refuse_one_json_value(name: str, head: bytes, by_content: bool) -> None:
-    """Raise ValueError for a file that is a single JSON value over all its lines, and not one object a line."""
+    """Raise ValueError for a file that is a single JSON value over several lines instead of one object a line."""
     start = head.lstrip()
-    way_out = ", or give --format text to take it as text" if by_content else ""
+    way_out = ", or give --format text to read it as text" if by_content else ""
     if start.startswith(b"["):
         raise ValueError(f"{name}: a JSON array, not one object a line: convert it: jq -c '.[]' FILE{way_out}")
     if re.match(rb"\{[ \t]*\r?\n", start):

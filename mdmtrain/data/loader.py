@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 def open_splits(config: DataConfig, splits: Sequence[str]) -> list[list[PreparedSplit]]:
     """For each split, the opened splits of all sources, in their order. `check_splits` checks them afterwards.
 
-    Raises ValueError naming the folder.
+    Raises ValueError that names the folder.
     """
     cache, opened = shard_cache(config), []
     for source in config.sources:
@@ -74,7 +74,7 @@ def check_splits(
 ) -> None:
     """Check the result of `open_splits`. verify: the check for each split. share: see PreparedSplit.check.
 
-    Raises ValueError naming the file.
+    Raises ValueError that names the file.
     """
     for source in zip(*splits, strict=True):
         listed = source[0].listed(share)
@@ -226,7 +226,7 @@ class Dataset(torch.utils.data.Dataset):
         return self._data.shuffle_shards is not None
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
-        """The micro-batch of (step, slot) pairs, all of one step."""
+        """The micro-batch for (step, slot) pairs, all of one step."""
         step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         self._ahead.at(step)

@@ -111,7 +111,7 @@ def neutralise(content: dict) -> list[str]:
         if content.get(name):
             notes.append(f"{name} is off")
         content[name] = None
-    content["post_processor"] = None  # bos and eos are ours to add
+    content["post_processor"] = None  # we add bos and eos ourselves
     for name in ("dropout", "alpha", "nbest_size"):
         if content["model"].get(name):
             notes.append(f"{name} is off")

@@ -124,7 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Options.validation_fraction,
         metavar="F",
-        help="share of the documents, chosen by their hash, that is kept for validation (default %(default)s)",
+        help="share of the documents, chosen by their hash, that is used for validation (default %(default)s)",
     )
     add(
         "--dedup",

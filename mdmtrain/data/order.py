@@ -51,7 +51,8 @@ def permute(
     source: int = 0,
     stream: noise.Stream = noise.Stream.ORDER,
 ) -> int | np.ndarray:
-    """A shuffle of range(size) as a function: the element at `index` (int, or int64 of any shape; 1 <= size <= 2^62).
+    """A random permutation of range(size) as a function: its value at `index` (int or int64 of any shape; 1 <= size <=
+    2^62).
 
     A Feistel network is a bijection of 4^h values for any round function; here 4^h is the smallest one >= size. It is
     applied again to values outside the range until they are inside (fewer than 4 evaluations on average).
@@ -97,7 +98,7 @@ class Shuffle:
         self.size, self._seed, self._source, self._shards = size, seed, source, shards
 
     def __call__(self, reads: np.ndarray) -> np.ndarray:
-        """The rows of reads (numbered over all epochs): int64 in, int64 of the same shape out."""
+        """The rows of the given reads (numbered over all epochs): int64 in, int64 of the same shape out."""
         rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
@@ -138,7 +139,7 @@ class ShardShuffle(Shuffle):
         if found is None:
             places = np.arange(self._shards)
             shards = permute(places, self._shards, self._seed, epoch, self._source, noise.Stream.SHARDS)
-            assert isinstance(shards, np.ndarray)  # as the places are
+            assert isinstance(shards, np.ndarray)  # because the positions are an array
             before = np.cumsum([0, *np.diff(self._firsts)[shards]])
             found = shards, before, before[self._edges]
             self._epochs = {**dict([*self._epochs.items()][-1:]), epoch: found}  # keeps two: reads may cross epochs

@@ -59,7 +59,7 @@ class Preparation:
         if in_use(self.work) and (self.work / "settings").read_text() != digest(self.plan.settings):
             raise ValueError(
                 f"{self.work} holds finished steps that were made with other options: give the same options to resume, "
-                "or remove it to start anew"
+                "or remove it to start again"
             )
 
     def begin(self) -> None:
@@ -222,7 +222,7 @@ class Preparation:
         self._commit("parts", part, json.dumps(record).encode())
 
     def _kept_documents(self, part: int, reading: Reading) -> Iterator[tuple[Document, int, int]]:
-        """The documents of a part without the duplicates."""
+        """The documents of a part, without duplicates."""
         documents = self.plan.documents(part, reading, self._prompts)
         if not self.plan.options.dedup:
             yield from documents
@@ -351,7 +351,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
         tokens = [*before, *tokenizer.encode(document.text), tokenizer.eos_id]
     except TextChanged as error:
         line = document.line if document.record else document.line + error.line - 1
-        raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave it out") from None
+        raise ValueError(f"{document.file}:{line}: {error}: choose another tokenizer, or leave this text out") from None
     return tokens, None if document.prompt is None else len(before)
 
 

@@ -1,4 +1,4 @@
-"""Text -> prepared folder: stream the documents of files, tokenize in parallel, write shards.
+"""Prepare text for training: read documents, tokenize them in parallel, write shards.
 
 All output is written to a hidden folder next to the destination, which is renamed to the destination as the last step
 (`parts`). So a folder at the destination is always complete. Its content does not depend on the number of workers or

@@ -1,8 +1,8 @@
-"""One reader for all inputs of all commands: what is accepted, what is refused, what is left out.
+"""Read the records of an input. All commands use this module, so they accept, refuse and skip the same records.
 
-A record is a JSON object on a line of its own, a row of a table, or a text file as {"text": ...}. `read_records` gives
-each to a function that makes something of it and may find it bad; --on-bad-record says whether this is an error or a
-number in a summary.
+A record is a JSON object on one line, a row of a table, or a text file as {"text": ...}. `read_records` passes each
+record to a function that makes something of it, or raises BadRecord. --on-bad-record decides whether a bad record is an
+error or is skipped and counted.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from mdmtrain.data.tokenized import TokenFile, TokenType
 from mdmtrain.data.tokenizer import Tokenizer
 
 log = logging.getLogger("mdmtrain")
-if TYPE_CHECKING:  # it needs pyarrow, which only the reading of tables imports
+if TYPE_CHECKING:  # needs pyarrow, which is imported only to read tables
     from mdmtrain.data.columns import Table
 
-LONGEST_TEXT = 1 << 18  # bytes; a longer text file becomes several documents, cut at line ends
+LONGEST_TEXT = 1 << 18  # bytes; a longer text file is split into several documents at line ends
 LINE_END = re.compile(rb"\r\n|\r|\n")
 OnBadRecord = Literal["error", "skip"]
 Made = TypeVar("Made")
@@ -38,21 +38,21 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Fields:
-    """In which fields of a record its document is; None: in 'text', or in 'prompt' and 'response'.
+    """The fields of a record that contain its document. None: 'text', or 'prompt' and 'response'.
 
-    A dot leads into an object, unless there is a field with the whole name.
+    `a.b` is the field b of the object a, unless a field is named `a.b`.
     """
 
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
-    messages: str | None = None  # a conversation, of which the last message is the response
-    template: Template = PLAIN  # writes out the messages before it
+    messages: str | None = None  # the field with a conversation; its last message is the response
+    template: Template = PLAIN  # converts the other messages to the prompt
 
     def __post_init__(self) -> None:
         given = [option for option, there in self._options().items() if there]
         if len(given) > 1:
-            raise ValueError(f"{given[0]} and {given[1]} exclude each other: a document is made from one of them")
+            raise ValueError(f"{given[0]} and {given[1]} cannot be combined: a document is made from one of them")
 
     def _options(self) -> dict[str, bool]:
         return {
@@ -62,7 +62,7 @@ class Fields:
         }
 
     def prompts(self) -> bool | None:
-        """Whether documents have a prompt, as far as the options say it."""
+        """Whether documents have a prompt, or None if the options do not decide it."""
         return self.text is None if any(self._options().values()) else None
 
     def pair(self) -> tuple[str, str]:
@@ -76,35 +76,35 @@ USUAL_FIELDS = Fields()
 class Ids:
     """What is needed to read files of token ids."""
 
-    tokenizer: str  # that made them, as `Tokenizer.load` takes it
+    tokenizer: str  # the tokenizer that made the ids, as `Tokenizer.load` takes it
     tiktoken_pattern: str | None = None
-    dtype: TokenType | None = None  # of files without a header
+    dtype: TokenType | None = None  # dtype of files without a header
 
 
 @dataclass
 class Reading:
-    """How inputs are read, and what was left out so far."""
+    """How inputs are read, and how many records were skipped so far."""
 
     on_bad_record: OnBadRecord = "error"
     format: FormatOption = "auto"
     fields: Fields = USUAL_FIELDS
-    ids: Ids | None = None  # None: files of ids are refused
-    left_out: Counter[str] = field(default_factory=Counter)  # records, by reason
-    files: Counter[Kind] = field(default_factory=Counter)  # inputs that were opened, by what they are
+    ids: Ids | None = None  # None: files of token ids are refused
+    left_out: Counter[str] = field(default_factory=Counter)  # number of skipped records by reason
+    files: Counter[Kind] = field(default_factory=Counter)  # number of opened inputs by kind
 
     def summary(self) -> list[str]:
-        """A line for each reason, for a person."""
+        """One line of text for each reason."""
         return [f"left out {count:,} records: {reason}" for reason, count in sorted(self.left_out.items())]
 
 
 def add_bad_record_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-record",
-        "--bad-utf8",  # its name when it knew no other fault
+        "--bad-utf8",  # its former name, from when it applied only to bad UTF-8
         choices=get_args(OnBadRecord),
         default="error",
-        help="a record or text that cannot be used: stop and name it, or leave it out and count it, by reason "
-        "(default: %(default)s). A file that is damaged or in a format that is not read is an error in any case",
+        help="what to do with a record or text that cannot be used: stop with an error, or skip and count it "
+        "(default: %(default)s). A damaged file, or one in an unsupported format, is always an error",
     )
 
 
@@ -113,7 +113,7 @@ def add_format_option(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=get_args(FormatOption),
         default="auto",
-        help="what inputs are: text, one JSON object a line, or whichever their names and contents say "
+        help="format of the inputs: text, JSON lines, or auto, which decides by their names and contents "
         "(default: %(default)s)",
     )
 
@@ -122,8 +122,8 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=get_args(TokenType),
-        help="take .bin and .npy files without a header as token ids of this type (OLMo-core, nanoGPT: uint16 or "
-        "uint32), made by --tokenizer; files with a header or an index (NumPy, llm.c, Megatron) say it themselves",
+        help="read .bin and .npy files without a header as token ids of this type (OLMo-core, nanoGPT: uint16 or "
+        "uint32), made by --tokenizer; files with a header or an index (NumPy, llm.c, Megatron) specify the type",
     )
 
 
@@ -139,14 +139,14 @@ def add_field_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--messages-field",
         metavar="NAME",
-        help="the field or column with a conversation, a list of objects with 'role' and 'content': the last message, "
-        "which must be the assistant's, is the response, and those before it are the prompt, written out with the chat "
-        "template of --tokenizer, or a plain one where it has none",
+        help="the field or column with a conversation, a list of objects with 'role' and 'content'. The last message, "
+        "which must be the assistant's, is the response. The others are the prompt, formatted with the chat "
+        "template of --tokenizer, or with a plain one if it has none",
     )
 
 
 class BadRecord(Exception):
-    """A record that cannot be used. `reason` is what it is counted under, `line` counts from where it begins."""
+    """A record that cannot be used, counted under `reason`. `line` is relative to the first line of the record."""
 
     def __init__(self, reason: str, explanation: str = "", line: int = 0):
         super().__init__(reason + explanation)
@@ -154,18 +154,18 @@ class BadRecord(Exception):
 
 
 class EmptyRecord(BadRecord):
-    """Nothing in it: left out and counted, never an error."""
+    """A record without content. It is always skipped and counted, never an error."""
 
     def __init__(self) -> None:
         super().__init__("empty")
 
 
 class Place(NamedTuple):
-    """Where a record stands."""
+    """The location of a record."""
 
     file: str
-    line: int  # of the record, or the first one of the text
-    record: bool  # whether it is a line of JSON
+    line: int  # of the record, or the first line of the text
+    record: bool  # whether the record is a line of JSON or a row
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -178,11 +178,11 @@ def read_records(
     lines: bool = False,
     columns: Callable[["Table"], Sequence[str]] | None = None,
 ) -> Iterator[tuple[Made, Place, int]]:
-    """What `make` makes of each record, where that stands, and how many bytes of the input (on disk) were read so far.
+    """Yields for each record: the result of `make`, the location, and the number of bytes of the input read so far.
 
-    make: raises BadRecord. lines: every line of a text file is a record, without its line end (LF, CRLF or CR), but for
-    blank ones. columns: gives those of a table that `make` needs; all where it is None. Raises ValueError naming the
-    file and the line.
+    The bytes are those of the stored file. make: may raise BadRecord. lines: every line of a text file that is not
+    blank is a record, without its line end (LF, CRLF or CR). columns: returns the columns of a table that `make` needs;
+    None: all. Raises ValueError that names the file and the line.
     """
     with _open(source, reading) as opened:
         reading.files[opened.kind] += 1
@@ -203,7 +203,7 @@ def read_records(
             reading.left_out["empty"] += 1
 
 
-_Record = tuple[int, Callable[[], dict[str, Any]], int]  # its number, its fields (raises BadRecord), bytes read so far
+_Record = tuple[int, Callable[[], dict[str, Any]], int]  # number, function that returns the fields, bytes read so far
 
 
 def _open(source: Input, reading: Reading) -> AbstractContextManager[Opened]:
@@ -234,14 +234,14 @@ def _records(
 
 
 def open_table(source: Input, opened: Opened) -> "Table":
-    """The table of an input that is one. Raises ValueError where it is damaged."""
+    """Open a table. Raises ValueError if it is damaged."""
     from mdmtrain.data.columns import Table
 
     return Table(source.name, opened.kind, opened.raw)
 
 
 class IdRecord(dict):
-    """The record of a document that is ids already: its text is what they decode to."""
+    """A record that is stored as token ids. Its text is the decoded ids."""
 
     ids: np.ndarray
 
@@ -254,7 +254,7 @@ def _decoded(ids: np.ndarray, tokenizer: Tokenizer) -> IdRecord:
 
 @contextmanager
 def _open_ids(source: Input, opened: Opened, reading: Reading) -> Iterator[tuple[TokenFile, Tokenizer]]:
-    """A file of ids, and the tokenizer that made them. Raises ValueError."""
+    """A file of token ids, and the tokenizer that made them. Raises ValueError."""
     if reading.ids is None:
         raise ValueError(
             f"{source.name}: token ids, not text: tools/prepare_data.py reads them with the --tokenizer that made them"
@@ -277,12 +277,12 @@ def _row(row: dict[str, Any] | UnicodeDecodeError) -> dict[str, Any]:
 
 
 def _contents(opened: Opened, lines: bool) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, content) of each record."""
+    """The number of the first line and the content of each record."""
     if opened.kind == "jsonl":
         yield from enumerate(opened.stream, 1)
     elif lines:
         number = 0
-        for block in opened.stream:  # up to an LF: CR alone may end lines inside
+        for block in opened.stream:  # a block ends with LF; inside it, CR alone may end lines
             for line in LINE_END.split(block.removesuffix(b"\n").removesuffix(b"\r")):
                 number += 1
                 if line.strip():
@@ -295,14 +295,14 @@ def _contents(opened: Opened, lines: bool) -> Iterator[tuple[int, bytes]]:
 
 
 def _pieces(stream: BinaryIO) -> Iterator[bytes]:
-    """A text in pieces of at most LONGEST_TEXT bytes, cut at line ends or at characters."""
+    """Split a text into pieces of at most LONGEST_TEXT bytes, at line ends, or else between characters."""
     rest = b""
     while True:
         block = rest + stream.read(LONGEST_TEXT - len(rest))
         if len(block) < LONGEST_TEXT:
             break
         cut = block.rfind(b"\n") + 1
-        if not cut:  # before the last character, which may go on in the next block
+        if not cut:  # cut before the last character, which may continue in the next block
             cut = len(block) - 1
             while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
                 cut -= 1
@@ -313,7 +313,7 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _text(content: bytes) -> str:
-    """Content decoded. Raises BadRecord."""
+    """Decode the content. Raises BadRecord."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -330,8 +330,8 @@ def _not_utf8(error: UnicodeDecodeError, where: str, line: int = 0) -> BadRecord
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
-    """The object on a line. Raises BadRecord."""
-    line = line.removeprefix(BOM).strip()  # files put end to end have byte order marks inside
+    """The JSON object on a line. Raises BadRecord."""
+    line = line.removeprefix(BOM).strip()  # concatenated files have byte order marks inside
     if not line:
         raise EmptyRecord
     text = _text(line)
@@ -341,11 +341,11 @@ def _json_object(line: bytes) -> dict[str, Any]:
         more = error.pos < len(text) and error.msg == "Extra data"
         hint = f"{text[error.pos : error.pos + 12]!r} follows the object" if more else error.msg
         if not more and error.pos >= len(text) - 1:
-            hint += ": cut off, or spread over several lines?"
+            hint += ": truncated, or spread over several lines?"
         raise BadRecord("not JSON", f" ({hint}): every line must be one JSON object") from None
     except RecursionError:
-        raise BadRecord("nested too deeply", ": every line must be one JSON object of less depth") from None
-    except ValueError:  # Python's own limit, which keeps such a number from taking hours
+        raise BadRecord("nested too deeply", ": every line must be one JSON object with fewer levels") from None
+    except ValueError:  # Python limits the digits of an integer, because converting a very long one takes hours
         limit = f"{sys.get_int_max_str_digits():,}"
         raise BadRecord("a number too large", f" (over {limit} digits): write it as a string, or remove it") from None
     if not isinstance(found, dict):
@@ -356,7 +356,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 class _Repeated(dict):
-    """An object with a name that occurs twice."""
+    """A JSON object in which a name occurs twice."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -387,9 +387,9 @@ def _kind(value: object) -> str:
 
 
 def string_field(fields: dict[str, Any], name: str, wanted: str) -> str:
-    """The text of a field. wanted: what the record should look like, for the BadRecord that this raises."""
+    """The text of a field. wanted: the expected form of the record, for the message of the BadRecord that is raised."""
     value = _value(fields, name)
-    if isinstance(value, bytes):  # of a binary column
+    if isinstance(value, bytes):  # from a binary column
         value = _text(value)
     if not isinstance(value, str):
         found = "" if value is None and name not in fields else f": it is {_kind(value)}"
@@ -403,7 +403,7 @@ def string_field(fields: dict[str, Any], name: str, wanted: str) -> str:
 
 
 def _value(fields: dict[str, Any], name: str) -> Any:
-    """The value of a field, into objects at the dots of its name; None where there is none."""
+    """The value of a field, or None. Dots in the name lead into objects."""
     if name in fields or "." not in name:
         return fields.get(name)
     value: Any = fields
@@ -413,7 +413,7 @@ def _value(fields: dict[str, Any], name: str) -> Any:
 
 
 def present(fields: dict[str, Any], *names: str) -> list[str]:
-    """Those of the names that are fields with a value: null stands for a field that is not there."""
+    """The names of those fields that exist and are not null."""
     return [name for name in names if fields.get(name) is not None]
 
 
@@ -421,16 +421,16 @@ def present(fields: dict[str, Any], *names: str) -> list[str]:
 
 
 class Document(NamedTuple):
-    text: str  # all of it, or the response to the prompt
+    text: str  # the whole text, or the response to the prompt
     prompt: str | None = None  # never masked in training
     file: str = ""
-    line: int = 0  # of the record in the file (a row's number, in a table), or of the text's beginning
-    record: bool = False  # whether it is a line of JSON or a row
-    ids: np.ndarray | None = None  # made elsewhere, without bos and eos: int64
-    specials: Spans = ()  # [start, end) in the prompt of what is a special token and not text
+    line: int = 0  # of the record in the file (of a table: the row), or the first line of the text
+    record: bool = False  # whether the record is a line of JSON or a row
+    ids: np.ndarray | None = None  # set if the document is stored as ids: int64, without bos and eos
+    specials: Spans = ()  # [start, end) of the special tokens in the prompt
 
     def hash(self) -> int:
-        """63 bits that documents share which differ in white space, case or the encoding of characters alone."""
+        """63 bits, equal for documents that differ only in white space, case or the encoding of characters."""
         parts = [self.text] if self.prompt is None else [self.prompt, self.text]
         composed = (part if part.isascii() else unicodedata.normalize("NFKC", part) for part in parts)
         normal = "\0".join(" ".join(part.casefold().split()) for part in composed)
@@ -469,8 +469,8 @@ def _pair(record: dict[str, Any], fields: Fields, wanted: str) -> Document:
 
 
 def _conversation(record: dict[str, Any], fields: Fields) -> Document:
-    """The last message of a conversation as the response to those before it."""
-    assert fields.messages is not None, "not asked for conversations"
+    """The last message of a conversation is the response; the other messages are the prompt."""
+    assert fields.messages is not None, "no field for conversations is set"
     messages = _value(record, fields.messages)
     wanted = "each must be an object with a 'role' and a 'content', both strings"
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -486,7 +486,7 @@ def _conversation(record: dict[str, Any], fields: Fields) -> Document:
 
 
 def columns_of(table: "Table", fields: Fields) -> list[str]:
-    """The columns of a table that documents are made from. Raises ValueError where they are not there, or no text."""
+    """The columns of a table from which documents are made. Raises ValueError if they are missing or are not text."""
     if fields.messages is not None:
         table.messages_field(fields.messages)
         return [fields.messages]
@@ -503,11 +503,11 @@ def columns_of(table: "Table", fields: Fields) -> list[str]:
 def read_documents(
     source: Input, reading: Reading, prompts: bool | None = None, lines: bool = False
 ) -> Iterator[tuple[Document, int]]:
-    """The documents of one input, each with the bytes of the input (as it lies on disk) that were read so far.
+    """The documents of one input, each with the number of bytes of the stored input that were read so far.
 
-    A jsonl file has one a line, a table one a row, a text file is one (or several where it is long, or with `lines`).
-    prompts: whether all must have one; None: as the first does. Raises ValueError naming the file and the line of what
-    cannot be read or is of the other kind.
+    Each line of a jsonl file and each row of a table is a document. A text file is one document, or several if it is
+    long or with `lines`. prompts: whether all documents must have a prompt; None: the first one decides. Raises
+    ValueError that names the file and the line of a record that cannot be read or is of the other kind.
     """
     make = partial(as_document, fields=reading.fields)
     columns = partial(columns_of, fields=reading.fields)
@@ -515,26 +515,26 @@ def read_documents(
         prompts = document.prompt is not None if prompts is None else prompts
         if prompts != (document.prompt is not None):
             mixed = "plain text among prompts and responses" if prompts else "a prompt among plain text"
-            raise ValueError(f"{place}: {mixed}: give each kind by itself")
+            raise ValueError(f"{place}: {mixed}: prepare the two kinds separately")
         yield document._replace(**place._asdict()), position
 
 
 def _check_first(source: Input, file: TokenFile, tokenizer: Tokenizer) -> None:
-    """Warn where the first document of a file of ids does not come back from its text: these may be ids of another."""
+    """Warn if the ids of the first document change when decoded and encoded: another tokenizer may have made them."""
     ids: list[int] = next((document.tolist() for document in file.documents() if len(document)), [])
     same = Counter(ids) & Counter(tokenizer.encode(tokenizer.decode(ids)))
     if same.total() < 0.8 * len(ids) - 2:  # the first word may have been another piece
         log.warning(
-            "%s: the text of its first document has other tokens: is --tokenizer the one that made the ids?",
+            "%s: --tokenizer encodes the text of the first document differently: did it make these ids?",
             source.name,
         )
 
 
 def check_inputs(inputs: Sequence[Input], reading: Reading) -> None:
-    """Find what stands in the way of reading the inputs, as far as their beginnings and the schemas of tables show it.
+    """Find errors early: check the beginning of every input and the schema of every table.
 
-    Raises ValueError naming the file: what `open_input` refuses, a table without the columns that documents are made
-    from, prompts in one and plain text in another, ids that do not come from the tokenizer.
+    Raises ValueError that names the file: for what `open_input` refuses, a table without the columns that documents are
+    made from, a mix of prompts and plain text, or ids that the tokenizer cannot have made.
     """
     first: tuple[str, list[str]] | None = None
     for source in inputs:
@@ -547,7 +547,7 @@ def check_inputs(inputs: Sequence[Input], reading: Reading) -> None:
             columns = columns_of(open_table(source, opened), reading.fields)
             if first and ("text" in columns) != ("text" in first[1]) and reading.fields.prompts() is None:
                 raise ValueError(
-                    f"{source.name} has {' and '.join(columns)}, but {first[0]} has {' and '.join(first[1])}: give "
-                    "each kind by itself, or name the field: see --field"
+                    f"{source.name} has {' and '.join(columns)}, but {first[0]} has {' and '.join(first[1])}: "
+                    "prepare the two kinds separately, or name the field: see --field"
                 )
             first = first or (source.name, columns)

@@ -61,7 +61,7 @@ def sizes_in(url: str) -> dict[str, int]:
 
 
 def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
-    """Call a method of the URL's filesystem for its path; timeout: seconds for an attempt. Raises ValueError."""
+    """Call a method of the URL's filesystem with its path. timeout: seconds for each attempt. Raises ValueError."""
 
     def call() -> Any:
         filesystem_, path = filesystem(url)

@@ -82,7 +82,7 @@ class SentencePieces:
             raise ValueError("it is not a sentencepiece model") from None
         proto = protobuf.ModelProto.FromString(model)
         rules, training = proto.normalizer_spec, proto.trainer_spec
-        self.pieces = list(proto.pieces)  # each with its piece, score and type
+        self.pieces = list(proto.pieces)  # each has a piece, a score and a type
         self.names = _roles(proto)
         if missing := [role for role in ROLES if role not in self.names]:
             raise ValueError(

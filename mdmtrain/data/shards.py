@@ -1,9 +1,11 @@
-"""Token streams on disk: bounded shards of raw little-endian tokens, document offsets, a manifest with hashes.
+"""Token streams on disk: shards of limited size with raw little-endian tokens, document offsets, a manifest with
+hashes.
 
-A split is one stream, its shards end to end; a document is bos + tokens + eos and never crosses a shard. Per shard
-`train-00000.bin` holds the tokens (uint16 or uint32) and `train-00000.docs` where each document starts (int64). Where
-documents are a prompt and its response, `train-00000.responses` holds where each response starts (int64).
-`train-00000.hashes` holds a hash of each document's normalised text (int64): documents in two places are found by it.
+A split is one stream: the concatenation of its shards. A document is bos + tokens + eos and is never divided between
+shards. Each shard consists of `train-00000.bin`, the tokens (uint16 or uint32), and `train-00000.docs`, the start of
+each document (int64). If documents are a prompt and its response, `train-00000.responses` has the start of each
+response (int64). `train-00000.hashes` has a hash of each document's normalised text (int64), to find documents that
+occur in two places.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ from mdmtrain.files import sha256
 MANIFEST = "manifest.json"
 FORMAT = 1
 AGAIN = "prepare the data again with tools/prepare_data.py"
-Check = Literal["size", "sha256"]  # of shards: their sizes only, or all of their content
+Check = Literal["size", "sha256"]  # check of shards: only their sizes, or all of their content
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -36,20 +38,20 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes one split. `add` documents in order, then `close` for the split's part of the manifest."""
+    """Writes one split. Call `add` for each document in order, then `close`, which returns the manifest entry."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
-        """Starts a new shard before a document that would take a shard over `shard_tokens` tokens."""
+        """A new shard begins before a document that would make a shard longer than `shard_tokens` tokens."""
         self._folder, self._split, self._limit = folder, split, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._bytes = self._response_tokens = self._tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int, hash: int, response: int | None = None) -> None:
-        """tokens: one document with its bos and eos, of `dtype_for`; text_bytes: UTF-8 bytes of its source text; hash:
-        of the text, normalised, 63 bits.
+        """tokens: one document with its bos and eos, in `dtype_for`. text_bytes: UTF-8 bytes of its source text. hash:
+        63 bits, of the normalised text.
 
-        response: where in a document with a prompt the response starts; text_bytes are then those of the response.
+        response: the start of the response in a document with a prompt; text_bytes then counts the response only.
         """
         if self._file is not None and self._tokens + len(tokens) > self._limit:
             self._finish()
@@ -67,7 +69,9 @@ class ShardWriter:
         self._bytes += text_bytes
 
     def close(self) -> dict[str, Any]:
-        """Finish the last shard; {"tokens", "bytes", "documents", "shards": [...]}, "response_tokens" with prompts."""
+        """Finish the last shard. Returns {"tokens", "bytes", "documents", "shards": [...]}, with prompts also
+        "response_tokens".
+        """
         if self._file is not None:
             self._finish()
         totals = {key: sum(shard[key] for shard in self._shards) for key in ("tokens", "documents")}
@@ -94,7 +98,7 @@ class ShardWriter:
 
 
 def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], made_from: str) -> dict[str, Any]:
-    """The last file of a prepared folder; `made_from` identifies inputs and options, so that a second run can tell."""
+    """Write the manifest, the last file of a prepared folder. `made_from` identifies the inputs and options."""
     manifest = {
         "format": FORMAT,
         "made_from": made_from,
@@ -110,17 +114,17 @@ def write_manifest(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict], 
 
 
 def location(folder: str | Path) -> Path:
-    """A folder on a disk, or (a UPath) in an object store: for names; `remote` reads what is in it."""
+    """A folder on a disk, or a UPath in an object store. Only for names: `remote` reads its files."""
     return cast(Path, UPath(folder)) if is_url(str(folder)) else Path(folder)
 
 
 def is_prepared(path: str) -> bool:
-    """Is it a folder, or in an object store a prepared folder? Otherwise it is a file with text."""
+    """Whether the path is a folder (in an object store: a prepared folder). Otherwise it is a file with text."""
     return remote.exists(f"{path}/{MANIFEST}") if is_url(path) else Path(path).is_dir()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. Raises ValueError where there is none, or none that this version reads."""
+    """The manifest of a prepared folder. Raises ValueError if it is missing, damaged or of another version."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(_manifest_content(folder))
@@ -145,12 +149,12 @@ def _manifest_content(folder: Path) -> bytes:
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """sha256 of what the data means: everything but the fingerprint itself and how the folder came about."""
+    """sha256 of the manifest without the fingerprint itself and `made_from`."""
     meaning = {key: value for key, value in manifest.items() if key not in ("fingerprint", "made_from")}
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
-# A split's files, one of each for a shard, and what they are called in the manifest.
+# The files of a split, one of each kind for a shard, and their keys in the manifest.
 _KINDS = {
     "tokens": ("file", "sha256"),
     "documents": ("documents_file", "documents_sha256"),
@@ -167,12 +171,12 @@ class _Files(NamedTuple):
 
 
 class PreparedSplit:
-    """One split of a prepared folder as one stream of tokens. Holds no open file, so that it goes to any process.
+    """One split of a prepared folder as one stream of tokens. It holds no open file, so it can be sent to any process.
 
-    `tokens` counts bos and eos, `bytes` is the length of the source text in UTF-8, `fingerprint` is the whole folder's.
-    `eligible_tokens` are all of them; where there are `prompts`, those of the responses, each with its eos, and `bytes`
-    counts the responses alone too. `first_tokens` and `first_documents` say where each shard begins, and where the last
-    one ends: int64 [shards + 1].
+    `tokens` includes bos and eos. `bytes` is the UTF-8 length of the source text. `fingerprint` is that of the whole
+    folder. `eligible_tokens` counts all tokens; if there are `prompts`, only the responses with their eos, and `bytes`
+    counts only the responses too. `first_tokens` and `first_documents` are the start of each shard, and the end of the
+    last one: int64 [shards + 1].
     """
 
     def __init__(
@@ -184,11 +188,11 @@ class PreparedSplit:
         cache: ShardCache | None = None,
         manifest: dict[str, Any] | None = None,
     ):
-        """folder: a path, or an fsspec URL, whose shards are then copied to the `cache` when they are read.
+        """folder: a path, or an fsspec URL, whose shards are copied to the `cache` when they are read.
 
-        verify, share: see `check`; None checks nothing. manifest: what `read_manifest` gave, if that was asked already.
+        verify, share: see `check`; None: no check. manifest: the result of `read_manifest`, if it is known already.
 
-        Raises ValueError naming the file that is missing, truncated or altered.
+        Raises ValueError that names the file that is missing, truncated or altered.
         """
         url = is_url(str(folder))
         if url and cache is None:
@@ -224,19 +228,21 @@ class PreparedSplit:
         return len(self.first_tokens) - 1
 
     def listed(self, share: tuple[int, int] = (0, 1)) -> dict[str, int]:
-        """Bytes of the folder's files by name, as an object store has them; empty for a disk, and if k is not 0."""
+        """The size in bytes of each file of the folder in an object store, by name. Empty for a disk, and if k is not
+        0.
+        """
         return remote.sizes_in(str(self.folder)) if self.cache is not None and share[0] == 0 else {}
 
     def check(
         self, verify: Check = "size", share: tuple[int, int] = (0, 1), listed: dict[str, int] | None = None
     ) -> None:
-        """Check the folder: the sizes of the files, or their hashes too (reads them once).
+        """Check the folder: the sizes of the files, or also their hashes, which reads all files once.
 
-        share (k, n): files are dealt to n processes, and this is the k-th of them. In an object store the first one
-        compares the sizes with the store's list; hashes are checked when a shard arrives. listed: what `listed` gave,
-        if that was asked already.
+        share (k, n): the files are divided between n processes, of which this is number k. In an object store, process
+        0 compares the sizes with the store's list; the hash of a shard is checked when it is downloaded. listed: the
+        result of `listed`, if it is known already.
 
-        Raises ValueError naming the file that is missing, truncated or altered.
+        Raises ValueError that names the file that is missing, truncated or altered.
         """
         if self.cache is not None:
             if share[0] == 0:
@@ -270,7 +276,7 @@ class PreparedSplit:
                     raise ValueError(f"{file} has {found:,} bytes, the manifest says {size:,}: copy it there again")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the data. Raises ValueError where the file is another one."""
+        """The tokenizer that made the data. Raises ValueError if the file in the folder is a different tokenizer."""
         if self.cache is None:
             return Tokenizer.load(self.folder)
         made = Tokenizer(remote.read(f"{self.folder}/{MODEL_FILE}"), str(self.folder))
@@ -283,7 +289,7 @@ class PreparedSplit:
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream: int64 [length].
 
-        Raises ValueError on an id outside the vocabulary, and on a file that is cut (shards altered after the check).
+        Raises ValueError for an id outside the vocabulary, and for a truncated file (altered after the check).
         """
         parts = [self._numbers("tokens", shard).read(a, b) for shard, a, b in self._parts(start, length)]
         ids = np.concatenate(parts, dtype=np.int64)
@@ -295,7 +301,7 @@ class PreparedSplit:
         return ids
 
     def documents_in(self, start: int, length: int) -> np.ndarray:
-        """Which document each position of [start, start + length) belongs to, counted from 0: int32 [length]."""
+        """The document of each position in [start, start + length), counted from 0 in the range: int32 [length]."""
         begins, offset = np.zeros(length, dtype=np.int32), 0
         for shard, a, b in self._parts(start, length):
             starts = self._numbers("documents", shard)
@@ -306,7 +312,9 @@ class PreparedSplit:
         return np.cumsum(begins, dtype=np.int32)
 
     def eligible(self, start: int, length: int) -> np.ndarray:
-        """Which of [start, start + length) may be masked: all, or the tokens of responses and eos; bool [length]."""
+        """Which positions in [start, start + length) may be masked: all, or those of responses and their eos; bool
+        [length].
+        """
         if not self.prompts:
             return np.ones(length, dtype=bool)
         parts = []
@@ -328,15 +336,15 @@ class PreparedSplit:
         return first + starts[within], end - starts[within]
 
     def document_lengths(self, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens before the response (bos and prompt), and in all, of each document: two int64 [documents].
+        """For each document, the tokens before the response (bos and prompt) and all tokens: two int64 [documents].
 
-        most: of about so many documents, where there are more, in shards spread evenly over the split.
+        most: if there are more documents, use only about this many, in shards spread evenly over the split.
         """
         before, whole = zip(*(self._lengths(shard) for shard in self.some_shards(most)), strict=True)
         return np.concatenate(before), np.concatenate(whole)
 
     def fits(self, length: int) -> bool:
-        """Does a response begin within `length` tokens of its document?"""
+        """Whether at least one response begins within the first `length` tokens of its document."""
         return any(self._lengths(shard)[0].min() < length for shard in range(self.shards))
 
     def _lengths(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,22 +357,22 @@ class PreparedSplit:
         return np.diff(self._all("documents", shard), append=tokens)
 
     def hashes_in(self, shard: int) -> np.ndarray:
-        """The hashes of a shard's documents, normalised: int64 [documents of the shard]; empty in older folders."""
+        """The hashes of the normalised documents of a shard: int64 [documents of the shard]; empty in older folders."""
         return self._all("hashes", shard) if "hashes" in self._kinds(shard) else np.empty(0, np.int64)
 
     def document_starts(self) -> np.ndarray:
-        """Where each document starts in the stream, ascending: int64 [documents]."""
+        """The start of each document in the stream, ascending: int64 [documents]."""
         return np.concatenate([self._all("documents", n) + self.first_tokens[n] for n in range(self.shards)])
 
     def document_hashes(self, most: int | None = None) -> Iterator[np.ndarray]:
-        """The hashes of the documents' normalised texts, shard by shard: int64 [documents of the shard].
+        """The hashes of the normalised documents, shard by shard: int64 [documents of the shard].
 
         most: see `document_lengths`.
         """
         return (self.hashes_in(n) for n in self.some_shards(most))
 
     def some_shards(self, most: int | None) -> Sequence[int]:
-        """All shards, or so many, spread evenly, that they have about `most` documents (at least one)."""
+        """All shards; or, spread evenly, as many as together have about `most` documents (at least one shard)."""
         if most is None or self.documents <= most:
             return range(self.shards)
         count = max(1, self.shards * most // self.documents)
@@ -376,12 +384,12 @@ class PreparedSplit:
     # ---- files
 
     def remote_files(self, shard: int, document_mask: bool) -> list[RemoteFile]:
-        """What rows of a shard are read from, in an object store."""
+        """The files of a shard in an object store that are needed to read its rows."""
         kinds = ("tokens", "documents", "responses") if self.prompts else ("tokens", "documents")[: 1 + document_mask]
         return [self._remote_file(kind, shard) for kind in kinds]
 
     def row_bytes(self, document_mask: bool) -> np.ndarray:
-        """Bytes of the files that rows of each shard are read from: int64 [shards]."""
+        """The total size of the files needed to read the rows of each shard: int64 [shards], bytes."""
         indices = 2 if self.prompts else int(document_mask)
         return np.diff(self.first_tokens) * self._dtype.itemsize + np.diff(self.first_documents) * 8 * indices
 
@@ -413,7 +421,7 @@ class PreparedSplit:
         return numbers.read(0, len(numbers))
 
     def _parts(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, first, end) of the shards under a range, positions counted within the shard."""
+        """(shard, first, end) for each shard that a range covers; positions are relative to the shard."""
         assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)
         shard = int(np.searchsorted(self.first_tokens, start, side="right")) - 1
         while length:
@@ -435,13 +443,14 @@ def _columns(shards: list[dict[str, Any]], name: str, sha256: str) -> tuple[np.n
 
 
 class _Numbers:
-    """Integers in an open file, read where they are asked for.
+    """Integers in an open file, read on demand.
 
-    Not mapped: the page tables of maps into terabytes take gigabytes, and a file that is cut would kill its reader.
+    The file is not memory-mapped: page tables for terabytes of maps take gigabytes, and a truncated file would kill the
+    process that reads it (SIGBUS).
     """
 
     def __init__(self, descriptor: int, path: str, dtype: np.dtype, size: int):
-        """size: bytes, as the manifest says. Raises ValueError where the file has another."""
+        """size: bytes according to the manifest. Raises ValueError if the file has another size."""
         self._descriptor, self._path, self._dtype, self._count = descriptor, path, dtype, size // dtype.itemsize
         self._check_size()
 
@@ -468,7 +477,7 @@ class _Numbers:
             except OSError as error:
                 raise ValueError(f"{self._path}: {error.strerror}: check the disk, and start again") from None
             if not block:
-                self._check_size()  # cut since it was opened
+                self._check_size()  # truncated since it was opened
             blocks.append(block)
             at, left = at + len(block), left - len(block)
         return np.frombuffer(b"".join(blocks), self._dtype)
@@ -476,9 +485,10 @@ class _Numbers:
 
 @cache
 def _kept_open() -> Callable[[str, np.dtype, int], _Numbers]:
-    """Opens files and keeps those open that were used last: half of what the process may have open, at most 65,536.
+    """A function that opens files and keeps the most recently used ones open: half of the process's limit, at most
+    65,536.
 
-    A file that is opened anew costs a request to the metadata server of a parallel file system.
+    Opening a file again costs a request to the metadata server of a parallel file system.
     """
     most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1 << 16)
 

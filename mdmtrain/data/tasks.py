@@ -39,7 +39,7 @@ FUTILE = 10_000  # consecutive draws without a new task, after which it raises V
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and the only response that counts as right."""
+    """A prompt and the only right response."""
 
     kind: str  # a key of KINDS
     prompt: str
@@ -55,7 +55,7 @@ def in_words(number: int) -> str:
 
 
 def arithmetic(u: np.ndarray) -> Task:
-    """The sum or the difference of two numbers below 100, the larger one first; the answer has three digits."""
+    """The sum or the difference of two numbers below 100, the larger one first. The answer has three digits."""
     smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
     word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
     return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")

@@ -18,7 +18,7 @@ class Encoding(NamedTuple):
     """The parts of an encoding that a rank file does not contain."""
 
     pattern: str
-    specials: dict[str, int]  # token -> its id
+    specials: dict[str, int]  # token -> id
     eos: str | None
     bos: str | None = None
 
@@ -95,7 +95,7 @@ def _checked(pattern: str, known: str) -> str:
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """Token -> its rank, which is its id. Raises ValueError."""
+    """The rank of each token, which is its id. Raises ValueError."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         match = _RANK.fullmatch(line)

@@ -46,7 +46,7 @@ class TextChanged(ValueError):
 
 
 class Tokenizer:
-    """A loaded model. `Tokenizer.load` and `Tokenizer.train` make one.
+    """A loaded tokenizer, made by `Tokenizer.load` or `Tokenizer.train`.
 
     `model` is the content of its file; `sha256` is its identity in every manifest. `reserved` contains the ids that no
     text is encoded as: special tokens (bos, eos, pad, mask and others), the unknown piece, and ids without a piece.

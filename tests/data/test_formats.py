@@ -421,5 +421,5 @@ def test_a_table_that_is_text_is_prose_only_on_request(tmp_path):
 
 
 def test_fields_that_exclude_each_other():
-    with pytest.raises(ValueError, match="--field and --messages-field exclude each other"):
+    with pytest.raises(ValueError, match="--field and --messages-field cannot be combined"):
         Fields("a", messages="b")

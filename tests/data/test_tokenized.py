@@ -138,7 +138,7 @@ def test_the_wrong_tokenizer_is_noticed(tokenizer, tmp_path, caplog):
     for ids, lines in ((usual, 0), (letters, 1)):
         raw("a.bin", "<u2")([ids] * 3, tmp_path)
         check_inputs([open_name(tmp_path / "a.bin")], Reading(ids=Ids(tokenizer.name, dtype="uint16")))
-        assert len(caplog.messages) == lines and all("is --tokenizer the one" in line for line in caplog.messages)
+        assert len(caplog.messages) == lines and all("did it make these ids" in line for line in caplog.messages)
 
 
 def test_ids_of_a_foreign_tokenizer(tmp_path):

@@ -30,7 +30,7 @@ def config_of(*more: str, batch: int = 64) -> configuration.Config:
     for change in more:
         key, value = change.split("=")
         section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
+        tree.setdefault(section, {})[name] = int(value) if value.isdecimal() else value
     return configuration.validate(tree, "test")
 
 

@@ -217,6 +217,9 @@ class Preparation:
                 "draws": [lowest, highest],
             }
             plan.refuse_changes(part)
+            # The shards of a part keep their names if its inputs change: remove records that name older ones.
+            for other in self._done.glob(f"parts-{part:05d}-*"):
+                other.unlink(missing_ok=True)
             for file in folder.iterdir():
                 put_in_place(file, self._data / file.name)
         self._commit("parts", part, json.dumps(record).encode())

@@ -87,9 +87,9 @@ def masked_cross_entropy(
 ) -> Tensor:
     """The cross-entropy of each masked position, float32 [K]. segments: int32 [slots, L] on the host, or None."""
     if segments is not None:
-        if rows_per_slot > 1:  # makes a copy that is not in pinned memory
-            segments = segments.repeat_interleave(rows_per_slot, dim=0)
         segments = segments.to(masked_batch.noisy.device, non_blocking=True)
+        # After the copy, because a repeated tensor on the host would not be in pinned memory.
+        segments = segments.unsqueeze(1).expand(-1, rows_per_slot, -1).flatten(0, 1)
     return model(masked_batch.noisy, masked_batch.positions, masked_batch.targets, segments)
 
 

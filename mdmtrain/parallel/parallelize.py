@@ -8,6 +8,7 @@ a block, then compilation of the block, then FSDP around it. The root module com
 
 import logging
 import os
+import shutil
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, cast
@@ -90,13 +91,15 @@ def check_compiler(device: torch.device) -> None:
     """Raise ValueError if torch.compile cannot make code here: torch itself would fail in the middle of a step."""
     try:
         if device.type == "cuda":
-            import_module("triton")
+            import_module("triton.language")
+            if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+                raise RuntimeError("Triton builds its launchers with a C compiler, and there is none")
         else:
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()
     except (ImportError, RuntimeError) as error:
-        lacks = "Triton" if device.type == "cuda" else "a C++ compiler"
+        lacks = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise ValueError(
             f"parallel.compile=true needs {lacks} on this machine ({describe_error(error)}): install it, or set "
             "parallel.compile=false"
@@ -111,8 +114,10 @@ def refuse_float8(shape: ModelShape, device: torch.device) -> None:
         raise ValueError(f"parallel.float8=true needs layer sizes that are multiples of 16, but the model has {odd[0]}")
     try:
         import torchao.float8  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"parallel.float8=true needs torchao ({error}): pip install mdmtrain[float8]") from None
+    except Exception as error:  # a torchao that does not fit this torch raises many kinds of errors
+        raise ValueError(
+            f"parallel.float8=true needs torchao ({describe_error(error)}): pip install mdmtrain[float8]"
+        ) from None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"parallel.float8=true needs a GPU of compute capability 8.9 or more, but this is {name}")

@@ -100,7 +100,7 @@ def test_the_command_shows_and_writes(folder, tmp_path, capsys, monkeypatch):
     (folder / SOURCES).rename(tmp_path / SOURCES)
     try:
         inspect_data.main([str(folder)])
-        assert "not recorded" in capsys.readouterr().out
+        assert "sources: unknown (prepared by an older version)" in capsys.readouterr().out
     finally:
         (tmp_path / SOURCES).rename(folder / SOURCES)
     with pytest.raises(ValueError, match="no prepared data at"):

@@ -156,6 +156,26 @@ def test_a_file_that_is_repaired_costs_its_part_alone(corpus, options, tmp_path,
     }
 
 
+def test_inputs_that_change_and_change_back(corpus, options, tmp_path, monkeypatch):
+    """A part of other inputs has written shards under the same names: the older record of that part is void."""
+    a, b, c, x = [one for one in corpus if one.size][:4]
+    options, write, most = replace(options, part_bytes=1), Preparation._write_part, [0]
+
+    def stopping(self, part, *rest):
+        if part >= most[0]:
+            raise ValueError("stopped")
+        write(self, part, *rest)
+
+    monkeypatch.setattr(Preparation, "_write_part", stopping)
+    for inputs, most[0] in (([a, b, c], 2), ([a, x, b], 2)):
+        with pytest.raises(ValueError, match="stopped"):
+            prepare(inputs, tmp_path / "out", options, 1)
+    most[0] = 3
+    for name in ("out", "calm"):
+        prepare([a, b, c], tmp_path / name, options, 1)
+    assert tree(tmp_path / "out") == tree(tmp_path / "calm")
+
+
 def test_short_and_long_documents_are_left_out_and_counted(corpus, options, tmp_path):
     bounded = replace(options, min_chars=100, max_chars=250)
     summary = prepare(corpus, tmp_path / "out", bounded, 1)

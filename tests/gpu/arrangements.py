@@ -27,6 +27,7 @@ from mdmtrain.config import Config
 from mdmtrain.diffusion.objective import MaskedBatch
 from mdmtrain.model import attention
 from mdmtrain.model.transformer import FeedForward
+from mdmtrain.parallel import parallelize
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 from tests.gpu.fake_cuda import FakeCuda
@@ -185,6 +186,7 @@ def run(data: str, scratch: Path, name: str, backend: str = "aot_eager") -> dict
         stack.enter_context(compiled_by(backend))
         # The files of 7 ranks are missing, so the checkpoint could not be completed.
         stack.enter_context(patch.object(store, "save", lambda home, step, *_, **__: home / f"step-{step:08d}"))
+        stack.enter_context(patch.object(parallelize, "check_compiler"))  # blocks are compiled up to their kernels
         stack.enter_context(patch.object(loop, "describe_run"))  # lists all packages, which takes a second
         stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(FakeCuda())

@@ -41,8 +41,7 @@ ALSO_ALLOWED = {
     "offload, accumulate": OFFLOAD | ACCUMULATE,
     "muon, offload": OFFLOAD | MUON_OFFLOAD,
 }
-QUICK = ["plain", "hsdp", "offload, accumulate", "recompute full", "recompute ops", "compiled", "mirror",
-         "complement", "average", "probe", "refit", "muon", "muon, offload", "everything"]  # fmt: skip
+QUICK = ["plain", "offload, accumulate", "recompute ops", "compiled", "mirror", "refit", "muon, offload", "everything"]
 NAMES = list(ARRANGEMENTS) if SOAK else QUICK
 
 

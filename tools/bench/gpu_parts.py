@@ -181,8 +181,9 @@ def graphs(report: Report, place: Place) -> None:
     made = []
     for documents in (None, segments):
         for some in (1, 2, 3):
-            few = MaskedBatch(batch.noisy, batch.positions[::some], batch.targets[::some], batch.weights[::some],
-                             batch.unit[::some])  # fmt: skip
+            # Contiguous, as in training: the compiler makes a graph of its own for other strides.
+            kept = (part[::some].contiguous() for part in (batch.positions, batch.targets, batch.weights, batch.unit))
+            few = MaskedBatch(batch.noisy, *kept)
             ce = compiled(few.noisy, few.positions, few.targets, documents)
             ce.sum().backward()
             made.append(counters["stats"]["unique_graphs"])

@@ -35,7 +35,8 @@ def test_bench_step(small_run, tmp_path):
     assert result["recompute"]["full"]["memory_ratio"] < result["recompute"]["none"]["memory_ratio"] == 1
     assert result["machinery"]["machinery_seconds"] > 0 and result["machinery"]["bytes_per_step"] > 0
     by_muon = result["optimizer"]["muon"]  # one moment less; on one rank no buffers
-    assert by_muon["memory_ratio"] < result["optimizer"]["adamw"]["memory_ratio"] == 1 < by_muon["time_ratio"]["median"]
+    assert by_muon["memory_ratio"] < result["optimizer"]["adamw"]["memory_ratio"] == 1
+    assert by_muon["time_ratio"]["median"] > 0  # times are measured, never required
     assert not (tmp_path / "run").exists(), "it trains in a folder of its own"
 
 

@@ -54,10 +54,10 @@ soak: setup
 study: setup
 	@mkdir -p runs
 	$(PY) -m launchers.sweep configs/study.yaml --arms $(STUDY_ARMS) --seeds 0,1,2 --vary optim.lr=6e-3,3e-3 \
-		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png
+		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png optim.name=adamw
 
 # Repeat the paper's experiment (docs/finetune-study.md): make tasks, train two base models, and fine-tune every arm from
-# them, one run at a time. The files of the arms select AdamW, so Muon is set on the command line. The same command
+# them, one run at a time. The optimizer of all arms is set on the command line. The same command
 # resumes it; FINETUNE_SEEDS=0,1,... chooses the seeds.
 finetune-study: setup
 	@$(PY) tools/make_tasks.py --out $(TASKS)

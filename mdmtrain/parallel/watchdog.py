@@ -161,11 +161,11 @@ class Watchdog:
         named, line, by = json.loads(verdict)
         log.info("%s", line or f"ranks {named} ended with an error of their own")
         if by == rank and line:
-            print(f"error: {line}: stacks are in {self._log.parent}; the same command goes on from the last checkpoint",
-                  file=sys.stderr)  # fmt: skip
+            advice = "run the same command again to resume from the last checkpoint"
+            print(f"error: {line}: stacks are in {self._log.parent}; {advice}", file=sys.stderr)
         if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
             (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
-        time.sleep(POLL / 4 if rank in named else POLL)  # whose process ends first is taken for the culprit
+        time.sleep(POLL / 4 if rank in named else POLL)  # launchers report the rank that ends first as the cause
 
     def _answer(self, answer: dict) -> None:
         """All answers are lines of one key: at 1,024 ranks, a question for each would take longer than PATIENCE."""

@@ -6,9 +6,10 @@ result. tools/observed.py and tools/bench/allocator.py measure what the engine r
 tools compare this with the prediction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,22 +43,28 @@ GPUS = {
 }
 
 
+def _assumed(value: float, meaning: str) -> Any:
+    return field(default=value, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """The numbers that cannot be derived."""
 
-    compute_efficiency: float = 0.6  # share of the peak that matrix products reach
-    attention_efficiency: float = 0.4  # share of the peak that fused attention reaches
-    memory_efficiency: float = 0.87  # share of the memory bandwidth that all other operations reach
-    link_efficiency: float = 0.7  # share of a link's data-sheet bandwidth that a large collective reaches
-    collective: float = 20e-6  # seconds before the first byte of each collective
-    near_hop: float = 2e-6  # seconds for each step of a ring from one GPU to the next in the same node
-    far_hop: float = 6e-6  # seconds for each step of a ring from one node to the next
-    masked: float = 0.5  # mean share of the positions that are masked, and so computed by the head
-    memory_reserve: float = 0.1  # share of the GPU's memory left for the allocator and the libraries
-    disk: float = 1e9  # bytes/s at which one rank writes a checkpoint
-    host_link: float = 25e9  # bytes/s in each direction between a GPU and host memory (saves, offload)
-    host_memory: float = 20e9  # bytes/s at which the optimizer of one rank reads and writes host memory (offload)
+    compute_efficiency: float = _assumed(0.6, "share of the peak that matrix products reach")
+    attention_efficiency: float = _assumed(0.4, "share of the peak that fused attention reaches")
+    memory_efficiency: float = _assumed(0.87, "share of the memory bandwidth that all other operations reach")
+    link_efficiency: float = _assumed(0.7, "share of a link's data-sheet bandwidth that a large collective reaches")
+    collective: float = _assumed(20e-6, "seconds before the first byte of each collective")
+    near_hop: float = _assumed(2e-6, "seconds for each step of a ring from one GPU to the next in the same node")
+    far_hop: float = _assumed(6e-6, "seconds for each step of a ring from one node to the next")
+    masked: float = _assumed(0.5, "mean share of the positions that are masked, and so computed by the head")
+    memory_reserve: float = _assumed(0.1, "share of the GPU's memory left for the allocator and the libraries")
+    disk: float = _assumed(1e9, "bytes/s at which one rank writes a checkpoint")
+    host_link: float = _assumed(25e9, "bytes/s in each direction between a GPU and host memory (saves, offload)")
+    host_memory: float = _assumed(
+        20e9, "bytes/s at which the optimizer of one rank reads and writes host memory (offload)"
+    )
 
 
 @dataclass(frozen=True)

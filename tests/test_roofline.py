@@ -65,6 +65,7 @@ def test_a_roofline_adds_up():
     """The total is the sum without communication, which overlaps. MFU is higher without any kind of operation."""
     config = config_of()
     line = roofline.roofline(config, SHAPE, 8, cost.GPUS["h100"], cost.Assumptions())
+    assert line.rows == 1  # of the 8 that are configured: the global batch has 8, for 8 GPUs
     kinds = {kind: ms for kind, ms in line.milliseconds.items() if kind != "communication"}
     compute = sum(kinds.values()) - kinds["optimizer"]
     assert line.total == pytest.approx(max(compute, line.milliseconds["communication"]) + kinds["optimizer"])
@@ -72,3 +73,8 @@ def test_a_roofline_adds_up():
     counted, *_ = cost.step_flops(SHAPE, config, MASKED)
     assert line.mfu() == pytest.approx(counted / 8 / 989e12 / (line.total / 1e3))
     assert torch.get_default_dtype() == torch.float32  # the trace changes it and sets it back
+
+
+def test_float8_is_not_counted_and_so_refused():
+    with pytest.raises(ValueError, match="counts no float8 products"):
+        roofline.roofline(config_of(float8=True), SHAPE, 8, cost.GPUS["h100"], cost.Assumptions())

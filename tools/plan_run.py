@@ -142,7 +142,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for assumed in fields(Assumptions):
         flag = "--" + assumed.name.replace("_", "-")
-        parser.add_argument(flag, type=float, default=assumed.default, help=f"assumed (default: {assumed.default:g})")
+        parser.add_argument(
+            flag,
+            type=float,
+            default=assumed.default,
+            help=f"{assumed.metadata['meaning']} (default: {assumed.default:g})",
+        )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan to this file too")
     args = parser.parse_intermixed_args(arguments)
     assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
@@ -170,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         lines = [roofline(config, shape, n, gpu, assumed) for n in counts]
         for count, line in zip(counts, lines, strict=True):
-            console.print(table_of_roofline(line, config, count))
+            console.print(table_of_roofline(line, count))
         result["roofline"] = [{**asdict(line), "total": line.total, "mfu": line.mfu()} for line in lines]
     else:
         plans, refused = plain(config, shape, counts, gpu, assumed, console, args.trace)

@@ -89,6 +89,7 @@ def size(tensor: Tensor) -> int:
 class Roofline:
     """One micro-step of a rank, with its share of the optimizer's step."""
 
+    rows: int  # of the micro-step
     kinds: dict[str, Work]
     milliseconds: dict[str, float]  # by kind; communication overlaps with the others
     model_milliseconds: float  # the FLOPs that MFU counts, at the peak
@@ -110,8 +111,10 @@ def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: As
     """The operations of the real model at the speeds that cost.py assumes.
 
     FSDP's copies, the optimizer and communication are those of cost.py. Raises ValueError if the configuration is not
-    valid for this number of GPUs.
+    valid for this number of GPUs, or multiplies in float8, which is not counted here.
     """
+    if config.parallel.float8:
+        raise ValueError("parallel.float8=true: --roofline counts no float8 products: leave out --roofline or float8")
     plan, price = resolve(config, gpus), cost(config, shape, gpus, gpu, assumed)
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
     kinds = traced(config, shape, assumed.masked)
@@ -123,12 +126,12 @@ def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: As
         times[kind] = 1e3 * max(work.flops / (gpu.peak * share), work.bytes / moving)
     times["optimizer"] = 1e3 * price.optimizer_seconds / plan.accumulation
     times["communication"] = 1e3 * price.communication_seconds / plan.accumulation
-    return Roofline(kinds, times, 1e3 * price.model_flops / (gpus * plan.accumulation * gpu.peak))
+    return Roofline(plan.micro_batch, kinds, times, 1e3 * price.model_flops / (gpus * plan.accumulation * gpu.peak))
 
 
-def table_of_roofline(line: Roofline, config: Config, gpus: int) -> Table:
+def table_of_roofline(line: Roofline, gpus: int) -> Table:
     """One kind of operation in each row, the slowest first."""
-    title = f"one micro-step of {config.run.micro_batch} rows on {gpus:,} GPUs: a roofline, not a measurement"
+    title = f"one micro-step of {line.rows} rows on {gpus:,} GPUs: a roofline, not a measurement"
     table = Table("operations", "TFLOP", "GB", "kernels", "ms", "share", "MFU without", title=title)
     for kind, ms in sorted(line.milliseconds.items(), key=lambda item: -item[1]):
         work = line.kinds.get(kind)

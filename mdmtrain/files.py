@@ -1,4 +1,4 @@
-"""Writing files: each is there whole or not at all, and a failure says where it was. Also their checksum.
+"""Write files so that each is replaced completely or not at all; errors name the file. Also checksums.
 
 Standard library only.
 """

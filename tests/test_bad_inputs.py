@@ -735,7 +735,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(lab, tmp_path):
     damaged = cut(shard(lab.run / lab.newest))
     done = warm("train", lab.train(), tmp_path / "x.out")
     assert done.status == 0, done.err
-    assert done.err.startswith(f"WARNING: skipping a broken checkpoint: {damaged}: ") and done.err.count("\n") == 1
+    assert done.err.startswith(f"WARNING: skipping a damaged checkpoint: {damaged}: ") and done.err.count("\n") == 1
     assert f"resumed from {lab.run / 'checkpoints/step-00000004'}" in done.out
     assert read_metrics(lab.run) == read_metrics(lab.finished)
     assert damaged.read_bytes() == (lab.finished / lab.newest / damaged.name).read_bytes()

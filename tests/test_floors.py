@@ -1,4 +1,4 @@
-"""The floors of docs/DESIGN.md, kept by walking the imports: down, or along the two arrows drawn."""
+"""The floors of docs/DESIGN.md, tested by walking the imports: they go down, or along ARROWS."""
 
 import ast
 import sys

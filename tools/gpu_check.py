@@ -107,7 +107,7 @@ def child(name: str, place: Place, file: Path, output: Path) -> None:
         report.write()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads may crash during the shutdown of the interpreter (mdmtrain/monitor/logs.py)
+    os._exit(0)  # gloo's threads may crash during the shutdown of the interpreter (mdmtrain/command.py)
 
 
 def part_names(argument: str) -> list[str]:

@@ -281,7 +281,7 @@ def newest(run: Path, damaged: Container[Path] = ()) -> Path | None:
         try:
             read_meta(folder)
         except ValueError as error:
-            log.warning("skipping a broken checkpoint: %s", error)
+            log.warning("skipping a damaged checkpoint: %s", error)
         else:
             return folder
     if folders:

@@ -47,7 +47,7 @@ class CheckpointWriter:
         assert self._saving is None, "finish() comes first"
         saving: Future[Path] = Future()
         self._saving = saving
-        # What the loop goes on changing is copied, `meta` and `scores` too.
+        # Copy what the loop keeps changing, also `meta` and `scores`.
         scores = dict(scores)
         arguments = (self._home, step, tensors, deepcopy(meta), self._tokenizer, self._config)
         if not self._config.asynchronous:

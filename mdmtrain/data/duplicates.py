@@ -2,7 +2,7 @@
 
 Each part writes the sorted hashes of its documents. A bucket is a range of hash values: the hashes of all parts that
 are in it are sorted together. Of the documents with equal hashes, all but the first are duplicates. Each part then
-leaves out its duplicates. Memory: about 100 bytes for each document of a part, or of a bucket (BUCKET documents).
+leaves out its duplicates. Memory: about 75 bytes for each document of a part, or of a bucket (BUCKET documents).
 """
 
 import hashlib

@@ -30,8 +30,8 @@ from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting
 
 POLL = 1.0  # seconds between two checks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
-DEPUTIES = 64  # ranks for each one that asks when rank 0 does not
-UNLIMITED = "export"  # all is saved, and rank 0 waits for a process beside it
+DEPUTIES = 64  # if rank 0 does not answer, one rank in this many reads the answers
+UNLIMITED = "export"  # everything is saved; rank 0 waits for the export process
 SLOW = ("preparation", "evaluation", "probe", "checkpoint", UNLIMITED)
 FROZEN = 300.0  # seconds after which the process exits if the watchdog itself hangs (the store's host is frozen)
 # Parts of the error messages of gloo and NCCL when the other process has died.
@@ -148,7 +148,7 @@ class Watchdog:
         size = self._world.size
         rank = self._world.rank
         self._answer(self._report())
-        # Rank 0 reads the answers. Where it is silent, one rank of every node or so does, in the end each for itself.
+        # Rank 0 reads the answers. If it does not respond, one rank in 64 does, and after that every rank.
         turn = 0 if rank == 0 or self._lost else 2 if rank % DEPUTIES == 1 else 4
         deadline = time.monotonic() + turn * PATIENCE
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
@@ -168,15 +168,15 @@ class Watchdog:
         time.sleep(POLL / 4 if rank in named else POLL)  # launchers report the rank that ends first as the cause
 
     def _answer(self, answer: dict) -> None:
-        """All answers are lines of one key: at 1,024 ranks, a question for each would take longer than PATIENCE."""
+        """All answers are lines of one key: at 1,024 ranks, a query for each would take longer than PATIENCE."""
         try:
             line = json.dumps({"rank": self._world.rank, **answer}) + "\n"
             self._store.append("answers", line)  # type: ignore[attr-defined] # torch's stubs lack it
-        except RuntimeError:  # the store has gone, with the rank or launcher that held it
+        except RuntimeError:  # the rank or launcher that hosted the store has died
             self._lost = self._lost or "the connection to the store broke"
 
     def _answers(self) -> dict[int, dict]:
-        """Where each rank stands, of those that answer; its last words where it has left."""
+        """The report of each rank that answered, or its error message if it has ended."""
         answers: dict[int, dict] = {}
         deadline = time.monotonic() + PATIENCE
         while len(answers) < self._world.size and time.monotonic() < deadline:

@@ -273,7 +273,7 @@ class Bench:
 def fitted_settings(diffusion: DiffusionConfig) -> DiffusionConfig:
     """The settings that p is fitted under: those of the arm, with uniform rates. Arms that share them share the fit.
 
-    `Probe.fit` has strata of its own, so arms that differ in theirs share a fit too.
+    `Probe.fit` always uses global strata, so arms that differ only in their strata share a fit.
     """
     return diffusion.model_copy(update={"sampler": "uniform", "strata": "global", **FIT})
 

@@ -76,7 +76,7 @@ def test_a_flipped_byte_is_found(home, caplog):
     marker = home / "step-00000004/meta.json"
     marker.write_text(marker.read_text().replace('"step": 4', '"step": 5'))
     assert store.newest(home, [home / "step-00000006"]) == home / "step-00000002"
-    assert "skipping a broken checkpoint" in caplog.text and "meta.json: its content has changed" in caplog.text
+    assert "skipping a damaged checkpoint" in caplog.text and "meta.json: its content has changed" in caplog.text
     meta = json.loads((home / "step-00000006/meta.json").read_text())
     old = {name: value for name, value in meta.items() if "crc32" not in name}
     (home / "step-00000006/meta.json").write_text(json.dumps(old))

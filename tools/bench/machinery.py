@@ -1,7 +1,7 @@
 """Measure the cost of variance reduction in a step, and how evenly it distributes the work: two parts of step.py.
 
-`machinery` in `measure_machinery` repeats the step of `take_steps` in mdmtrain/train.py, because the step stands in the
-open there and needs a whole run. It must make the same calls, except for those in LEFT_OUT. tests/test_bench.py
+`machinery` in `measure_machinery` repeats the step of `take_steps` in mdmtrain/train.py, because the step is written
+inline there and needs a whole run. It must make the same calls, except for those in LEFT_OUT. tests/test_bench.py
 compares the two.
 """
 

@@ -148,7 +148,8 @@ def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
         order = np.arange(len(P)).repeat(P)
         revealed = np.arange(len(order)) - (np.cumsum(P) - P).repeat(P)
         return Passes(rows.repeat(draws)[order], order, (P[order] - revealed - 0.5) / P[order], order)
-    row, each = rows.repeat(draws), np.arange(len(rows) * draws)
+    row = rows.repeat(draws)
+    each = np.arange(len(rows) * draws)
     if estimator.name == "systematic":
         length = min(SWEEP, draws // 2)
         sweep = each // length
@@ -165,7 +166,8 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     """
     row = torch.from_numpy(passes.row[chosen])
     u = passes.u[chosen]
-    ids, eligible = rows.ids[row], rows.eligible[row]
+    ids = rows.ids[row]
+    eligible = rows.eligible[row]
     stream_step = 2 * ESTIMATORS.index(estimator.name) + 1
     uniforms = torch.from_numpy(
         noise.position_uniforms(estimator.seed, stream_step, passes.slot[chosen], ids.shape[1], Stream.EVALUATION)

@@ -1,6 +1,7 @@
 """What goes wrong with a rank, a step or a machine: what is said, and that nothing is lost (docs/faults.md)."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -310,6 +311,11 @@ def die(victim: int, number: int) -> None:
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def crash(number: int) -> None:
+    if number == 1:
+        at_step(4, lambda: ctypes.string_at(0))  # reads address 0
+
+
 def stop_in_preparation(number: int) -> None:
     """Rank 0 hashes shards for ever; rank 1, which waits for it in a collective, is told to stop."""
     from mdmtrain.data import shards
@@ -350,6 +356,7 @@ FAULTS = {
     "hang": (hang, 2),
     "die 0": (partial(die, 0), 2),
     "die 1": (partial(die, 1), 2),
+    "crash": (crash, 2),
     "stop": (stop_in_preparation, 2),
     "memory": (run_out_of_memory, 2),
     "cut": (cut_a_shard, 1),
@@ -411,6 +418,14 @@ def test_a_dead_rank_is_named(broken, victim, said):
     *before, last = outcomes[1 - victim].err.splitlines()
     assert last.startswith(f"error: a connection broke: {said}"), outcomes
     assert not any(line.startswith(("error", "Traceback")) for line in before)  # torch speaks of the store, in C++
+
+
+def test_a_crash_in_a_library_leaves_every_stack(broken):
+    folder, (zero, one) = broken("crash")
+    assert one.status == -signal.SIGSEGV and zero.status == 1
+    stacks = (folder / "logs/rank-1.log").read_text()
+    assert "Fatal Python error: Segmentation fault" in stacks and "string_at" in stacks
+    assert zero.err.splitlines()[-1].startswith("error: a connection broke: rank 1 is not responding")
 
 
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):

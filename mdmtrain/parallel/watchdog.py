@@ -157,8 +157,12 @@ class Watchdog:
         rank = self._world.rank
         self._answer(self._report())
         # Rank 0 reads the answers. If it does not respond, one rank in 64 does, and after that every rank.
-        turn = 0 if rank == 0 or self._lost else 2 if rank % DEPUTIES == 1 else 4
-        deadline = time.monotonic() + turn * PATIENCE
+        wait = 4 * PATIENCE
+        if rank == 0 or self._lost:
+            wait = 0.0
+        elif rank % DEPUTIES == 1:
+            wait = 2 * PATIENCE
+        deadline = time.monotonic() + wait
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:

@@ -30,7 +30,10 @@ class Probe:
     """Measures a model with forward passes only. `decompose` and `fit` are collectives."""
 
     def __init__(self, model: Transformer, config: Config, mask_id: int, world: World):
-        self._model, self._config, self._mask_id, self._world = model, config, mask_id, world
+        self._model = model
+        self._config = config
+        self._mask_id = mask_id
+        self._world = world
         self._since = time.monotonic()
 
     def decompose(
@@ -46,13 +49,16 @@ class Probe:
         """
         start = time.monotonic()
         monitor = self._config.monitor
-        sequences, rates, masks = monitor.probe_sequences, monitor.probe_rates, monitor.probe_masks
+        sequences = monitor.probe_sequences
+        rates = monitor.probe_rates
+        masks = monitor.probe_masks
         bits = noise.philox(self._config.run.seed, Stream.PROBE, 2 * step)
         rows = random_rows(validation, self._config.data, sequences, bits)
         draws = paired_rates(process, sequences, rates, bits)
         values = self._grid(process, rows, draws, masks, Stream.PROBE, 2 * step + 1, row_losses, watch)
         parts = loss_components(values.mean(axis=3) / self._config.data.sequence_length)
-        before, self._since = self._since, time.monotonic()
+        before = self._since
+        self._since = time.monotonic()
         seconds = self._since - start
         found = {name: finite(float(value)) for name, value in parts.items()}
         return found, seconds, seconds / (self._since - before)

@@ -29,7 +29,7 @@ from mdmtrain.checkpoint.resume import (
     leave_behind,
     run_identity,
 )
-from mdmtrain.checkpoint.run_folder import describe_run, removed_if_refused
+from mdmtrain.checkpoint.run_folder import record_start, removed_if_refused
 from mdmtrain.checkpoint.run_lock import RunLock
 from mdmtrain.checkpoint.saver import Saver
 from mdmtrain.checkpoint.writer import CheckpointWriter
@@ -174,7 +174,7 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
     data = (inputs.sources, inputs.validation)
     facts = world.agree(lambda: describe_data(config, *data, state.cursor), main_only=True)
     moved = world.agree(lambda: leave_behind(config, state.home, state.step), main_only=True)
-    world.agree(lambda: describe_run(run_dir, config, state.step, state.origin, world.size), main_only=True)
+    world.agree(lambda: record_start(run_dir, config, state.step, state.origin, world.size), main_only=True)
     run_log = RunLog(config, state.step, world, bits_per_nat(inputs.validation))
     scores = validation_scores(run_dir) if world.is_main else {}
     patience = LATE + config.run.slow_timeout

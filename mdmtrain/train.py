@@ -44,7 +44,7 @@ from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
 from mdmtrain.diffusion.objective import ForwardProcess, row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
-from mdmtrain.due import due_after
+from mdmtrain.due import Due, due_after
 from mdmtrain.evaluate import evaluate_split, split_names
 from mdmtrain.model.presets import ModelShape, describe_shape, model_shape
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
@@ -105,6 +105,21 @@ class State:
     resumed: Path | None  # the checkpoint that the run was resumed from
     origin: str  # where the weights come from, as text for the terminal
     owes_evaluation: bool  # the evaluation after `step` is still to be done, because the run was stopped before it
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the training loop works with."""
+
+    config: Config
+    world: World
+    watch: Watchdog
+    inputs: Inputs
+    state: State
+    outputs: Outputs
+    loader: StatefulDataLoader
+    probe: Probe
+    graphs: GraphCount
 
 
 def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
@@ -213,15 +228,17 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
 
     Raises ValueError. Raises Interrupted if the run was stopped before the evaluation after the last step.
     """
-    run = config.run
-    if state.step >= run.steps and not state.owes_evaluation:
+    steps = config.run.steps
+    if state.step >= steps and not state.owes_evaluation:
         SideExports(config, state.resumed, world.is_main).finish()  # an export that was interrupted earlier
-        say(world, nothing_to_do(run.dir, state.step, run.steps))
+        say(world, nothing_to_do(config.run.dir, state.step, steps))
         return
     where = (state.step, world.device.type == "cuda", state.cursor, inputs.validation)
     loader = world.agree(lambda: train_loader(config, inputs.plan, world.rank, inputs.sources, *where))
     outputs = open_outputs(state, inputs, config, world)
-    stopped = take_steps(loader, state, inputs, outputs, config, world, watch)
+    probe = Probe(state.model, config, inputs.tokenizer.mask_id, world)
+    graphs = GraphCount(config.parallel.compile)
+    stopped = take_steps(Run(config, world, watch, inputs, state, outputs, loader, probe, graphs))
     outputs.log.checkpoint(outputs.saver.finish())
     outputs.log.close()
     watch.stop.drain()
@@ -233,49 +250,43 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
         left = " before its evaluation" if config.evaluates(state.step) else ""
         what = f"stopped by {reason(stopped)} after step {state.step}{left}, checkpoint saved"
         say(world, f"{what}; run the same command again to resume")
-    if stopped and state.step == run.steps:
+    if stopped and state.step == steps:
         raise Interrupted(stopped)
 
 
-def take_steps(
-    loader: StatefulDataLoader,
-    state: State,
-    inputs: Inputs,
-    outputs: Outputs,
-    config: Config,
-    world: World,
-    watch: Watchdog,
-) -> int:
+def take_steps(run: Run) -> int:
     """The training loop: all remaining steps, with the evaluations, checkpoints and records that are due after them.
 
     Returns 0, or the number of the stop that ended the loop early (see AgreedStop.poll). A collective. Raises
     AgreedError.
     """
-    run = config.run
-    plan = inputs.plan
+    config = run.config
+    world = run.world
+    watch = run.watch
+    state = run.state
+    plan = run.inputs.plan
+    mask_id = run.inputs.tokenizer.mask_id
     model = state.model
     sampler = state.sampler
     recorder = state.recorder
-    mask_id = inputs.tokenizer.mask_id
-    probe = Probe(model, config, mask_id, world)
+    steps = config.run.steps
     pair = GradientPair(model)
-    profiler = Profiler(config.monitor, Path(run.dir), world)
-    graphs = GraphCount(config.parallel.compile)
+    profiler = Profiler(config.monitor, Path(config.run.dir), world)
     if sampler.fits("once") and state.resumed is None:
-        fit_rates(probe, state, inputs, config, world)
+        fit_rates(run)
 
-    batches = iter(loader)
-    stopped = evaluation(state, inputs, outputs, config, world, watch) if state.owes_evaluation else 0
+    batches = iter(run.loader)
+    stopped = evaluation(run) if state.owes_evaluation else 0
     model.train()
     recorder.resume_clock()
-    outputs.log.start_clock()
-    while state.step < run.steps and not stopped:
+    run.outputs.log.start_clock()
+    while state.step < steps and not stopped:
         profiler.before(state.step)
         if state.step % GARBAGE_EVERY == 0:
             gc.collect(1)
         watch.at("rates", state.step)
-        process = sampler.process(state.step / run.steps)
-        draws = process.draw(run.seed, state.step, config.slots_per_step, world.size)
+        process = sampler.process(state.step / steps)
+        draws = process.draw(config.run.seed, state.step, config.slots_per_step, world.size)
         sums = recorder.new_sums()
         for micro_step in range(plan.accumulation):
             model.set_requires_all_reduce(micro_step == plan.accumulation - 1)  # HSDP: one all-reduce per step
@@ -302,7 +313,7 @@ def take_steps(
         recorder.add_own(sums)
         world.sum(sums)
         watch.at("optimizer")
-        lr = learning_rate(config.optim, state.step, run.steps)
+        lr = learning_rate(config.optim, state.step, steps)
         norm, skipped = optimizer_step(state.optimizer, sums.isfinite().all(), lr, config.optim.clip_norm)
         watch.at("records")
         if state.average is not None:
@@ -317,88 +328,103 @@ def take_steps(
         stopped = watch.stop.poll()  # a stop discards the first half of a gradient pair
         due = due_after(config, state.step, reason(stopped))
         if due.log:
-            watch.at("log")
-            log.debug("after step %d: %s", state.step, due)
-            records = recorder.flush()  # only here the host waits for the device
-            graphs.report(state.step)
-            if due.probe:
-                stopped = measure_components(probe, process, records[-1], state, inputs, outputs, watch)
-            outputs.log.steps(records, recorder, loader.dataset, keep_last=due.interrupts)
-            outputs.log.checkpoint(outputs.saver.poll())
+            stopped = log_steps(run, process, due) or stopped
         if due.evaluation and not stopped:
-            stopped = evaluation(state, inputs, outputs, config, world, watch)
+            stopped = evaluation(run)
         if due.save or stopped:
-            watch.at("checkpoint")
-            outputs.log.checkpoint(outputs.saver.finish())  # the previous checkpoint may not be complete yet
-            outputs.log.sync()
-            tensors = store.training_tensors(model, state.optimizer, state.average, sampler)
-            outputs.saver.save(state.step, tensors, recorder.state())
-            gc.collect()
+            save(run)
         if due.probe or due.interrupts:
             recorder.resume_clock()
-            graphs.resume()
+            run.graphs.resume()
     profiler.close()
     return stopped
 
 
-# ---- parts of a run
+# ---- what follows a step
 
 
-def measure_components(
-    probe: Probe,
-    process: ForwardProcess,
-    record: dict,
-    state: State,
-    inputs: Inputs,
-    outputs: Outputs,
-    watch: Watchdog,
-) -> int:
+def log_steps(run: Run, process: ForwardProcess, due: Due) -> int:
+    """Write the records of the steps since the last call, with a probe if it is due. A collective.
+
+    The only place where the host waits for the device in steady training. Returns 0, or the number of a stop that was
+    requested during the probe.
+    """
+    run_log = run.outputs.log
+    step = run.state.step
+    run.watch.at("log")
+    log.debug("after step %d: %s", step, due)
+    records = run.state.recorder.flush()
+    run.graphs.report(step)
+    stopped = measure_components(run, process, records[-1]) if due.probe else 0
+    run_log.steps(records, run.state.recorder, run.loader.dataset, keep_last=due.interrupts)
+    run_log.checkpoint(run.outputs.saver.poll())
+    return stopped
+
+
+def save(run: Run) -> None:
+    """Begin an asynchronous checkpoint. A collective. It waits for the previous one, if that is not complete yet."""
+    state = run.state
+    run.watch.at("checkpoint")
+    run.outputs.log.checkpoint(run.outputs.saver.finish())
+    run.outputs.log.sync()
+    tensors = store.training_tensors(state.model, state.optimizer, state.average, state.sampler)
+    run.outputs.saver.save(state.step, tensors, state.recorder.state())
+    gc.collect()
+
+
+def measure_components(run: Run, process: ForwardProcess, record: dict) -> int:
     """Measure the variance components of the loss, and add them and the density to a step's record. A collective.
 
     Returns 0. If a stop is requested during the measurement, returns its number and adds nothing.
     """
-    watch.at("probe")
+    state = run.state
+    run.watch.at("probe")
     try:
-        components, seconds, share = probe.decompose(process, inputs.validation, state.step, watch)
+        components, seconds, share = run.probe.decompose(process, run.inputs.validation, state.step, run.watch)
     except Interrupted as interruption:
         return interruption.number
     record |= {COMPONENTS: components, DENSITY: state.sampler.picture()}
-    outputs.log.probe_cost(state.step, seconds, share)
+    run.outputs.log.probe_cost(state.step, seconds, share)
     return 0
 
 
-def evaluation(state: State, inputs: Inputs, outputs: Outputs, config: Config, world: World, watch: Watchdog) -> int:
+def evaluation(run: Run) -> int:
     """Evaluate the weights (their EMA if optim.ema_decay is set) and record the result. A collective.
 
     Returns 0. If a stop is requested during the evaluation, returns its number and records nothing.
     """
-    names = split_names(inputs.validation, [source.path for source in config.data.sources])
-    settings = (config.eval, config.data.sequence_length, config.data.document_mask, inputs.tokenizer.mask_id)
+    state = run.state
+    data = run.config.data
+    validation = run.inputs.validation
+    names = split_names(validation, [source.path for source in data.sources])
+    settings = (run.config.eval, data.sequence_length, data.document_mask, run.inputs.tokenizer.mask_id)
     model = state.model
-    watch.at("evaluation")
+    run.watch.at("evaluation")
     model.eval()
     try:
         with state.average.swapped_into(model) if state.average is not None else nullcontext():
             found = [
-                evaluate_split(model, split, name, *settings, world, watch)
-                for name, split in zip(names, inputs.validation, strict=True)
+                evaluate_split(model, split, name, *settings, run.world, run.watch)
+                for name, split in zip(names, validation, strict=True)
             ]
     except Interrupted as interruption:
         return interruption.number
     finally:
         model.train()
-    outputs.log.evaluation(state.step, found)
-    outputs.saver.scores[state.step] = float(np.mean([one.nelbo for one in found]))
+    run.outputs.log.evaluation(state.step, found)
+    run.outputs.saver.scores[state.step] = float(np.mean([one.nelbo for one in found]))
     return 0
 
 
-def fit_rates(probe: Probe, state: State, inputs: Inputs, config: Config, world: World) -> None:
+def fit_rates(run: Run) -> None:
     """Fit p(t) to the initial weights, before the first step. A collective."""
-    fit = config.diffusion
+    world = run.world
+    sampler = run.state.sampler
+    fit = run.config.diffusion
     size = f"{fit.fit_rates} rates x {fit.fit_sequences} sequences x {fit.fit_masks} masks"
     say(world, f"fitting p(t) to {size}")
-    fitted = probe.fit(state.sampler.process(0.0), inputs.sources)
-    state.sampler.use(world.agree(lambda: fitted.p, main_only=True))  # equal bits on all ranks
+    fitted = run.probe.fit(sampler.process(0.0), run.inputs.sources)
+    sampler.use(world.agree(lambda: fitted.p, main_only=True))  # equal bits on all ranks
 
 
 def bits_per_nat(validation: list[PreparedSplit]) -> float:

@@ -10,6 +10,7 @@ command resumes a preparation that was stopped or killed. docs/preparing.md is t
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -43,7 +44,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, survive_terminal, user_errors
 from mdmtrain.data.options import add_options, read_options
 from mdmtrain.data.parts import JOB, Preparation, Stage, work_folder
-from mdmtrain.data.plan import Plan
+from mdmtrain.data.plan import Plan, digest
 from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
 from mdmtrain.files import replacing
 from mdmtrain.parallel.stop import heard
@@ -116,7 +117,11 @@ class Processes:
 
 
 class JobArray:
-    """Tasks of a Slurm job array. They continue if the launcher ends; the next launcher finds the job in JOB."""
+    """Tasks of a Slurm job array. They continue if the launcher ends.
+
+    JOB is written before the array is submitted, and again with its number afterwards. If the launcher was killed in
+    between, the next one still finds the array, because it asks Slurm by `job_name`.
+    """
 
     def __init__(self, work: Path, options: argparse.Namespace, workers: int):
         self._work, self._options, self._workers = work, options, workers
@@ -128,25 +133,37 @@ class JobArray:
         copy_code(self._work / "code")
         for needed in (made.folder, self._work / "logs"):
             needed.mkdir(parents=True, exist_ok=True)
-        with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
-            count = len(deals)
-            jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
+        count, record = len(deals), {"cluster": self._cluster, "stage": stage, "deals": deals}
+        self._tell({**record, "job": None})
+        try:
+            with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
+                jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
+        except ValueError:  # refused
+            (self._work / JOB).unlink()
+            raise
         job = jobs[0].job_id.partition("_")[0]
-        with replacing(self._work / JOB) as file:
-            json.dump({"job": job, "cluster": self._cluster, "stage": stage, "deals": deals}, file)
+        self._tell({**record, "job": job})
         print(f"submitted job {job}: {PHASES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
 
     def left(self) -> int:
-        told = self._told()
-        return slurm_client.patiently(lambda: slurm_client.tasks_left(told["job"], told["cluster"])) if told else 0
+        told, name = self._told(), job_name(self._work)
+        cluster = told["cluster"] if told else self._cluster
+        return slurm_client.patiently(lambda: slurm_client.tasks_left(name, cluster))
 
     def ended(self, stage: Stage) -> list[list[int]]:
         told = self._told()
         (self._work / JOB).unlink(missing_ok=True)
-        return told["deals"] if told and told["stage"] == stage else []
+        return told["deals"] if told and told["job"] and told["stage"] == stage else []
+
+    def _tell(self, record: dict) -> None:
+        with replacing(self._work / JOB) as file:
+            json.dump(record, file)
 
     def _told(self) -> dict | None:
-        """The job that was submitted last, also by an earlier launcher; None if there is none."""
+        """The job that was submitted last, also by an earlier launcher; None if there is none.
+
+        Its number is None if that launcher was killed before it knew whether Slurm had accepted the job.
+        """
         file = self._work / JOB
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -154,12 +171,17 @@ class JobArray:
         pass
 
 
+def job_name(work: Path) -> str:
+    """The name of the jobs that work in a folder. It is a function of the folder's path: all launchers know it."""
+    return f"prepare-{re.sub('[^A-Za-z0-9._-]', '_', work.name.strip('.'))}-{digest(os.path.realpath(work))[:8]}"
+
+
 def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor:
     """The submitit executor for the tasks of a stage."""
     made = RunExecutor(work / "submitit", python=PYTHON)
     setup = [*options.setup, *code_lines(shlex.quote(str(work / "code")), {"OMP_NUM_THREADS": "1"})]
     made.update_parameters(
-        **{**common_parameters(options, work, tasks, [str(work)]), "job_name": f"prepare-{work.name.strip('.')}"},
+        **{**common_parameters(options, work, tasks, [str(work)]), "job_name": job_name(work)},
         array_parallelism=tasks,
         setup=setup,
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from launchers import prepare as launcher
-from launchers import slurm_client
 from mdmtrain.data.inputs import find_inputs
 from mdmtrain.data.parts import work_folder
 from mdmtrain.data.prepare import Options, prepare
@@ -187,11 +186,3 @@ def test_what_cannot_be_prepared_is_one_line(case, corpus, tmp_path, monkeypatch
             options += ["--slurm", slurm] if slurm else []
             launcher.main([*arguments, *ARGUMENTS[:-1], "--out", "out", *options])
     assert "\n" not in str(error.value) and {path.name for path in tmp_path.iterdir()} == {"corpus"}
-
-
-def test_tasks_of_a_forgotten_job_have_ended(monkeypatch):
-    def squeue(*command, cluster=""):
-        raise ValueError("squeue: Invalid job id specified")
-
-    monkeypatch.setattr(slurm_client, "slurm", squeue)
-    assert slurm_client.tasks_left("12") == 0

@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heapreplace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +31,7 @@ from rich.table import Table
 
 from launchers import slurm_client
 from launchers.launch import ROOT, copy_code, parse, positive
-from launchers.prepare_task import note, work_on, write_plan
+from launchers.prepare_task import note, running, work_on, write_plan
 from launchers.slurm import (
     PYTHON,
     RunExecutor,
@@ -199,25 +201,24 @@ class Show:
     console: Console
     begin: float = 0.0
     first: int = 0  # bytes that were done when the stage began
+    sizes: list[int] = field(default_factory=list)  # bytes of each unit of the stage
 
     def start(self, stage: Stage) -> None:
-        self.begin, self.first = time.monotonic(), self._bytes(stage)[0]
+        self.sizes = [self.making.size(stage, unit) for unit in range(self.making.units(stage))]
+        self.begin, self.first = time.monotonic(), self._done(stage)[0]
 
-    def _bytes(self, stage: Stage) -> tuple[int, int, int, int]:
-        """(bytes that are done, all bytes, units that are done, all units)."""
-        units = self.making.units(stage)
-        pending = self.making.pending(stage)
-        total = sum(self.making.size(stage, unit) for unit in range(units))
-        done = total - sum(self.making.size(stage, unit) for unit in pending)
-        for unit in pending:
-            try:
-                done += int(note(self.making.work, stage, unit).read_text())
-            except (FileNotFoundError, ValueError):  # the unit has not begun, or its file is being written
-                continue
-        return done, total, units - len(pending), units
+    def _done(self, stage: Stage) -> tuple[int, int]:
+        """(bytes that are done, units that are done). The files that are read are those of units that have begun."""
+        pending = {note(self.making.work, stage, unit).name: self.sizes[unit] for unit in self.making.pending(stage)}
+        done = sum(self.sizes) - sum(pending.values())
+        for file in running(self.making.work).iterdir():
+            if file.name in pending:
+                with suppress(FileNotFoundError, ValueError):  # the unit has ended, or its file is being written
+                    done += int(file.read_text())
+        return done, len(self.sizes) - len(pending)
 
     def table(self, stage: Stage, tasks: int, failures: int) -> Table:
-        done, total, units_done, units = self._bytes(stage)
+        (done, units_done), total, units = self._done(stage), sum(self.sizes), len(self.sizes)
         speed = (done - self.first) / max(1e-9, time.monotonic() - self.begin)
         seconds = (total - done) / speed if speed > 0 else None
         eta = "" if seconds is None else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
@@ -227,17 +228,32 @@ class Show:
         return made
 
 
+def dealt(units: Sequence[int], sizes: Sequence[int], tasks: int) -> list[list[int]]:
+    """The units of each task, the largest first: each unit in turn goes to the task with the fewest bytes so far.
+
+    No task is without a unit. sizes: bytes of all units of the stage, by number.
+    """
+    deals: list[list[int]] = [[] for _ in range(min(tasks, len(units)))]
+    loads = [(0, 0, task) for task in range(len(deals))]  # bytes, units, task: a heap
+    for unit in sorted(units, key=lambda unit: -sizes[unit]):
+        load, count, task = loads[0]
+        heapreplace(loads, (load + sizes[unit], count + 1, task))
+        deals[task].append(unit)
+    return deals
+
+
 def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attempts: int, show: Show) -> None:
     """Do all units of a stage, with at most `attempts` attempts for each.
 
-    The units are distributed over `count` tasks. When all tasks have ended, the remaining units are distributed again.
-    A unit has failed if a task began but did not finish it. If a task ended before it began any of its remaining units,
-    all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are exhausted.
+    `dealt` distributes the units over `count` tasks. When all tasks have ended, the remaining units are distributed
+    again. A unit has failed if a task began but did not finish it. If a task ended before it began any of its remaining
+    units, all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are
+    exhausted.
     """
     failures, errors = Counter[int](), dict[int, str]()
+    notes = running(making.work)
+    notes.mkdir(exist_ok=True)
     show.start(stage)
-    running = making.work / "running"
-    running.mkdir(exist_ok=True)
     with Live(console=show.console, transient=True, auto_refresh=False) as live:
         while True:
             while left := tasks.left():  # includes tasks that an earlier launcher started
@@ -257,9 +273,9 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
             todo = sorted(unit for unit in pending if failures[unit] < attempts)
             if not todo:
                 break
-            for file in running.iterdir():
+            for file in notes.iterdir():
                 file.unlink()
-            tasks.start(stage, [todo[first::count] for first in range(min(count, len(todo)))])
+            tasks.start(stage, dealt(todo, show.sizes, count))
         if pending:
             first = min(pending)
             raise ValueError(

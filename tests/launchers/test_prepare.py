@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from launchers import prepare as launcher
 from mdmtrain.data.inputs import find_inputs
-from mdmtrain.data.parts import work_folder
+from mdmtrain.data.parts import Preparation, work_folder
+from mdmtrain.data.plan import Plan
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import SOAK
 from tests.data.test_prepare import tree, words
@@ -73,6 +77,39 @@ def signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
+
+
+@given(SIZES, st.integers(1, 12), st.data())
+def test_the_largest_parts_are_dealt_first(sizes, tasks, data):
+    """No task has more than the least one and a unit: what the last unit of a task was added to was the least."""
+    units = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    deals = launcher.dealt(units, sizes, tasks)
+    assert len(deals) == min(tasks, len(units)) and all(deals)
+    assert sorted(unit for deal in deals for unit in deal) == units
+    least = min(sum(sizes[unit] for unit in deal) for deal in deals)
+    for deal in deals:
+        assert deal == sorted(deal, key=lambda unit: (-sizes[unit], unit))
+        assert sum(sizes[unit] for unit in deal[:-1]) <= least
+    assert launcher.dealt(units, [1] * len(sizes), tasks) == [units[first::tasks] for first in range(len(deals))]
+
+
+def test_progress_reads_only_the_files_of_parts_that_have_begun(corpus, tmp_path, monkeypatch):
+    plan = Plan.of(find_inputs([str(corpus)], [], [], tmp_path / "out"), OPTIONS)
+    work = work_folder(tmp_path / "out")
+    launcher.running(work).mkdir(parents=True)
+    making = Preparation(plan, work)
+    making.begin()
+    show = launcher.Show(making, Console(), sizes=list(plan.sizes))
+    for unit, done in ((2, "7"), (5, "11"), (6, "")):  # the last one is just being written
+        launcher.note(work, "hashes", unit).write_text(done)
+    launcher.note(work, "hashes", 2).with_suffix(".error").write_text("not a number")
+    read, plain = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda file, *rest: (read.append(file.name), plain(file, *rest))[1])
+    assert show._done("hashes") == (18, 0)
+    assert sorted(read) == ["hashes-00002", "hashes-00005", "hashes-00006"]
 
 
 def test_killed_at_random_moments_the_bytes_are_those_of_a_calm_preparation(corpus, calm, tmp_path):

@@ -301,7 +301,7 @@ def parser() -> CommandParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(made)
+    add_options(made, standard_input=False)
     made.add_argument("--tasks", type=positive, required=True, metavar="N", help="number of tasks that run at a time")
     made.add_argument(
         "--workers", type=positive, default=1, metavar="N", help="processes in each task that tokenize (default: 1)"

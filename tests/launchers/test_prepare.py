@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import SOAK
 from tests.data.test_prepare import tree, words
 
-KILLS = 20 if SOAK else 3
+KILLS = 20 if SOAK else 1  # for each number of tasks
 
 
 @pytest.fixture
@@ -112,36 +115,57 @@ def test_progress_reads_only_the_files_of_parts_that_have_begun(corpus, tmp_path
     assert sorted(read) == ["hashes-00002", "hashes-00005", "hashes-00006"]
 
 
-def test_killed_at_random_moments_the_bytes_are_those_of_a_calm_preparation(corpus, calm, tmp_path):
-    """The launcher, or one of its tasks, at a random moment of a random step; on 1, 2 and 4 tasks."""
-    chance = random.Random(11)
-    for number, tasks in enumerate((1, 2, 4)):
-        out = tmp_path / f"out-{tasks}"
-        done = work_folder(out) / "done"
-        command = [str(corpus), *ARGUMENTS, "--out", str(out), "--tasks", str(tasks), "--max-attempts", "99"]
-        for _ in range(KILLS // 3 + (number < KILLS % 3)):
-            pid = start(command)
+def killed(pid: int) -> bool:
+    """SIGKILL to a process that certainly runs: it is stopped first. False if it has ended before."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while (state := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "ZX":
+            if state == "T":
+                os.kill(pid, signal.SIGKILL)
+                return True
+            time.sleep(0.001)
+    return False
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_killed_at_random_moments_the_bytes_are_those_of_a_calm_preparation(corpus, calm, tmp_path, tasks):
+    """The launcher, or one of its tasks, at a random moment of a random step, until KILLS of them have been hit.
+
+    A preparation that is finished before is compared, and another one begins.
+    """
+    chance, out, kills, finished = random.Random(tasks), tmp_path / "out", 0, 0
+    done = work_folder(out) / "done"
+    command = [str(corpus), *ARGUMENTS, "--out", str(out), "--tasks", str(tasks), "--max-attempts", "99"]
+    while kills < KILLS or work_folder(out).exists() or not finished:
+        pid, expected, processes = start(command), {0}, []
+        if kills < KILLS:
             moment = len(list(done.glob("*"))) + chance.randrange(4)
             while not ended(pid) and len(list(done.glob("*"))) < moment:
                 time.sleep(0.01)
             time.sleep(0.5 * chance.random())
             while not ended(pid) and not children(pid):
                 time.sleep(0.01)
-            victims = [pid] if ended(pid) else [pid, *children(pid)]
-            victim = chance.choice(victims)
-            os.kill(victim, signal.SIGKILL)
-            if victim != pid:
-                os.kill(pid, signal.SIGTERM)  # after it has seen the end of the task, or not
-            status_of(pid)
-            for child in victims[1:]:
-                deadline = time.monotonic() + 30
-                while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                assert not Path(f"/proc/{child}").exists(), "a task outlives its launcher"
-            if out.exists():
-                break
-        assert status_of(start(command)) == 0
-        assert tree(out) == calm and not work_folder(out).exists()
+            processes = children(pid)
+            victim = chance.choice([pid, *processes])
+            if killed(victim):
+                kills += 1
+                expected = {-signal.SIGKILL}
+                if victim != pid:
+                    os.kill(pid, signal.SIGTERM)  # after it has seen the end of the task, or not
+                    expected = {0, 1}
+        status = status_of(pid)
+        assert status in expected, f"status {status} after {kills} kills"
+        for process in processes:
+            deadline = time.monotonic() + 30
+            while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not Path(f"/proc/{process}").exists(), "a task outlives its launcher"
+        if status == 0:
+            assert tree(out) == calm and not work_folder(out).exists()
+            shutil.rmtree(out)
+            finished += 1
+    assert kills == KILLS
+    print(f"{tasks} tasks: {kills} kills of running processes, {finished} folders equal to the calm one")
 
 
 def test_a_killed_task_is_started_again(corpus, calm, tmp_path):
@@ -198,6 +222,12 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "only 8 of 20 tasks have a part" in said and "#SBATCH --array=0-7%8\n" in said
     assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
+
+
+def test_help_offers_standard_input_only_where_it_is_read():
+    for command, offered in (("launchers.prepare", False), ("tools.prepare_data", True)):
+        done = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True)
+        assert ("- for standard input" in " ".join(done.stdout.split())) == offered
 
 
 REFUSED = {

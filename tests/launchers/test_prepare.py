@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -23,6 +22,7 @@ from mdmtrain.data.plan import Plan
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import SOAK
 from tests.data.test_prepare import tree, words
+from tools import prepare_data
 
 KILLS = 20 if SOAK else 1  # for each number of tasks
 
@@ -224,10 +224,11 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
 
 
-def test_help_offers_standard_input_only_where_it_is_read():
-    for command, offered in (("launchers.prepare", False), ("tools.prepare_data", True)):
-        done = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True)
-        assert ("- for standard input" in " ".join(done.stdout.split())) == offered
+def test_help_offers_standard_input_only_where_it_is_read(capsys):
+    for main, offered in ((launcher.main, False), (prepare_data.main, True)):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert ("- for standard input" in " ".join(capsys.readouterr().out.split())) == offered
 
 
 REFUSED = {

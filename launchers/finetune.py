@@ -32,8 +32,10 @@ from mdmtrain.data.tasks import Task
 from mdmtrain.evaluate import write_json
 from mdmtrain.parallel.world import World, init_world
 
-EQUAL_COMPUTE, EQUAL_STEPS = "equal compute", "equal steps"
-REFERENCE, AUTOREGRESSIVE = "standard", "ar"
+EQUAL_COMPUTE = "equal compute"
+EQUAL_STEPS = "equal steps"
+REFERENCE = "standard"
+AUTOREGRESSIVE = "ar"
 ANSWERS = "answers.json"  # in a run folder
 
 
@@ -191,7 +193,8 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
                 continue
             found = row[measure]
             ratio = found[f"sd_over_{AUTOREGRESSIVE}"]
-            ci, difference = found["sd_ci"], found.get("difference_ci")
+            ci = found["sd_ci"]
+            difference = found.get("difference_ci")
             cells = [
                 row["rule"], row["arm"],
                 str(len(row["seeds"])) + (f", {len(row['missing_seeds'])} missing" if row["missing_seeds"] else ""),

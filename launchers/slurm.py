@@ -122,7 +122,8 @@ def job_parameters(launches: Sequence[Launch], folder: Path | None = None, at_on
     The executor that gets these parameters must be made with python=PYTHON. Raises ValueError for a path or an option
     that sbatch would not read correctly.
     """
-    options, config = launches[0].options, launches[0].config
+    options = launches[0].options
+    config = launches[0].config
     runs = [str(one.run_dir) for one in launches]
     return {
         **common_parameters(options, folder or launches[0].run_dir, len(runs), runs),
@@ -291,7 +292,8 @@ def submit(launches: list[Launch], folder: Path, at_once: int | None = None) -> 
 
     folder: of the run, or of the sweep. Raises ValueError if Slurm would refuse the job, before a file is written.
     """
-    made, options = executor(launches, folder, at_once), launches[0].options
+    made = executor(launches, folder, at_once)
+    options = launches[0].options
     cluster = options.clusters or ""
     refuse_what_the_cluster_lacks(options, len(launches))
     refuse_what_slurm_refuses(made.script(len(launches)), cluster)

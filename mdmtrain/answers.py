@@ -101,7 +101,8 @@ def score(path: str | Path, tasks_file: Path, tasks: list[Task], world: World) -
     Raises ValueError for a task that is longer than the rows that the model was trained on.
     """
     loaded = load_model(path, None, world)
-    tokenizer, longest = loaded.tokenizer, loaded.config.data.sequence_length
+    tokenizer = loaded.tokenizer
+    longest = loaded.config.data.sequence_length
     rows = []
     for number, task in enumerate(tasks, 1):
         prompt = [tokenizer.bos_id, *tokenizer.encode(task.prompt)]  # encoded separately, as in data/prepare.py

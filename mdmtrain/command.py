@@ -3,24 +3,22 @@
 import argparse
 import atexit
 import io
-import json
 import logging
 import os
 import select
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from mdmtrain.exit_status import BAD_INPUT, BROKEN_PIPE, STOPPED_EARLY
-from mdmtrain.parallel.stop import Interrupted
-from mdmtrain.parallel.world import WRITER_THREAD, AgreedError, describe_error, exit_at_once
+from mdmtrain.parallel.stop import Interrupted, reason
+from mdmtrain.parallel.world import WRITER_THREAD, AgreedError, describe_error, exit_at_once, tell_torchrun
 
 log = logging.getLogger("mdmtrain")
 WRITER_PATIENCE = 120.0  # seconds
@@ -116,7 +114,8 @@ def user_errors() -> Iterator[None]:
     log.setLevel(logging.WARNING)
     try:
         yield
-    except Interrupted:
+    except Interrupted as interruption:
+        tell_torchrun(f"stopped by {reason(interruption.number)} with work remaining: run the same command to resume")
         exit_at_once(STOPPED_EARLY)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and error.filename == STANDARD_OUTPUT:
@@ -124,7 +123,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("MDMTRAIN_DEBUG") == "1":
             raise
         log.debug("the command failed", exc_info=True)
-        _tell_torchrun(f"error: {describe_error(error)}")
+        tell_torchrun(f"error: {describe_error(error)}")
         everywhere = isinstance(error, AgreedError) or not dist.is_initialized() or dist.get_world_size() == 1
         if not everywhere:
             print(f"error: rank {dist.get_rank()}: {describe_error(error)}", file=sys.stderr, flush=True)
@@ -136,7 +135,7 @@ def user_errors() -> Iterator[None]:
             exit_at_once(BAD_INPUT)
         sys.exit(BAD_INPUT)
     except Exception:
-        _tell_torchrun(traceback.format_exc())
+        tell_torchrun(traceback.format_exc())
         _let_checkpoint_finish()
         raise
     if dist.is_initialized():
@@ -145,13 +144,6 @@ def user_errors() -> Iterator[None]:
         # aborts with "terminate called without an active exception" (torch 2.13, pytorch issue 190489).
         atexit._run_exitfuncs()
         exit_at_once(0)
-
-
-def _tell_torchrun(message: str) -> None:
-    """Write the error file of torch.distributed.elastic. torchrun prints it at the end of its summary."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError):  # a full disk must not hide the error itself
-            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _let_checkpoint_finish() -> None:

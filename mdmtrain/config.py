@@ -163,7 +163,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _mixes(self) -> "DataConfig":
-        steps, weights = [phase.from_step for phase in self.phases], [self.weights, *(p.weights for p in self.phases)]
+        steps = [phase.from_step for phase in self.phases]
+        weights = [self.weights, *(p.weights for p in self.phases)]
         if any(later <= earlier for earlier, later in pairwise(steps)):
             raise ValueError(f"phases must be in the order of their steps, and from_step has {steps}")
         for phase in self.phases:
@@ -552,7 +553,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _best_is_known(self) -> "Config":
-        save, evaluate = self.checkpoint.save_every, self.eval.every
+        save = self.checkpoint.save_every
+        evaluate = self.eval.every
         if self.checkpoint.keep_best is not None and save % evaluate and evaluate % save:
             raise ValueError(
                 f"checkpoint.keep_best needs an evaluation at its checkpoints: make eval.every={evaluate} a divisor or "
@@ -606,7 +608,8 @@ def resolve(config: Config, world_size: int) -> RunPlan:
 
     Raises ValueError if the rows or the ranks cannot be split evenly, or if the warm-up is too long.
     """
-    run, views = config.run, config.diffusion.rows_per_slot
+    run = config.run
+    views = config.diffusion.rows_per_slot
     if run.global_batch % (world_size * views):
         raise ValueError(
             f"run.global_batch={run.global_batch} does not divide over {world_size} ranks"

@@ -66,7 +66,8 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any) -> str:
-    origin, inner = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join("null" if one is NoneType else _type(one) for one in inner)
     if origin is Literal:

@@ -158,7 +158,8 @@ def open_material(path: str, name: str, args: argparse.Namespace, count: int, lo
 
     count: largest number of rows. Raises ValueError.
     """
-    length, pad_id = loaded.config.data.sequence_length, loaded.tokenizer.pad_id
+    length = loaded.config.data.sequence_length
+    pad_id = loaded.tokenizer.pad_id
     reading = Reading(args.on_bad_record, args.format)
     if is_prepared(path):
         stream = open_split(path, args.split, loaded)
@@ -384,7 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
     estimators = world.agree(lambda: choose_estimators(args, loaded))
     paths = args.data or world.agree(lambda: own_data(loaded))
     count = args.rows or loaded.config.eval.rows
-    console, results = Console(), []
+    console = Console()
+    results = []
     if args.json:
         survive_terminal()  # the results go to the file
     if world.is_main:

@@ -41,6 +41,11 @@ def put_in_place(made: Path, place: Path) -> None:
     sync(place.parent)
 
 
+def on_disk(path: Path) -> bool:
+    """Is this a path on a disk? A path in an object store is a UPath, which is not a pathlib.Path."""
+    return isinstance(path, Path)
+
+
 def sync(path: Path) -> None:
     """Sync a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -237,9 +237,13 @@ def gap_lengths(place: str, record: dict, parts: Sequence, wanted: list[int]) ->
     own = record.get("gen_length")
     count = len(parts) - 1
     if own is None:
-        lengths, name, where = wanted, "--gen-length", ""
+        lengths = wanted
+        name = "--gen-length"
+        where = ""
     else:
-        lengths, name, where = own if isinstance(own, list) else [own], "'gen_length'", f"{place}: "
+        lengths = own if isinstance(own, list) else [own]
+        name = "'gen_length'"
+        where = f"{place}: "
     if not lengths or not all(type(length) is int and length >= 1 for length in lengths):
         raise ValueError(f"{where}{name} must be a whole number of at least 1, or one such number for each gap")
     if len(lengths) not in (1, count):

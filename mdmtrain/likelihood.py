@@ -13,7 +13,6 @@ estimator: its likelihood is exact.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -27,7 +26,7 @@ from mdmtrain.diffusion.masks import bernoulli
 from mdmtrain.diffusion.noise import Stream
 from mdmtrain.diffusion.objective import MaskedBatch, assemble, corrupt_counted, next_token, row_losses
 from mdmtrain.model.transformer import Transformer, masked_cross_entropy
-from mdmtrain.parallel.parallelize import reshard
+from mdmtrain.parallel.forward_passes import deal
 from mdmtrain.parallel.watchdog import Watchdog
 from mdmtrain.parallel.world import World
 
@@ -149,7 +148,8 @@ def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
         order = np.arange(len(P)).repeat(P)
         revealed = np.arange(len(order)) - (np.cumsum(P) - P).repeat(P)
         return Passes(rows.repeat(draws)[order], order, (P[order] - revealed - 0.5) / P[order], order)
-    row, each = rows.repeat(draws), np.arange(len(rows) * draws)
+    row = rows.repeat(draws)
+    each = np.arange(len(rows) * draws)
     if estimator.name == "systematic":
         length = min(SWEEP, draws // 2)
         sweep = each // length
@@ -166,7 +166,8 @@ def corrupt(estimator: Estimator, rows: Rows, passes: Passes, chosen: np.ndarray
     """
     row = torch.from_numpy(passes.row[chosen])
     u = passes.u[chosen]
-    ids, eligible = rows.ids[row], rows.eligible[row]
+    ids = rows.ids[row]
+    eligible = rows.eligible[row]
     stream_step = 2 * ESTIMATORS.index(estimator.name) + 1
     uniforms = torch.from_numpy(
         noise.position_uniforms(estimator.seed, stream_step, passes.slot[chosen], ids.shape[1], Stream.EVALUATION)
@@ -229,33 +230,3 @@ def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.bincount(row, (group - nats[row]) ** 2) / (groups - 1) / groups
     return Estimate(nats, variance, tokens, len(values))
-
-
-@torch.no_grad()
-def deal(
-    count: int,
-    batch: int,
-    values: Callable[[np.ndarray], Tensor],
-    model: Transformer,
-    world: World,
-    watch: Watchdog | None = None,
-) -> np.ndarray:
-    """Compute values(numbers) for the numbers 0 .. count - 1, `batch` at a time, split over ranks. A collective.
-
-    Returns float64 [count] in order. The batches do not depend on the number of ranks, and neither does the result.
-    watch: the watchdog of a run in training. Each batch counts as progress. A stop request raises Interrupted, before
-    the same batch on all ranks.
-    """
-
-    def dealt_batch(number: int) -> np.ndarray:
-        if watch is not None:
-            watch.at("evaluation")
-            watch.stop.check()
-        return values(batches[number]).double().cpu().numpy()
-
-    batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
-    try:
-        dealt = world.deal(len(batches), dealt_batch)
-    finally:  # also after an interruption
-        reshard(model)
-    return np.concatenate(dealt)

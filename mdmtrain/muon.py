@@ -120,7 +120,8 @@ class Muon(torch.optim.Optimizer):
         if isinstance(first, DTensor):
             mesh = first.device_mesh
             last = mesh.ndim - 1  # with HSDP, the last dimension of the mesh has the ranks of one copy
-            ranks, rank = mesh.size(last), mesh.get_local_rank(last)
+            ranks = mesh.size(last)
+            rank = mesh.get_local_rank(last)
             self._group = mesh.get_group(last)
             self.device = torch.device(mesh.device_type)  # for CUDA: the current device
         self.dtype = newton_schulz_dtype(self.device.type)
@@ -157,7 +158,8 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, p: nn.Parameter, skip: Tensor) -> Tensor:
         """Update the momentum of this rank's rows, and return Nesterov's combination of it with the gradient."""
-        gradient, momentum = local_gradient(p), local(self.state[p]["momentum"])
+        gradient = local_gradient(p)
+        momentum = local(self.state[p]["momentum"])
         moved = momentum.lerp(gradient, 1 - MOMENTUM)
         torch.where(skip, momentum, moved, out=momentum)
         return gradient.lerp(moved, MOMENTUM)

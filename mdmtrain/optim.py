@@ -138,7 +138,8 @@ class EMA:
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
-            average, live = local(self.tensors[name]), local(p)
+            average = local(self.tensors[name])
+            live = local(p)
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)

@@ -48,7 +48,8 @@ def divisible_batch(config: Config, gpus: int) -> tuple[Config, str | None]:
 
     The batch becomes the nearest multiple. The number of steps changes with it, so that the run has as many tokens.
     """
-    run, unit = config.run, gpus * config.diffusion.rows_per_slot
+    run = config.run
+    unit = gpus * config.diffusion.rows_per_slot
     if run.global_batch % unit == 0:
         return config, None
     batch = max(1, round(run.global_batch / unit)) * unit
@@ -63,7 +64,8 @@ def divisible_batch(config: Config, gpus: int) -> tuple[Config, str | None]:
 
 def arrangements(config: Config, gpus: int) -> Iterator[Config]:
     """Every arrangement of a configuration whose global batch divides over the GPUs."""
-    views, length = config.diffusion.rows_per_slot, config.data.sequence_length
+    views = config.diffusion.rows_per_slot
+    length = config.data.sequence_length
     rows = config.run.global_batch // gpus
     micros = [micro for micro in range(views, rows + 1, views) if rows % micro == 0]
     replicas = [copies for copies in range(1, gpus + 1) if gpus % copies == 0]

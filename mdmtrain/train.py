@@ -29,7 +29,7 @@ from mdmtrain.checkpoint.resume import (
     leave_behind,
     run_identity,
 )
-from mdmtrain.checkpoint.run_folder import describe_run, removed_if_refused
+from mdmtrain.checkpoint.run_folder import record_start, removed_if_refused
 from mdmtrain.checkpoint.run_lock import RunLock
 from mdmtrain.checkpoint.saver import Saver
 from mdmtrain.checkpoint.writer import CheckpointWriter
@@ -42,7 +42,7 @@ from mdmtrain.data.loader import check_splits, loader_errors, open_splits, train
 from mdmtrain.data.order import START, Cursor
 from mdmtrain.data.shards import PreparedSplit
 from mdmtrain.data.tokenizer import Tokenizer
-from mdmtrain.diffusion.objective import row_losses, row_statistics
+from mdmtrain.diffusion.objective import ForwardProcess, row_losses, row_statistics
 from mdmtrain.diffusion.sampler import RateSampler, token_table
 from mdmtrain.due import due_after
 from mdmtrain.evaluate import evaluate_split, split_names
@@ -174,7 +174,7 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
     data = (inputs.sources, inputs.validation)
     facts = world.agree(lambda: describe_data(config, *data, state.cursor), main_only=True)
     moved = world.agree(lambda: leave_behind(config, state.home, state.step), main_only=True)
-    world.agree(lambda: describe_run(run_dir, config, state.step, state.origin, world.size), main_only=True)
+    world.agree(lambda: record_start(run_dir, config, state.step, state.origin, world.size), main_only=True)
     run_log = RunLog(config, state.step, world, bits_per_nat(inputs.validation))
     scores = validation_scores(run_dir) if world.is_main else {}
     patience = LATE + config.run.slow_timeout
@@ -322,13 +322,10 @@ def take_steps(
             records = recorder.flush()  # only here the host waits for the device
             graphs.report(state.step)
             if due.probe:
-                watch.at("probe")
-                components, seconds, share = probe.decompose(process, inputs.validation, state.step)
-                records[-1] |= {COMPONENTS: components, DENSITY: sampler.picture()}
-                outputs.log.probe_cost(state.step, seconds, share)
+                stopped = measure_components(probe, process, records[-1], state, inputs, outputs, watch)
             outputs.log.steps(records, recorder, loader.dataset, keep_last=due.interrupts)
             outputs.log.checkpoint(outputs.saver.poll())
-        if due.evaluation:
+        if due.evaluation and not stopped:
             stopped = evaluation(state, inputs, outputs, config, world, watch)
         if due.save or stopped:
             watch.at("checkpoint")
@@ -347,6 +344,29 @@ def take_steps(
 # ---- parts of a run
 
 
+def measure_components(
+    probe: Probe,
+    process: ForwardProcess,
+    record: dict,
+    state: State,
+    inputs: Inputs,
+    outputs: Outputs,
+    watch: Watchdog,
+) -> int:
+    """Measure the variance components of the loss, and add them and the density to a step's record. A collective.
+
+    Returns 0. If a stop is requested during the measurement, returns its number and adds nothing.
+    """
+    watch.at("probe")
+    try:
+        components, seconds, share = probe.decompose(process, inputs.validation, state.step, watch)
+    except Interrupted as interruption:
+        return interruption.number
+    record |= {COMPONENTS: components, DENSITY: state.sampler.picture()}
+    outputs.log.probe_cost(state.step, seconds, share)
+    return 0
+
+
 def evaluation(state: State, inputs: Inputs, outputs: Outputs, config: Config, world: World, watch: Watchdog) -> int:
     """Evaluate the weights (their EMA if optim.ema_decay is set) and record the result. A collective.
 
@@ -355,6 +375,7 @@ def evaluation(state: State, inputs: Inputs, outputs: Outputs, config: Config, w
     names = split_names(inputs.validation, [source.path for source in config.data.sources])
     settings = (config.eval, config.data.sequence_length, config.data.document_mask, inputs.tokenizer.mask_id)
     model = state.model
+    watch.at("evaluation")
     model.eval()
     try:
         with state.average.swapped_into(model) if state.average is not None else nullcontext():

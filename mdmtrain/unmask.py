@@ -133,7 +133,8 @@ def _steps(
     ids: Tensor, row: MaskedRow, mask_id: int, forbidden: list[int], on_step: OnStep | None
 ) -> Generator[Tensor, Tensor, None]:
     """Fill the masks of `ids` in place. Yields each step's positions, int64 [K], and receives their logits [K, V]."""
-    sampling, eos = row.sampling, row.eos
+    sampling = row.sampling
+    eos = row.eos
     masks = (ids == mask_id).nonzero().squeeze(1)
     lengths = row.gaps or [sampling.gen_length] * -(-len(masks) // sampling.gen_length)
     place_in_gap = torch.cat([torch.arange(length) for length in lengths])[: len(masks)].to(ids.device)
@@ -175,7 +176,8 @@ def _logits(
     """
     if cfg_scale != 0:
         unknown = [row.masked_fill(known, mask_id) for row, known in zip(rows, given, strict=True)]
-        rows, positions = rows + unknown, positions * 2
+        rows = rows + unknown
+        positions = positions * 2
     length = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=mask_id) for row in rows])
     flat = torch.cat([number * length + own for number, own in enumerate(positions)])

@@ -1,6 +1,7 @@
 """What goes wrong with a rank, a step or a machine: what is said, and that nothing is lost (docs/faults.md)."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -45,9 +46,10 @@ def watched(world, trees: dict[str, dict]) -> dict:
     from mdmtrain.monitor.recorder import StepRecorder
     from mdmtrain.parallel.stop import Interrupted
     from mdmtrain.parallel.world import AgreedError
+    from mdmtrain.variance import probe
 
     said, read = io.StringIO(), []
-    cross_entropy, wait_for, save = train.masked_cross_entropy, StepRecorder.wait_for, store.save
+    cross_entropy, wait_for, save, deal = train.masked_cross_entropy, StepRecorder.wait_for, store.save, probe.deal
 
     def run(name: str, **faults: Callable) -> str:
         read.clear()
@@ -55,7 +57,7 @@ def watched(world, trees: dict[str, dict]) -> dict:
             at_the_end.enter_context(contextlib.redirect_stdout(said))
             for target, fault in faults.items():
                 places = {"masked_cross_entropy": train, "wait_for": StepRecorder, "corrupt": likelihood, "save": store}
-                place = places[target]
+                place = (places | {"deal": probe})[target]
                 at_the_end.enter_context(patch.object(place, target, fault))
             try:
                 train.train(configuration.validate(trees[name], "test"), world)
@@ -94,6 +96,17 @@ def watched(world, trees: dict[str, dict]) -> dict:
 
         return {"corrupt": corrupting, "save": slow_save}
 
+    def stop_second_batch(count, batch, values, *arguments):
+        """Rank 1 gets SIGTERM in its second batch of a probe."""
+
+        def stopping(numbers):
+            batches.append(len(batches))
+            if world.rank == 1 and len(batches) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return values(numbers)
+
+        return deal(count, batch, stopping, *arguments)
+
     def spin(recorder, batches):
         end = time.thread_time() + (0.2 if world.rank == 1 else 0.0)
         while time.thread_time() < end:
@@ -108,6 +121,8 @@ def watched(world, trees: dict[str, dict]) -> dict:
     seen["stops"] += [store.newest(Path(trees["stopped"]["run"]["dir"])).name]
     seen["stops"] += [read_metrics(trees["stopped"]["run"]["dir"])[-1] if world.is_main else {}]
     seen["stops"] += [run("stopped", **signal_at(8 + 2)), run("stopped")]  # in that after step 6, then not at all
+    batches.clear()
+    seen["probe"] = [run("probed", deal=stop_second_batch), len(batches), run("probed")]
     seen["late"], seen["profiled"], seen["slow"] = run("late"), run("profiled"), run("slow", wait_for=spin)
     return {**seen, "said": said.getvalue()}
 
@@ -133,6 +148,8 @@ def two_ranks(corpus, tmp_path_factory) -> tuple[Path, list[dict]]:
     trees |= {"late": tree(folder / "late", corpus, time_limit=1e-6), "slow": tree(folder / "slow", corpus)}
     trees["late"]["monitor"] |= {"log_every": 1, "probe_every": 2}
     trees["slow"]["monitor"] |= {"log_every": 1}
+    trees["probed"] = tree(folder / "probed", corpus)
+    trees["probed"]["monitor"] |= {"probe_every": 2}
     trees["profiled"] = tree(folder / "profiled", corpus)
     trees["profiled"]["monitor"] |= {"profile_at": 1, "profile_steps": 2}
     return folder, run_world(watched, 2, trees)
@@ -215,6 +232,21 @@ def test_a_stop_waits_for_no_diagnostic(two_ranks):
     assert "after step 2: save (the time limit (run.time_limit)), log (monitor.log_every)" in reasons
 
 
+def test_a_stop_in_a_probe_discards_the_probe_only(two_ranks):
+    folder, seen = two_ranks
+    for one in seen:
+        first, batches, second = one["probe"]
+        assert (first, second) == ("", "")
+        assert batches in (2, 3, 4), "of 128 batches a rank"
+        assert batches == seen[0]["probe"][1], "the ranks left at different batches"
+    assert "stopped by SIGTERM after step 2, checkpoint saved" in seen[0]["said"]
+    records = [r for r in read_metrics(folder / "probed") if "split" not in r]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "probe" in r] == [4, 6]
+    for file in (folder / "calm/checkpoints/step-00000006").glob("*.safetensors"):
+        assert file.read_bytes() == (folder / "probed/checkpoints/step-00000006" / file.name).read_bytes()
+
+
 def test_a_slow_rank_is_named_and_the_wait_of_the_others_is_not_counted(two_ranks):
     folder, _ = two_ranks
     with open(folder / "slow/metrics.jsonl", encoding="utf-8") as lines:
@@ -240,6 +272,7 @@ def rank(number: int, size: int, port: int, config: str, fault: Callable | None,
     """One rank as a launcher starts it, with a fault put into it."""
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{out}.{number}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{out}.{number}.torchrun"
     if size > 1:
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -276,6 +309,11 @@ def hang(number: int) -> None:
 def die(victim: int, number: int) -> None:
     if number == victim:
         at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def crash(number: int) -> None:
+    if number == 1:
+        at_step(4, lambda: ctypes.string_at(0))  # reads address 0
 
 
 def stop_in_preparation(number: int) -> None:
@@ -318,6 +356,7 @@ FAULTS = {
     "hang": (hang, 2),
     "die 0": (partial(die, 0), 2),
     "die 1": (partial(die, 1), 2),
+    "crash": (crash, 2),
     "stop": (stop_in_preparation, 2),
     "memory": (run_out_of_memory, 2),
     "cut": (cut_a_shard, 1),
@@ -352,6 +391,12 @@ def broken(server, corpus, tmp_path_factory) -> Callable[[str], tuple[Path, list
         yield lambda name: running[name].result()
 
 
+def told_torchrun(folder: Path) -> list[str]:
+    """The messages in the error files of two ranks, which torchrun prints at its end."""
+    files = [folder.parent / f"{folder.name}-rank.{number}.torchrun" for number in (0, 1)]
+    return [json.loads(file.read_text())["message"] for file in files]
+
+
 def test_a_hung_rank_is_named_with_its_stack(broken):
     folder, (zero, one) = broken("hang")
     assert (zero.status, one.status) == (1, 1)
@@ -359,6 +404,7 @@ def test_a_hung_rank_is_named_with_its_stack(broken):
     assert "rank 1 is behind, in data (step 4) for " in zero.err
     assert "the other ranks wait in forward (step 4), in gloo:" in zero.err
     assert one.err == ""
+    assert all(zero.err.startswith(message) for message in told_torchrun(folder)), "torchrun would show no reason"
     assert "stuck_in_a_lock" in (folder / "logs/rank-1.log").read_text()
     assert "in all_gather" in (folder / "logs/rank-0.log").read_text()  # a collective of torch's
 
@@ -374,11 +420,20 @@ def test_a_dead_rank_is_named(broken, victim, said):
     assert not any(line.startswith(("error", "Traceback")) for line in before)  # torch speaks of the store, in C++
 
 
+def test_a_crash_in_a_library_leaves_every_stack(broken):
+    folder, (zero, one) = broken("crash")
+    assert one.status == -signal.SIGSEGV and zero.status == 1
+    stacks = (folder / "logs/rank-1.log").read_text()
+    assert "Fatal Python error: Segmentation fault" in stacks and "string_at" in stacks
+    assert zero.err.splitlines()[-1].startswith("error: a connection broke: rank 1 is not responding")
+
+
 def test_a_stop_in_preparation_is_prompt_and_leaves_nothing(broken):
     folder, (zero, one) = broken("stop")
     assert (zero.status, one.status) == (STOPPED_EARLY, STOPPED_EARLY)
     assert zero.out == "stopped by SIGTERM in preparation, before any step: run the same command to start again\n"
     assert zero.err == one.err == one.out == ""
+    assert [f"{message}\n" for message in told_torchrun(folder)] == [zero.out, zero.out]
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "logs"]
 
 

@@ -102,7 +102,8 @@ class Row:
 def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_dir: Path) -> tuple[int, dict]:
     """(ranks, configuration) of one run."""
     copies, _, shard = world.rpartition("x")
-    copies, shard = int(copies or 1), int(shard)
+    copies = int(copies or 1)
+    shard = int(shard)
     ranks = copies * shard
     micro = ROWS // ranks // arrangement.accumulate
     return ranks, {
@@ -235,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: a small new one)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers to this file too")
     args = parser.parse_args(arguments)
-    worlds, names = args.worlds.split(","), args.only.split(",")
+    worlds = args.worlds.split(",")
+    names = args.only.split(",")
     sizes = [world.split("x") for world in worlds]
     if worlds[0] != "1" or not all(len(size) < 3 and all(n in {"1", "2", "4"} for n in size) for size in sizes):
         raise ValueError(f"--worlds {args.worlds}: must be 1, then numbers of ranks (2, 4) or REPLICASxSHARDS (2x2)")
@@ -245,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"--only {args.only}: add {', '.join(sorted(missing))}, to compare with")
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps}: must be at least 1")
-    console, begin = Console(width=120), time.monotonic()
+    console = Console(width=120)
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or corpus(Path(folder) / "corpus")
         rows = []

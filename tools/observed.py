@@ -56,7 +56,8 @@ def traced_traffic(
         assert group is not None
         here = World(rank, world, torch.device("cpu"), mesh, group)
         data_mesh(config.parallel, here)  # made before tensors are fake
-        rows, length = config.run.micro_batch, config.data.sequence_length
+        rows = config.run.micro_batch
+        length = config.data.sequence_length
         with FakeTensorMode(allow_non_fake_inputs=True), Watch():
             model = build_model(shape, parallel, here)
             ids = torch.zeros(rows, length, dtype=torch.long)

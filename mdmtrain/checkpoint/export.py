@@ -125,7 +125,8 @@ def _write_tensors(weights: Weights, target: str, folder: Path, dtype: str, shar
 
 def _card(weights: Weights, target: str, dtype: str, name: str) -> str:
     """The README.md of an exported folder: what the model is, how to load it, and facts about its training."""
-    facts, shape = weights.facts, weights.shape
+    facts = weights.facts
+    shape = weights.shape
     config = facts["config"]
     arm = config["diffusion"]
     usual = DiffusionConfig().model_dump(mode="json")

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdmtrain.checkpoint import formats, store
-from mdmtrain.checkpoint.storage import on_disk
 from mdmtrain.checkpoint.weights import Weights, chosen_weights, open_checkpoint, open_folder, read_json
 from mdmtrain.config import Config, upgrade, validate
 from mdmtrain.data.tokenizer import Tokenizer
+from mdmtrain.files import on_disk
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.optim import local

@@ -23,7 +23,7 @@ ABANDONED = "abandoned-"  # prefix for the names of abandoned checkpoints and ex
 
 @contextmanager
 def removed_if_refused(folder: Path) -> Iterator[None]:
-    """Remove a new run folder if the start fails (ValueError, OSError) before `describe_run` has written to it.
+    """Remove a new run folder if the start fails (ValueError, OSError) before `record_start` has written to it.
 
     Removes only the lock, the logs of ranks and empty folders. Only one rank may call it.
     """
@@ -41,7 +41,7 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-def describe_run(folder: Path, config: Config, step: int, origin: str, ranks: int) -> None:
+def record_start(folder: Path, config: Config, step: int, origin: str, ranks: int) -> None:
     """Write the configuration (config.yaml), the software (environment.json) and the start (history.jsonl) of a run.
 
     step: number of steps done so far. origin: where the weights come from. ranks: number of ranks.

@@ -15,7 +15,7 @@ from typing import IO, Protocol, cast
 
 from upath import UPath
 
-from mdmtrain.files import replacing, writing
+from mdmtrain.files import on_disk, replacing, writing
 from mdmtrain.parallel.world import describe_error
 
 
@@ -131,10 +131,6 @@ class ObjectStore:
 
     def sync(self, file: IO) -> None:
         pass  # an object is there when it is closed
-
-
-def on_disk(path: Path) -> bool:
-    return isinstance(path, Path)
 
 
 def storage_of(path: Path) -> Storage:

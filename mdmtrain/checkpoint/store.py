@@ -323,7 +323,9 @@ def read_meta(folder: Path) -> dict:
         )
     try:
         meta = json.loads(marker.read_text(encoding="utf-8"))
-        version, files, stated = meta["format_version"], dict(meta["files"]), meta.pop("own_crc32", None)
+        version = meta["format_version"]
+        files = dict(meta["files"])
+        stated = meta.pop("own_crc32", None)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{marker}: damaged; use another checkpoint") from None
     if version not in (1, FORMAT_VERSION):

@@ -50,7 +50,8 @@ def write_file(file: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, s
     with storage_errors(file), file.open("wb") as stream:
         for block in blocks:
             stream.write(block)
-            value, size = zlib.crc32(block, value), size + len(block)
+            value = zlib.crc32(block, value)
+            size = size + len(block)
             del block  # frees the memory before the next block is made
         storage_of(file).sync(stream)
     return size, f"{value:08x}"
@@ -60,7 +61,8 @@ class TensorReader:
     """Reads selected rows of a checkpoint's tensors. It does not read the other parts of the files."""
 
     def __init__(self, folder: Path, layout: Layout):
-        self._folder, self._layout = folder, layout
+        self._folder = folder
+        self._layout = layout
         self._headers: dict[int, tuple[dict, int]] = {}
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
@@ -72,7 +74,8 @@ class TensorReader:
         for name, tensor in tensors.items():
             if name not in self._layout.tensors:
                 raise ValueError(f"{name} is missing")
-            entry, part = self._layout.tensors[name], local(tensor)
+            entry = self._layout.tensors[name]
+            part = local(tensor)
             if tuple(tensor.shape) != entry.shape:
                 raise ValueError(f"{name} has shape {[*entry.shape]} in the checkpoint, not {[*tensor.shape]}")
             part = part if entry.shape else part.view(1)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mdmtrain.checkpoint.storage import on_disk
+from mdmtrain.files import on_disk
 
 # Hide DCP's warnings about its internals, in the whole process, because `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")

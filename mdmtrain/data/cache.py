@@ -83,7 +83,8 @@ class ShardCache:
                 f"{file.url} has {file.size:,} bytes, but the cache {self.folder} is limited to {self.limit:,}: raise "
                 "data.cache_gb"
             )
-        part, final = self.folder / (file.name + PART), self.folder / file.name
+        part = self.folder / (file.name + PART)
+        final = self.folder / file.name
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)

@@ -24,7 +24,8 @@ def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixtur
 
     Raises ValueError if a source is read for more than its max_epochs.
     """
-    steps, data = config.run.steps, config.data
+    steps = config.run.steps
+    data = config.data
     reads = order.counts(cursor.at(steps, config.slots_per_step, 0).sample)
     table = [("source", "tokens", "weight", f"epochs by step {steps:,}")]
     for number, (source, configured) in enumerate(zip(sources, data.sources, strict=True)):
@@ -46,7 +47,8 @@ def describe_mixture(config: Config, sources: list[PreparedSplit], order: Mixtur
 
 def cache_need(config: Config, sources: list[PreparedSplit], validation: list[PreparedSplit]) -> int:
     """Bytes that the cache must hold at a time: the validation splits, and two turns of each source (see Shuffle)."""
-    mask, together = config.data.document_mask, config.data.shuffle_shards
+    mask = config.data.document_mask
+    together = config.data.shuffle_shards
     need = sum(int(split.row_bytes(mask).sum()) for split in validation if split.cache is not None)
     for source in sources:
         if source.cache is not None:
@@ -60,7 +62,9 @@ def describe_cache(config: Config, sources: list[PreparedSplit], validation: lis
 
     Raises ValueError if the cache's limit is lower.
     """
-    need, data, together = cache_need(config, sources, validation), config.data, config.data.shuffle_shards
+    need = cache_need(config, sources, validation)
+    data = config.data
+    together = config.data.shuffle_shards
     if not need:
         return []
     what = "all shards" if together is None else f"twice data.shuffle_shards={together} shards of each source"
@@ -95,7 +99,8 @@ def shared_documents(train: list[PreparedSplit], validation: list[PreparedSplit]
             for part in source.document_hashes(MOST_COMPARED):
                 at = np.searchsorted(wanted, part).clip(max=len(wanted) - 1)
                 found[at[wanted[at] == part]] = True
-            count, seen = int(found[places].sum()), source.documents_of(source.some_shards(MOST_COMPARED))
+            count = int(found[places].sum())
+            seen = source.documents_of(source.some_shards(MOST_COMPARED))
             if count:
                 sample = f" (of {seen:,} of its {source.documents:,} documents)" if seen < source.documents else ""
                 lines.append(

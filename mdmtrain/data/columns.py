@@ -27,7 +27,9 @@ class Table:
 
         All methods raise ValueError if the file is damaged.
         """
-        self.name, self._kind, self._raw = name, kind, raw
+        self.name = name
+        self._kind = kind
+        self._raw = raw
         with self._readable():
             if kind == "parquet":
                 self._file = pq.ParquetFile(raw, buffer_size=PAGES, pre_buffer=False, page_checksum_verification=True)
@@ -92,7 +94,8 @@ class Table:
     def _batches(self, columns: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
         """(a batch of some rows, share of the file that is read after it)."""
         if self._kind == "parquet":
-            done, rows = 0, self._file.metadata.num_rows
+            done = 0
+            rows = self._file.metadata.num_rows
             for group in range(self._file.num_row_groups):
                 size = _rows(self._file.metadata.row_group(group))
                 for batch in self._file.iter_batches(size, [group], columns, use_threads=False):

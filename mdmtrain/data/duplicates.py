@@ -43,7 +43,9 @@ def sorted_hashes(hashes: Iterable[bytes]) -> np.ndarray:
     columns = np.frombuffer(content, "<u8").reshape(-1, 2)
     order = np.lexsort((columns[:, 1], columns[:, 0]))
     made = np.empty(len(columns), _HASH)
-    made["high"], made["low"], made["number"] = columns[order, 0], columns[order, 1], order
+    made["high"] = columns[order, 0]
+    made["low"] = columns[order, 1]
+    made["number"] = order
     return made
 
 
@@ -65,14 +67,17 @@ def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
         end = bisect_left(hashes["high"], above, first) if bucket + 1 < of else len(hashes)
         blocks.append(np.array(hashes[first:end]))
         origins.append(np.full(end - first, part, "<u4"))
-    found, origin = np.concatenate(blocks), np.concatenate(origins)
+    found = np.concatenate(blocks)
+    origin = np.concatenate(origins)
     del blocks, origins
     order = np.lexsort((found["low"], found["high"]))  # stable: documents with the same text keep their order
-    high, low = found["high"][order], found["low"][order]
+    high = found["high"][order]
+    low = found["low"][order]
     again = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
     again.sort()
     made = np.empty(len(again), _FOUND)
-    made["part"], made["number"] = origin[again], found["number"][again]
+    made["part"] = origin[again]
+    made["number"] = found["number"][again]
     made.sort(order=("part", "number"))
     return made
 

@@ -165,10 +165,12 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
     An id in the configuration that is an ordinary piece (often its default) is not used; a note is then added to
     `notes`.
     """
-    by_id, names = {number: piece for piece, number in vocabulary(content)}, {}
+    by_id = {number: piece for piece, number in vocabulary(content)}
+    names = {}
     declared = {token["content"] for token in content["added_tokens"]}
     for role in ROLES:
-        token, number = _text(settings.get(f"{role}_token")), config.get(f"{role}_token_id")
+        token = _text(settings.get(f"{role}_token"))
+        number = config.get(f"{role}_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if token is None and isinstance(number, int):
             token = by_id.get(number)
@@ -184,12 +186,14 @@ def _named(content: dict, settings: dict, config: dict, notes: list[str]) -> dic
 
 def _own_tokens(content: dict, names: dict, add_missing: bool, notes: list[str]) -> dict[str, str]:
     """A special token for each role, shared with no other role. Adds new tokens to `content` and changes to `notes`."""
-    model, tokens = content["model"], {token["content"]: token for token in content["added_tokens"]}
+    model = content["model"]
+    tokens = {token["content"]: token for token in content["added_tokens"]}
     unknown = model.get("unk_token")
     if unknown is None and model.get("unk_id") is not None:
         unknown = model["vocab"][model["unk_id"]][0]
     ordinary = spelled(content, [name for name in names.values() if name not in tokens])
-    roles, taken = {}, {unknown: "unk"} if unknown else {}
+    roles = {}
+    taken = {unknown: "unk"} if unknown else {}
     for role in ("eos", "bos", "mask", "pad"):  # the first of several roles with the same token keeps it
         name = names.get(role)
         if name is None and not add_missing:
@@ -215,10 +219,12 @@ def hub_files(model: bytes) -> dict[str, bytes]:
     Raises ValueError if a tokenizer.json cannot express this tokenizer.
     """
     if model[:1] == b"{":
-        pieces, files = HubPieces(model), {}
+        pieces = HubPieces(model)
+        files = {}
         content = pieces.content
     else:
-        pieces, files = SentencePieces(model), {"tokenizer.model": model}
+        pieces = SentencePieces(model)
+        files = {"tokenizer.model": model}
         if pieces.model_type != "BPE":  # the two libraries break ties between pieces differently
             raise ValueError("a sentencepiece unigram model cannot be exported: give its file to prepare_data.py again")
         content = _converted(pieces)
@@ -249,7 +255,8 @@ def _converted(pieces: SentencePieces) -> dict:
     """
     added = []
     for number in pieces.of_type(PIECE.CONTROL, PIECE.UNKNOWN, PIECE.USER_DEFINED):
-        piece, special = pieces.id_to_piece(number), pieces.pieces[number].type != PIECE.USER_DEFINED
+        piece = pieces.id_to_piece(number)
+        special = pieces.pieces[number].type != PIECE.USER_DEFINED
         if not special and (SPACE_MARK in piece or ESCAPE in piece):
             raise ValueError(f"user-defined piece {piece!r}: a tokenizer.json cannot have one with a space")
         if special or " " not in piece:  # sentencepiece replaces spaces, so it never finds such a piece

@@ -465,7 +465,8 @@ def _formats(name: str, raw: BinaryIO, endings: list[str]) -> tuple[Format | Non
             assert packed is not None, "nothing is unpacked yet"
             raise _damaged(name, packed, error) from None
         raw.seek(0)
-        found, named = _recognise(head), _BY_ENDING.get(endings[-1]) if endings else None
+        found = _recognise(head)
+        named = _BY_ENDING.get(endings[-1]) if endings else None
         if named and (found or not named.magic):
             endings.pop()
         format = found or named
@@ -521,7 +522,8 @@ def _other_encoding(head: bytes) -> str | None:
         if top and not any(top) and max(plane) <= 16 and low.count(0) <= 0.1 * len(low):
             return f"UTF-32{order}"
     for order, first in (("LE", 1), ("BE", 0)):
-        high, low = head[first::2], head[1 - first :: 2]
+        high = head[first::2]
+        low = head[1 - first :: 2]
         small = sum(byte < 32 for byte in high)
         if small >= 0.8 * len(high) and high.count(0) >= 0.05 * len(high) and low.count(0) <= 0.1 * high.count(0):
             return f"UTF-16{order}"

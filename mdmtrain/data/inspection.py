@@ -37,7 +37,8 @@ class SplitContent:
 
     def numbers(self, tokenizer: Tokenizer, most: int) -> dict[str, Any]:
         """The split's section of the report, as JSON. most: how many of the most frequent tokens it lists."""
-        pieces, seen = tokenizer.pieces(), int(self.counts.sum())
+        pieces = tokenizer.pieces()
+        seen = int(self.counts.sum())
         fallback = [number for number, piece in enumerate(tokenizer.raw_pieces()) if _BYTE.fullmatch(piece)]
         texts = seen - int(self.counts[list({tokenizer.bos_id, tokenizer.eos_id})].sum())
         frequent = np.argsort(-self.counts, kind="stable")[:most]
@@ -102,7 +103,8 @@ def sources(folder: Path, most: int) -> list[dict[str, Any]]:
         return []
     with open(file, encoding="utf-8") as stream:
         every = sorted(map(json.loads, stream), key=lambda one: -one["bytes"])
-    shown, rest = every[:most], every[most:]
+    shown = every[:most]
+    rest = every[most:]
     if rest:
         sums = {key: sum(one[key] for one in rest) for key in rest[0] if key != "input"}
         shown.append({"input": f"{len(rest):,} others", **sums})
@@ -118,7 +120,8 @@ def inspect(folder: Path, most_shards: int, most: int, documents: int) -> tuple[
     most: the number of sources and of frequent tokens in it. documents: the number of decoded documents of each split.
     Raises ValueError.
     """
-    manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder)
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder)
     contents = {split: look_at(folder, split, most_shards) for split in manifest["splits"]}
     report = {
         "folder": str(folder),

@@ -55,7 +55,8 @@ def open_splits(config: DataConfig, splits: Sequence[str]) -> list[list[Prepared
 
     Raises ValueError that names the folder.
     """
-    cache, opened = shard_cache(config), []
+    cache = shard_cache(config)
+    opened = []
     for source in config.sources:
         manifest = read_manifest(location(source.path))
         opened.append([PreparedSplit(source.path, split, None, cache=cache, manifest=manifest) for split in splits])
@@ -136,7 +137,8 @@ def span_row(split: "PreparedSplit | TextSplit", first: int, tokens: int, length
 
     Returns ids int64 [L], eligible bool [L] and the document of each position, int32 [L], -1 at pads.
     """
-    ids, segments = np.full(length, split.pad_id, dtype=np.int64), np.full(length, -1, dtype=np.int32)
+    ids = np.full(length, split.pad_id, dtype=np.int64)
+    segments = np.full(length, -1, dtype=np.int32)
     eligible = np.zeros(length, dtype=bool)
     ids[:tokens], eligible[:tokens] = split.read(first, tokens), split.eligible(first, tokens)
     segments[:tokens] = split.documents_in(first, tokens) if document_mask else 0
@@ -176,7 +178,8 @@ def shard_rows(source: PreparedSplit, length: int) -> np.ndarray:
 
 def mixture(config: Config, sources: list[PreparedSplit], cursor: Cursor = START) -> Mixture:
     """The order of a run's samples, valid from `cursor` on. Raises ValueError."""
-    data, seed = config.data, config.run.seed
+    data = config.data
+    seed = config.run.seed
     shuffles: list[Shuffle] = []
     for number, source in enumerate(sources):
         count = windows(source, data.sequence_length)
@@ -205,8 +208,11 @@ class Dataset(torch.utils.data.Dataset):
 
         validation: splits that each evaluation reads; their shards are kept in the cache.
         """
-        self._sources, self._data, self._cursor = sources, config.data, cursor
-        self._seed, self._slots_per_step = config.run.seed, config.slots_per_step
+        self._sources = sources
+        self._data = config.data
+        self._cursor = cursor
+        self._seed = config.run.seed
+        self._slots_per_step = config.slots_per_step
         self._syrm = None
         if config.diffusion.syrm_tokens:
             if not any(source.prompts for source in sources):
@@ -227,7 +233,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitems__(self, places: list[tuple[int, int]]) -> Batch:
         """The micro-batch for (step, slot) pairs, all of one step."""
-        step, slots = places[0][0], np.array([slot for _, slot in places], dtype=np.int64)
+        step = places[0][0]
+        slots = np.array([slot for _, slot in places], dtype=np.int64)
         assert all(one == step for one, _ in places), places
         self._ahead.at(step)
         source, row = self.order(self._cursor.at(step, self._slots_per_step, 0).sample + slots)
@@ -255,7 +262,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def _row(self, source: int, number: int, most: int) -> Row:
         """A row of a source with at most `most` tokens (a prompt with its response has its own length)."""
-        split, L = self._sources[source], self._data.sequence_length
+        split = self._sources[source]
+        L = self._data.sequence_length
         if split.prompts:
             return read_row(split, number, L, self._data.document_mask)
         first = number * L
@@ -267,7 +275,8 @@ class Dataset(torch.utils.data.Dataset):
 
     def _row_lengths(self, step: int, slots: np.ndarray) -> list[int]:
         """The number of tokens of each window: L, or for random_length_fraction of them a random n * L/16."""
-        L, fraction = self._data.sequence_length, self._data.random_length_fraction
+        L = self._data.sequence_length
+        fraction = self._data.random_length_fraction
         if not fraction:
             return [L] * len(slots)
         cut, which = noise.position_uniforms(self._seed, step, slots, 2, noise.Stream.LENGTH).T
@@ -285,8 +294,12 @@ class ReadAhead:
         self, config: Config, sources: list[PreparedSplit], order: Mixture, cursor: Cursor,
         validation: Sequence[PreparedSplit],
     ):  # fmt: skip
-        self._sources, self._order, self._cursor = sources, order, cursor
-        self._mask, self._steps, self._slots = config.data.document_mask, config.run.steps, config.slots_per_step
+        self._sources = sources
+        self._order = order
+        self._cursor = cursor
+        self._mask = config.data.document_mask
+        self._steps = config.run.steps
+        self._slots = config.slots_per_step
         # Steps that a worker process may be ahead of training: one for each prefetched batch, and one for the ranks.
         self._lag = config.data.workers * config.data.prefetch + 1
         self._validation = [split for split in validation if split.cache is not None]
@@ -305,19 +318,21 @@ class ReadAhead:
 
     def files(self, step: int) -> list[RemoteFile]:
         """The files that must be in the cache while `step` is read; those that are needed first come first."""
-        begin, now, end = (
-            self._order.counts(self._cursor.at(at, self._slots, 0).sample)
-            for at in (max(step - self._lag, self._cursor.step), min(step + 1, self._steps), self._steps)
-        )
+
+        def counts(at: int) -> np.ndarray:
+            """The number of rows of each source that are read before step `at`."""
+            return self._order.counts(self._cursor.at(at, self._slots, 0).sample)
+
+        begin = counts(max(step - self._lag, self._cursor.step))
+        now = counts(min(step + 1, self._steps))
+        end = counts(self._steps)
         needed, next_ones = [], []
         for number, source in enumerate(self._sources):
             if source.cache is None or begin[number] == end[number]:
                 continue
             shuffle = self._order.sources[number]
-            first, last = (
-                shuffle.turn_of(int(begin[number])),
-                shuffle.turn_of(max(int(begin[number]), int(now[number]) - 1)),
-            )
+            first = shuffle.turn_of(int(begin[number]))
+            last = shuffle.turn_of(max(int(begin[number]), int(now[number]) - 1))
             needed += [(source, shard) for turn in range(first, last + 1) for shard in shuffle.shards_of(turn)]
             if first == last and shuffle.first_read(last + 1) < end[number]:
                 next_ones += [(source, shard) for shard in shuffle.shards_of(last + 1)]
@@ -415,6 +430,7 @@ def random_rows(splits: list[PreparedSplit], config: DataConfig, rows: int, bits
     """`rows` rows drawn independently from the mixture, with replacement."""
     weights = np.array(config.weights)
     chosen = np.searchsorted(np.cumsum(weights) / weights.sum(), noise.uniforms(bits, rows), side="right")
-    counts, L = [windows(split, config.sequence_length) for split in splits], config.sequence_length
+    counts = [windows(split, config.sequence_length) for split in splits]
+    L = config.sequence_length
     places = [(splits[s], int(word) % counts[s]) for s, word in zip(chosen, bits.random_raw(rows), strict=True)]
     return stack_rows([read_row(*place, L, config.document_mask) for place in places], config.document_mask)

@@ -134,8 +134,10 @@ def _neutralise_steps(content: dict) -> list[str]:
     before, after = [], []
     if len(marks) == 1:
         mark = marks.pop()
-        before, after = escaping(mark), unescaping(mark)
-    notes, kept = [], [step for step in normalizers if step["type"] == "ByteLevel" or _marks_spaces(step)]
+        before = escaping(mark)
+        after = unescaping(mark)
+    notes = []
+    kept = [step for step in normalizers if step["type"] == "ByteLevel" or _marks_spaces(step)]
     for step in normalizers:
         if step["type"] == "Prepend":
             notes.append(PREFIX)
@@ -193,7 +195,8 @@ def spelled(content: dict, texts: list[str]) -> list[str]:
     loaded.encode_special_tokens = True
 
     def made(piece: str) -> bool:
-        contexts, number = (piece, f" {piece} ", f"a{piece}b"), loaded.token_to_id(piece)
+        contexts = (piece, f" {piece} ", f"a{piece}b")
+        number = loaded.token_to_id(piece)
         return any(number in loaded.encode(text, add_special_tokens=False).ids for text in contexts)
 
     return [piece for piece in texts if made(piece)]

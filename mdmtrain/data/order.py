@@ -73,8 +73,10 @@ def _round_keys(seed: int, stream: noise.Stream, epoch: int, source: int) -> tup
 
 
 def _feistel(values: np.ndarray, half: int, keys: tuple[np.uint64, ...]) -> np.ndarray:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & mask
+    shift = np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    left = values >> shift
+    right = values & mask
     for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return left << shift | right
@@ -95,11 +97,15 @@ class Shuffle:
 
     def __init__(self, size: int, seed: int, source: int, shards: int = 1):
         """size: the number of rows; shards: the number of shards that contain them."""
-        self.size, self._seed, self._source, self._shards = size, seed, source, shards
+        self.size = size
+        self._seed = seed
+        self._source = source
+        self._shards = shards
 
     def __call__(self, reads: np.ndarray) -> np.ndarray:
         """The rows of the given reads (numbered over all epochs): int64 in, int64 of the same shape out."""
-        rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
+        rows = np.empty_like(reads)
+        epochs, places = np.divmod(reads, self.size)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
             rows[mine] = permute(places[mine], self.size, self._seed, int(epoch), self._source)
@@ -146,13 +152,15 @@ class ShardShuffle(Shuffle):
         return found
 
     def __call__(self, reads: np.ndarray) -> np.ndarray:
-        rows, (epochs, places) = np.empty_like(reads), np.divmod(reads, self.size)
+        rows = np.empty_like(reads)
+        epochs, places = np.divmod(reads, self.size)
         for epoch in np.unique(epochs):
             shards, before, turns = self._epoch(int(epoch))
             parts = np.searchsorted(turns, places, side="right") - 1
             for part in np.unique(parts[epochs == epoch]):
                 mine = (epochs == epoch) & (parts == part)
-                first, size = turns[part], int(turns[part + 1] - turns[part])
+                first = turns[part]
+                size = int(turns[part + 1] - turns[part])
                 turn = int(epoch) * self._turns + int(part)
                 place = first + permute(places[mine] - first, size, self._seed, turn, self._source)
                 at = np.searchsorted(before, place, side="right") - 1
@@ -246,7 +254,8 @@ def _quota_method(quota: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarra
     then have no more than their share, rounded up. Floats compare these ratios exactly, because they are ratios of
     integers below 2^17.
     """
-    source, earlier = np.empty(period, dtype=np.int64), np.empty(period, dtype=np.int64)
+    source = np.empty(period, dtype=np.int64)
+    earlier = np.empty(period, dtype=np.int64)
     count = np.zeros_like(quota)
     for n in range(period):
         eligible = count * period < (n + 1) * quota

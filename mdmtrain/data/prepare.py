@@ -40,7 +40,8 @@ class Summary:
 
     def lines(self, seconds: float) -> list[str]:
         """The lines that are printed at the end: sizes, counts and the time taken."""
-        manifest, fingerprint = self.manifest, self.manifest["fingerprint"][:12]
+        manifest = self.manifest
+        fingerprint = self.manifest["fingerprint"][:12]
         if self.already:
             return [f"already prepared: {self.out} (same inputs and options; fingerprint {fingerprint})"]
         lines = []

@@ -26,7 +26,8 @@ def unescape(text: str) -> str:
 
 def _roles(proto: protobuf.ModelProto) -> dict[str, str]:
     """role -> its control piece, for each role that has one."""
-    training, names = proto.trainer_spec, {}
+    training = proto.trainer_spec
+    names = {}
     controls = {number: piece.piece for number, piece in enumerate(proto.pieces) if piece.type == PIECE.CONTROL}
     masks = [number for number, piece in controls.items() if piece in MASKS]
     for role, number in zip(ROLES, (training.bos_id, training.eos_id, training.pad_id, *masks[-1:]), strict=False):
@@ -47,10 +48,14 @@ def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
         proto = protobuf.ModelProto.FromString(model)
     except (RuntimeError, OSError, DecodeError):
         raise ValueError("it is not a sentencepiece model") from None
-    rules, training, size, notes = proto.normalizer_spec, proto.trainer_spec, len(proto.pieces), []
+    rules = proto.normalizer_spec
+    training = proto.trainer_spec
+    size = len(proto.pieces)
+    notes = []
     if rules.precompiled_charsmap:
         notes.append(f"normalization {rules.name or 'of its own'} is off")
-        rules.name, rules.precompiled_charsmap = "identity", b""
+        rules.name = "identity"
+        rules.precompiled_charsmap = b""
     if rules.add_dummy_prefix:
         notes.append(PREFIX)
         rules.add_dummy_prefix = False
@@ -61,7 +66,8 @@ def adapted(model: bytes) -> tuple[bytes, int, list[str]]:
         notes.append("the denormalizer is off")
         proto.ClearField("denormalizer_spec")
     for role in [role for role in ROLES if role not in _roles(proto)]:
-        number, name = len(proto.pieces), f"<|mdm_{role}|>"
+        number = len(proto.pieces)
+        name = f"<|mdm_{role}|>"
         proto.pieces.add(piece=name, type=PIECE.CONTROL)
         if role != "mask":
             setattr(training, f"{role}_id", number)
@@ -81,7 +87,8 @@ class SentencePieces:
         except (RuntimeError, OSError):
             raise ValueError("it is not a sentencepiece model") from None
         proto = protobuf.ModelProto.FromString(model)
-        rules, training = proto.normalizer_spec, proto.trainer_spec
+        rules = proto.normalizer_spec
+        training = proto.trainer_spec
         self.pieces = list(proto.pieces)  # each has a piece, a score and a type
         self.names = _roles(proto)
         if missing := [role for role in ROLES if role not in self.names]:

@@ -25,7 +25,7 @@ from mdmtrain.data import remote
 from mdmtrain.data.cache import RemoteFile, ShardCache
 from mdmtrain.data.remote import is_url
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
-from mdmtrain.files import sha256
+from mdmtrain.files import on_disk, sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -42,7 +42,9 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         """A new shard begins before a document that would make a shard longer than `shard_tokens` tokens."""
-        self._folder, self._split, self._limit = folder, split, shard_tokens
+        self._folder = folder
+        self._split = split
+        self._limit = shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._bytes = self._response_tokens = self._tokens = 0
@@ -58,7 +60,10 @@ class ShardWriter:
         if not self._file:
             name = f"{self._split}-{len(self._shards):05d}.bin"
             self._file = open(self._folder / name, "wb")  # noqa: SIM115 (open across calls)
-            self._tokens, self._starts, self._responses, self._hashes = 0, [], [], []
+            self._tokens = 0
+            self._starts = []
+            self._responses = []
+            self._hashes = []
         self._file.write(tokens.tobytes())
         self._starts.append(self._tokens)
         self._hashes.append(hash)
@@ -82,7 +87,8 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._file is not None, "no shard is open"
         self._file.close()
-        file, self._file = Path(self._file.name), None
+        file = Path(self._file.name)
+        self._file = None
         shard = {"file": file.name, "tokens": self._tokens, "documents": len(self._starts), "sha256": sha256_of(file)}
         indices = {
             "documents": (".docs", self._starts),
@@ -139,7 +145,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest_content(folder: Path) -> bytes:
     file = folder / MANIFEST
-    if not isinstance(folder, Path):
+    if not on_disk(folder):
         return remote.read(str(file))
     if not folder.is_dir():
         raise ValueError(f"no prepared data at {folder}: make it with tools/prepare_data.py INPUT... --out {folder}")
@@ -200,11 +206,14 @@ class PreparedSplit:
                 f"{folder}: shards of an object store are read through a cache: give data.cache_dir, a folder on a "
                 "local disk of each node"
             )
-        self.folder, self.split, self.cache = location(folder), split, cache if url else None
+        self.folder = location(folder)
+        self.split = split
+        self.cache = cache if url else None
         manifest = manifest or read_manifest(self.folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{self.folder} has no split {split!r}: there are {', '.join(manifest['splits'])}")
-        content, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+        content = manifest["splits"][split]
+        tokenizer = manifest["tokenizer"]
         self.tokens: int = content["tokens"]
         self.documents: int = content["documents"]
         self.bytes: int = content["bytes"]
@@ -255,7 +264,8 @@ class PreparedSplit:
             raise ValueError(f"{model} is missing or not the tokenizer that made this data: {AGAIN}")
         for number in range(share[0], self.shards, share[1]):
             for kind in self._kinds(number):
-                file, size = self._path(kind, number), self._size(kind, number)
+                file = self._path(kind, number)
+                size = self._size(kind, number)
                 try:
                     found = os.stat(file).st_size
                 except FileNotFoundError:
@@ -268,7 +278,8 @@ class PreparedSplit:
     def _check_list(self, sizes: dict[str, int]) -> None:
         for number in range(self.shards):
             for kind in self._kinds(number):
-                file, size = self._path(kind, number), self._size(kind, number)
+                file = self._path(kind, number)
+                size = self._size(kind, number)
                 found = sizes.get(file.rsplit("/", 1)[-1])
                 if found is None:
                     raise ValueError(f"{file} is missing: copy it there again")
@@ -302,7 +313,8 @@ class PreparedSplit:
 
     def documents_in(self, start: int, length: int) -> np.ndarray:
         """The document of each position in [start, start + length), counted from 0 in the range: int32 [length]."""
-        begins, offset = np.zeros(length, dtype=np.int32), 0
+        begins = np.zeros(length, dtype=np.int32)
+        offset = 0
         for shard, a, b in self._parts(start, length):
             starts = self._numbers("documents", shard)
             first = bisect_left(starts, a)
@@ -330,8 +342,10 @@ class PreparedSplit:
     def document(self, number: int) -> tuple[int, int]:
         """(start, length) of a document in the stream, its bos and eos included."""
         shard = int(np.searchsorted(self.first_documents, number, side="right")) - 1
-        starts, within = self._numbers("documents", shard), number - int(self.first_documents[shard])
-        first, tokens = int(self.first_tokens[shard]), int(self.first_tokens[shard + 1] - self.first_tokens[shard])
+        starts = self._numbers("documents", shard)
+        within = number - int(self.first_documents[shard])
+        first = int(self.first_tokens[shard])
+        tokens = int(self.first_tokens[shard + 1] - self.first_tokens[shard])
         end = starts[within + 1] if within + 1 < len(starts) else tokens
         return first + starts[within], end - starts[within]
 
@@ -411,7 +425,8 @@ class PreparedSplit:
 
     def _numbers(self, kind: str, number: int) -> "_Numbers":
         dtype = self._dtype if kind == "tokens" else np.dtype("<i8")
-        path, size = self._path(kind, number), self._size(kind, number)
+        path = self._path(kind, number)
+        size = self._size(kind, number)
         if self.cache is None:
             return _kept_open()(path, dtype, size)
         return _Numbers(self.cache.open(self._remote_file(kind, number)), path, dtype, size)
@@ -425,10 +440,14 @@ class PreparedSplit:
         assert length > 0 and start >= 0 and start + length <= self.tokens, (start, length, self.tokens)
         shard = int(np.searchsorted(self.first_tokens, start, side="right")) - 1
         while length:
-            first, end = int(self.first_tokens[shard]), int(self.first_tokens[shard + 1])
-            a, b = start - first, min(start + length, end) - first
+            first = int(self.first_tokens[shard])
+            end = int(self.first_tokens[shard + 1])
+            a = start - first
+            b = min(start + length, end) - first
             yield shard, a, b
-            start, length, shard = start + b - a, length - (b - a), shard + 1
+            start += b - a
+            length -= b - a
+            shard += 1
 
 
 def _sums(counts: list[int]) -> np.ndarray:
@@ -451,11 +470,15 @@ class _Numbers:
 
     def __init__(self, descriptor: int, path: str, dtype: np.dtype, size: int):
         """size: bytes according to the manifest. Raises ValueError if the file has another size."""
-        self._descriptor, self._path, self._dtype, self._count = descriptor, path, dtype, size // dtype.itemsize
+        self._descriptor = descriptor
+        self._path = path
+        self._dtype = dtype
+        self._count = size // dtype.itemsize
         self._check_size()
 
     def _check_size(self) -> None:
-        found, size = os.fstat(self._descriptor).st_size, self._count * self._dtype.itemsize
+        found = os.fstat(self._descriptor).st_size
+        size = self._count * self._dtype.itemsize
         if found != size:
             raise ValueError(f"{self._path} has {found:,} bytes, the manifest says {size:,}: {AGAIN}")
 
@@ -470,7 +493,9 @@ class _Numbers:
 
     def read(self, first: int, end: int) -> np.ndarray:
         """Numbers [first, end)."""
-        at, left, blocks = first * self._dtype.itemsize, (end - first) * self._dtype.itemsize, []
+        at = first * self._dtype.itemsize
+        left = (end - first) * self._dtype.itemsize
+        blocks = []
         while left:
             try:
                 block = os.pread(self._descriptor, left, at)
@@ -479,7 +504,8 @@ class _Numbers:
             if not block:
                 self._check_size()  # truncated since it was opened
             blocks.append(block)
-            at, left = at + len(block), left - len(block)
+            at += len(block)
+            left -= len(block)
         return np.frombuffer(b"".join(blocks), self._dtype)
 
 

@@ -65,7 +65,8 @@ def lookup(u: np.ndarray) -> Task:
     """A table that maps letters to digits, and some of its letters. The answer is their digits, in the same order."""
     pairs = TABLE[int(u[-1] * len(TABLE))]
     asked = 1 + int(u[-2] * min(ASKED, pairs))
-    keys, values = some_letters(u[:26], pairs), (u[26 : 26 + pairs] * 10).astype(int).tolist()
+    keys = some_letters(u[:26], pairs)
+    values = (u[26 : 26 + pairs] * 10).astype(int).tolist()
     chosen = np.argsort(u[26 + pairs : 26 + 2 * pairs], kind="stable")[:asked].tolist()
     table = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
     prompt = f"({table}: {' '.join(keys[i] for i in chosen)}):\n"

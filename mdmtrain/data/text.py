@@ -24,8 +24,11 @@ class TextSplit:
 
         Raises ValueError, naming the file and the line, if the file cannot be read or has no text.
         """
-        self.folder, self.split = Path(source.name), "text"
-        self.vocab_size, self.pad_id, self.bytes = tokenizer.vocab_size, tokenizer.pad_id, 0
+        self.folder = Path(source.name)
+        self.split = "text"
+        self.vocab_size = tokenizer.vocab_size
+        self.pad_id = tokenizer.pad_id
+        self.bytes = 0
         documents, responses = [], []
         for document in _documents(source, reading, lines):
             tokens, response = encode_document(tokenizer, document)
@@ -39,7 +42,8 @@ class TextSplit:
         self._ids = np.concatenate(documents)
         self._starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
         self._responses = self._starts + responses if self.prompts else self._starts
-        self.tokens, self.documents = len(self._ids), len(documents)
+        self.tokens = len(self._ids)
+        self.documents = len(documents)
         self.eligible_tokens = int(self.eligible(0, self.tokens).sum())
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -87,9 +91,12 @@ def document_rows(split: PreparedSplit | TextSplit, rows: int, length: int, cut:
     """
     edges = np.append(split.document_starts(), split.tokens)
     count = len(edges) - 1
-    rows, pieces, longer = min(rows, count), [], 0
+    rows = min(rows, count)
+    pieces = []
+    longer = 0
     for document in (row * count // rows for row in range(rows)):
-        start, end = int(edges[document]), int(edges[document + 1])
+        start = int(edges[document])
+        end = int(edges[document + 1])
         longer += end - start > length
         ids = split.read(start, end - start)
         pieces += [ids[first : first + length] for first in range(0, 1 if cut else len(ids), length)]
@@ -116,9 +123,12 @@ def encode_pair(tokenizer: Tokenizer, prefix: str, continuation: str) -> tuple[l
 def pad_rows(rows: Sequence[tuple[Sequence[int] | np.ndarray, np.ndarray]], pad_id: int) -> Rows:
     """(ids, eligible) of each row, padded to the longest row. Text and padding do not attend to each other."""
     shape = len(rows), max(len(ids) for ids, _ in rows)
-    ids, segments = np.full(shape, pad_id, dtype=np.int64), np.full(shape, -1, dtype=np.int32)
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    segments = np.full(shape, -1, dtype=np.int32)
     eligible = np.zeros(shape, dtype=bool)
     for row, (tokens, predicted) in enumerate(rows):
-        ids[row, : len(tokens)], segments[row, : len(tokens)], eligible[row, : len(tokens)] = tokens, 0, predicted
+        ids[row, : len(tokens)] = tokens
+        segments[row, : len(tokens)] = 0
+        eligible[row, : len(tokens)] = predicted
     padded = (segments < 0).any()
     return Rows(torch.from_numpy(ids), torch.from_numpy(eligible), torch.from_numpy(segments) if padded else None)

@@ -35,12 +35,15 @@ class TokenFile:
         name: for error messages. index: the index of a Megatron file. dtype: the type of the ids in a file without a
         header. tokenizer: the one that made the ids. Raises ValueError if the file does not match its header or index.
         """
-        self.name, self._raw, self._tokenizer = name, raw, tokenizer
+        self.name = name
+        self._raw = raw
+        self._tokenizer = tokenizer
         self._bytes = raw.seek(0, 2)
         raw.seek(0)
         self._lengths: np.ndarray | None = None  # ids of each document, if there is an index
         self._dtype, self._count = self._read_index(index) if index else self._read_header(dtype)
-        begin, expected = raw.tell(), self._count * self._dtype.itemsize
+        begin = raw.tell()
+        expected = self._count * self._dtype.itemsize
         if begin + expected != self._bytes:
             said = "its index belongs to another file, or it is" if index else "it is"
             found = f"{self._bytes - begin:,} bytes of ids, but {expected:,} are expected"
@@ -55,7 +58,8 @@ class TokenFile:
 
         Raises ValueError if the tokenizer cannot have made an id from text, or if documents do not end with eos.
         """
-        eos, with_eos = self._tokenizer.eos_id, None
+        eos = self._tokenizer.eos_id
+        with_eos = None
         for number, ids in enumerate(self._by_index() if self._lengths is not None else self._by_eos(), 1):
             if self._lengths is not None and len(ids):
                 ends = bool(ids[-1] == eos)
@@ -72,10 +76,12 @@ class TokenFile:
             yield ids
 
     def _check(self, ids: np.ndarray, document: int) -> None:
-        size, why = len(self._allowed), ""
+        size = len(self._allowed)
+        why = ""
         outside = (ids < 0) | (ids >= size)
         if outside.any():
-            at, why = int(outside.argmax()), f"outside the vocabulary of {size:,}"
+            at = int(outside.argmax())
+            why = f"outside the vocabulary of {size:,}"
         elif not self._allowed[ids].all():
             at = int((~self._allowed[ids]).argmax())
             why = f"the tokenizer's {self._tokenizer.raw_pieces()[ids[at]] or 'number without a piece'!r}"
@@ -114,7 +120,10 @@ class TokenFile:
                 document = np.concatenate([*parts, block[start:end]])
                 if found or len(document):
                     yield document
-                found, parts, held, start = True, [], 0, end + 1
+                found = True
+                parts = []
+                held = 0
+                start = end + 1
             parts.append(block[start:])
             held += len(block) - start
             if held > LONGEST:
@@ -161,7 +170,8 @@ class TokenFile:
     def _read_index(self, index: BinaryIO) -> tuple[np.dtype, int]:
         """(type, number) of the ids according to Megatron's index. Sets the lengths of the documents."""
         content = index.read()
-        name, head = f"the index of {self.name}", struct.calcsize("<9sQBQQ")
+        name = f"the index of {self.name}"
+        head = struct.calcsize("<9sQBQQ")
         if len(content) < head or not content.startswith(MEGATRON):
             raise ValueError(f"{name}: not an index of Megatron: replace it, or move it away and give --dtype")
         _, version, code, sequences, ends = struct.unpack_from("<9sQBQQ", content)

@@ -23,7 +23,8 @@ from mdmtrain.data.tiktoken_files import as_tokenizer_json, is_rank_file
 
 log = logging.getLogger("mdmtrain")
 
-MODEL_FILE, HUB_FILE = "tokenizer.model", "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+HUB_FILE = "tokenizer.json"
 SAMPLE_CHARACTERS = 50_000_000  # enough to learn merges; more would only cost time and memory
 
 # Characters that some tokenizers drop, join, compose or replace. They are tested next to each other and separately.
@@ -139,7 +140,8 @@ class Tokenizer:
             what = f"it has no piece for {text[at : at + 1]!r}"
         else:
             piece = self._pieces.id_to_piece(bad)
-            at, what = max(text.find(piece), 0), f"it would encode text as its reserved token {piece!r}"
+            at = max(text.find(piece), 0)
+            what = f"it would encode text as its reserved token {piece!r}"
         raise TextChanged(f"tokenizer {self.name} does not preserve text: {what}", text.count("\n", 0, at) + 1)
 
     def encode_unchecked(self, text: str) -> list[int]:
@@ -235,7 +237,8 @@ def _adapted(content: bytes, path: Path) -> tuple[bytes, int]:
 
 def read_folder(folder: Path, config: dict, add_missing: bool = True) -> tuple[Tokenizer, int]:
     """Like `read_model`, for a folder. config: the model's config.json. add_missing: add tokens for missing roles."""
-    ours, theirs = folder / MODEL_FILE, folder / HUB_FILE
+    ours = folder / MODEL_FILE
+    theirs = folder / HUB_FILE
     if ours.is_file():
         try:
             tokenizer = Tokenizer(ours.read_bytes(), str(ours))
@@ -269,7 +272,8 @@ def bounded_sample(texts: Iterable[str], characters: int) -> list[str]:
     and the texts with hashes above it are removed.
     """
     kept: list[tuple[int, str]] = []
-    threshold, size = 1 << 64, 0
+    threshold = 1 << 64
+    size = 0
     for text in texts:
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[-8:], "big")
         if key < threshold:
@@ -291,7 +295,9 @@ def _rare_characters(texts: list[str], most: int) -> dict[int, str]:
     counts = Counter[str]()
     for text in texts:
         counts.update(text)
-    rare, seen, enough = {}, 0, 0.9995 * counts.total()
+    rare = {}
+    seen = 0
+    enough = 0.9995 * counts.total()
     for rank, (character, count) in enumerate(counts.most_common()):
         if seen >= enough or rank >= most:
             rare[ord(character)] = " "

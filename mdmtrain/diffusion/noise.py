@@ -74,6 +74,7 @@ def normals(seed: int, name: str, first: int, count: int) -> np.ndarray:
     blocks = -(-(skip + count) // 8)
     halves = philox(seed, Stream.INIT, key, block=first // 8).random_raw(4 * blocks).view(np.uint32)
     unit = (halves.astype(np.float64) + 0.5) * 2.0**-32  # in (0, 1), so that the logarithm is finite
-    radius, angle = np.sqrt(-2.0 * np.log(unit[0::2])), 2.0 * np.pi * unit[1::2]
+    radius = np.sqrt(-2.0 * np.log(unit[0::2]))
+    angle = 2.0 * np.pi * unit[1::2]
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return pairs.reshape(-1)[skip : skip + count].astype(np.float32)

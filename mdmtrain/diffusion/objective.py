@@ -191,7 +191,8 @@ class ForwardProcess:
             if self.config.views == "complement":
                 return self.density.cdf((k + 1) / (P + 1)) - self.density.cdf(k / (P + 1))
             return np.where(k > 0, self.density.cdf(k / P) - self.density.cdf((k - 1) / P), 0.0)
-        edges, p = self.density.edges, self.density.p
+        edges = self.density.edges
+        p = self.density.p
         below = betainc(k[:, None] + 1.0, (P - k)[:, None] + 1.0, edges)
         return (p * np.diff(below, axis=1)).sum(axis=1) / ((edges[-1] - edges[0]) * (P + 1))
 

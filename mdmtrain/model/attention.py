@@ -97,7 +97,8 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, L, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(B, L, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         if isinstance(mask, BlockMask):
             flex: Callable = flex_attention  # a compiled block has it in its own graph
             if not torch.compiler.is_compiling():

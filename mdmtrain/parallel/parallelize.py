@@ -185,7 +185,9 @@ class GraphCount:
     """
 
     def __init__(self, compiling: bool):
-        self._compiling, self._seen, self._steady = compiling, 0, False
+        self._compiling = compiling
+        self._seen = 0
+        self._steady = False
 
     def report(self, step: int) -> None:
         """Log the number of graphs at the first call. Later calls warn if training steps have made more graphs."""
@@ -198,7 +200,8 @@ class GraphCount:
                 "each compilation takes minutes",
                 self._made() - self._seen, step, self._made(),
             )  # fmt: skip
-        self._seen, self._steady = self._made(), True
+        self._seen = self._made()
+        self._steady = True
 
     def resume(self) -> None:
         """Call when training continues after an evaluation or a probe, so that their graphs are not reported."""

@@ -26,7 +26,7 @@ from torch._C import _distributed_c10d as c10d
 from mdmtrain.config import RunConfig
 from mdmtrain.exit_status import STOPPED_EARLY
 from mdmtrain.parallel.stop import AgreedStop, reason
-from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting_point
+from mdmtrain.parallel.world import World, describe_error, exit_at_once, meeting_point, tell_torchrun
 
 POLL = 1.0  # seconds between two checks
 PATIENCE = 4.0  # seconds in which a live rank answers the roll call
@@ -68,6 +68,10 @@ class Watchdog:
         slow = phase in SLOW or self._first is None or self._step < self._first + 2
         since = float("inf") if phase == UNLIMITED else time.monotonic()
         self._place = (phase, self._step, slow, since)  # one assignment, because the other thread reads it
+
+    def progress(self) -> None:
+        """Record that the main thread makes progress in its present phase."""
+        self.at(self._place[0])
 
     # ---- the thread
 
@@ -112,7 +116,9 @@ class Watchdog:
                 try:
                     self._roll_call(news or self._lost)
                 except Exception as error:
-                    print(f"error: {news or self._lost}; cannot find the rank at fault: {error!r}", file=sys.stderr)
+                    line = f"error: {news or self._lost}; cannot find the rank at fault: {error!r}"
+                    tell_torchrun(line)
+                    print(line, file=sys.stderr)
                 finally:
                     exit_at_once(1)
         faulthandler.cancel_dump_traceback_later()
@@ -136,8 +142,10 @@ class Watchdog:
     # ---- the end
 
     def _leave_early(self, number: int) -> None:
+        line = f"stopped by {reason(number)} in preparation, before any step: run the same command to start again"
+        tell_torchrun(line)
         if self._world.is_main:
-            print(f"stopped by {reason(number)} in preparation, before any step: run the same command to start again")
+            print(line)
         exit_at_once(STOPPED_EARLY)
 
     def _roll_call(self, why: str) -> None:
@@ -149,8 +157,12 @@ class Watchdog:
         rank = self._world.rank
         self._answer(self._report())
         # Rank 0 reads the answers. If it does not respond, one rank in 64 does, and after that every rank.
-        turn = 0 if rank == 0 or self._lost else 2 if rank % DEPUTIES == 1 else 4
-        deadline = time.monotonic() + turn * PATIENCE
+        wait = 4 * PATIENCE
+        if rank == 0 or self._lost:
+            wait = 0.0
+        elif rank % DEPUTIES == 1:
+            wait = 2 * PATIENCE
+        deadline = time.monotonic() + wait
         while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:
@@ -160,9 +172,12 @@ class Watchdog:
             verdict = self._told("verdict") or mine
         named, line, by = json.loads(verdict)
         log.info("%s", line or f"ranks {named} ended with an error of their own")
-        if by == rank and line:
+        if line:
             advice = "run the same command again to resume from the last checkpoint"
-            print(f"error: {line}: stacks are in {self._log.parent}; {advice}", file=sys.stderr)
+            line = f"error: {line}: stacks are in {self._log.parent}; {advice}"
+            tell_torchrun(line)
+            if by == rank:
+                print(line, file=sys.stderr)
         if torch.cuda.is_available():  # for torchfrtrace; NCCL's own comes too late
             (self._log.parent / f"nccl-trace-{rank}").write_bytes(c10d._dump_nccl_trace())  # type: ignore[attr-defined]
         time.sleep(POLL / 4 if rank in named else POLL)  # launchers report the rank that ends first as the cause

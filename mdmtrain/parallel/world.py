@@ -1,12 +1,14 @@
 """A rank and its process group: start-up, agreement between ranks, and collectives on Python objects."""
 
 import ctypes
+import json
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,6 +105,13 @@ def exit_at_once(status: int) -> NoReturn:
         with suppress(OSError):  # the reader of the stream may have ended
             stream.flush()
     os._exit(status)
+
+
+def tell_torchrun(message: str) -> None:
+    """Write the error file of torch.distributed.elastic. torchrun prints it at the end of its summary."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):  # a full disk must not hide the error itself
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def set_up_allocator() -> None:

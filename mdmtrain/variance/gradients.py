@@ -72,7 +72,10 @@ class Bench:
         self, model: Transformer, config: Config, sources: list[PreparedSplit], tokenizer: Tokenizer, world: World
     ):
         """config: the configuration of the run, with the global batch and the micro-batch of a step."""
-        self.model, self.config, self.sources, self.world = model, config, sources, world
+        self.model = model
+        self.config = config
+        self.sources = sources
+        self.world = world
         self.mask_id = tokenizer.mask_id
         self._pieces = tokenizer.pieces()
         self._probe = Probe(model, config, tokenizer.mask_id, world)
@@ -100,7 +103,9 @@ class Bench:
         In all arms, values of equal index share data, position noise and (for equal rate ranges) rates. So ratios of
         arms have less noise than the values. The schedule is linear.
         """
-        seed, rows, dataset = self.config.run.seed, self.config.run.global_batch, self._dataset(DiffusionConfig())
+        seed = self.config.run.seed
+        rows = self.config.run.global_batch
+        dataset = self._dataset(DiffusionConfig())
         processes = {name: self._process(arm) for name, arm in arms.items()}
         about = {name: (self._proposal(process), self._centre(process)) for name, process in processes.items()}
         first = strata.uniforms(seed, SLOT_STEP, slots, "global")
@@ -111,7 +116,8 @@ class Bench:
             batch = dataset.__getitems__([(SLOT_STEP + index, 0), (SLOT_STEP + index, 1)])
             known: tuple[list, list] = [], []
             for name, process in processes.items():
-                (proposal, centre), per_step = about[name], rows // process.config.rows_per_slot
+                proposal, centre = about[name]
+                per_step = rows // process.config.rows_per_slot
                 t, weight = _drawn(process, proposal, first[index])
                 slot = self._slot(process, _row(batch, 0, 0), t, known[0])
                 square = self._moments(slot, slot, centre)
@@ -137,13 +143,12 @@ class Bench:
         (nothing), mirror (they are the two views of a MIRROR pair: A (1 - rho)).
         """
         plain = DiffusionConfig(eps=self.config.diffusion.eps, strata="none")
-        process, pair_process = plain_process(plain), plain_process(plain.model_copy(update={"views": "mirror"}))
-        seed, dataset, proposal, centre = (
-            self.config.run.seed,
-            self._dataset(plain),
-            self._proposal(process),
-            self._centre(process),
-        )
+        process = plain_process(plain)
+        pair_process = plain_process(plain.model_copy(update={"views": "mirror"}))
+        seed = self.config.run.seed
+        dataset = self._dataset(plain)
+        proposal = self._proposal(process)
+        centre = self._centre(process)
         first, second = (strata.uniforms(seed, ROW_STEP + k, rows, how) for k, how in enumerate(("global", "none")))
         kinds: dict[str, list] = {}
         for row in range(rows):
@@ -170,7 +175,8 @@ class Bench:
     def _step(self, process: ForwardProcess, step: int, on_step: Progress = lambda: None) -> Slot:
         """(this rank's part of the gradient, the loss) of one whole step."""
         config = self.config.model_copy(update={"diffusion": process.config})
-        plan, dataset = resolve(config, self.world.size), self._dataset(process.config)
+        plan = resolve(config, self.world.size)
+        dataset = self._dataset(process.config)
         draws = process.draw(config.run.seed, step, config.slots_per_step, self.world.size)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for micro_step in range(plan.accumulation):
@@ -188,10 +194,8 @@ class Bench:
         known: earlier slots with the same data. If one has the same masked rows and proportional weights, its gradient
         is scaled instead of computed again. All ranks compute the slot; only rank 0's gradient counts.
         """
-        known, masked_batch = (
-            [] if known is None else known,
-            self._corrupt(process, row, MaskingRates(t, process.density.at(t))),
-        )
+        known = [] if known is None else known
+        masked_batch = self._corrupt(process, row, MaskingRates(t, process.density.at(t)))
         if view is not None:
             masked_batch = _one_view(masked_batch, view)
         if len(masked_batch.positions) == 0:

@@ -22,7 +22,7 @@ class Spread:
 def mean_interval(values: np.ndarray, seed: int = 0) -> Spread:
     """The mean of independent values with its bootstrap interval."""
     means = values[_resamples(len(values), seed)].mean(axis=1)
-    return Spread(float(values.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975])))
+    return Spread(float(values.mean()), *_bounds(means))
 
 
 def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = True, seed: int = 0) -> Spread:
@@ -30,7 +30,7 @@ def ratio_interval(values: np.ndarray, reference: np.ndarray, shared: bool = Tru
     chosen = _resamples(len(values), seed)
     chosen_too = chosen if shared else _resamples(len(reference), seed + 1)
     ratios = values[chosen].mean(axis=1) / reference[chosen_too].mean(axis=1)
-    return Spread(float(values.mean() / reference.mean()), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+    return Spread(float(values.mean() / reference.mean()), *_bounds(ratios))
 
 
 def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
@@ -44,13 +44,14 @@ def density_floor(noise: SlotNoise, seed: int = 0) -> Spread:
     bins[order] = np.arange(len(order)) * FLOOR_BINS // len(order)
 
     def ratio(chosen: np.ndarray) -> float:
-        weight, square = noise.weight[chosen], noise.square[chosen]
+        weight = noise.weight[chosen]
+        square = noise.square[chosen]
         mass = np.bincount(bins[chosen], weight, FLOOR_BINS)
         moment = np.bincount(bins[chosen], weight * square, FLOOR_BINS)
         return float(np.sqrt(mass * moment).sum() ** 2 / (mass.sum() * moment.sum()))
 
     ratios = [ratio(chosen) for chosen in _resamples(len(order), seed)]
-    return Spread(ratio(np.arange(len(order))), *(float(q) for q in np.quantile(ratios, [0.025, 0.975])))
+    return Spread(ratio(np.arange(len(order))), *_bounds(ratios))
 
 
 def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str, Spread]:
@@ -71,10 +72,13 @@ def gradient_components(kinds: dict[str, np.ndarray], seed: int = 0) -> dict[str
     chosen = _resamples(len(kinds["A"]), seed)
     value = named({kind: values.mean() for kind, values in kinds.items()})
     spread = named({kind: values[chosen].mean(axis=1) for kind, values in kinds.items()})
-    return {
-        name: Spread(float(value[name]), *(float(q) for q in np.quantile(spread[name], [0.025, 0.975])))
-        for name in value
-    }
+    return {name: Spread(float(value[name]), *_bounds(spread[name])) for name in value}
+
+
+def _bounds(values: np.ndarray | list[float]) -> tuple[float, float]:
+    """The limits of the 95% interval of bootstrap values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _resamples(count: int, seed: int) -> np.ndarray:

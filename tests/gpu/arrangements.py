@@ -187,7 +187,7 @@ def run(data: str, scratch: Path, name: str, backend: str = "aot_eager") -> dict
         # The files of 7 ranks are missing, so the checkpoint could not be completed.
         stack.enter_context(patch.object(store, "save", lambda home, step, *_, **__: home / f"step-{step:08d}"))
         stack.enter_context(patch.object(parallelize, "check_compiler"))  # blocks are compiled up to their kernels
-        stack.enter_context(patch.object(loop, "describe_run"))  # lists all packages, which takes a second
+        stack.enter_context(patch.object(loop, "record_start"))  # lists all packages, which takes a second
         stack.enter_context(redirect_stdout(StringIO()))
         stack.enter_context(FakeCuda())
         world = stack.enter_context(fake_ranks(RANKS))

@@ -66,7 +66,8 @@ def synthetic_checkpoint(folder: Path, shape: ModelShape) -> int:
 
 def seconds(act: Callable[[], T]) -> tuple[float, float, T]:
     """Run `act`. Returns its wall-clock seconds, its CPU seconds (with child processes), and its result."""
-    clock, before = time.monotonic(), sum(os.times()[:4])
+    clock = time.monotonic()
+    before = sum(os.times()[:4])
     result = act()
     return time.monotonic() - clock, sum(os.times()[:4]) - before, result
 

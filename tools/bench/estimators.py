@@ -29,7 +29,8 @@ def summarise(found: list[Estimate]) -> dict[str, float]:
     reported errors are too large.
     """
     values = np.array([one.nelbo for one in found])
-    variance, freedom = float(values.var(ddof=1)), len(values) - 1
+    variance = float(values.var(ddof=1))
+    freedom = len(values) - 1
     per_pass = variance * found[0].passes
     bounds = [freedom / float(chi2.ppf(q, freedom)) for q in (0.975, 0.025)]
     return {

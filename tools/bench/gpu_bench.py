@@ -51,8 +51,10 @@ def bench_1b(report: Report, place: Place) -> None:
 
 def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelShape, World]:
     """Measure peak memory compared with the plan, compiled and eager mode, and the whole step in the faster mode."""
-    world, config = the_world(), example(place, name)
-    shape, repeat = model_shape(config.model, 0), place.pick(10, 1)
+    world = the_world()
+    config = example(place, name)
+    shape = model_shape(config.model, 0)
+    repeat = place.pick(10, 1)
     planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
     states = planned["gradient pair"] + planned["average"]  # this measurement does not include them
     measured = measured_memory(config, shape, world, Assumptions().masked)
@@ -76,7 +78,8 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
 
 def whole_step(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
     model = new_model(config, shape, world)
-    optimizer, batch = build_optimizer(model, config.optim), random_batch(config, shape).to(world.device)
+    optimizer = build_optimizer(model, config.optim)
+    batch = random_batch(config, shape).to(world.device)
     tokens = batch.noisy.numel()
 
     def step() -> None:
@@ -97,7 +100,8 @@ def whole_step(report: Report, config: Config, shape: ModelShape, world: World, 
 
 def documents(report: Report, config: Config, shape: ModelShape, world: World, repeat: int) -> None:
     """Compare rows of eight documents with whole rows."""
-    model, batch = new_model(config, shape, world), random_batch(config, shape).to(world.device)
+    model = new_model(config, shape, world)
+    batch = random_batch(config, shape).to(world.device)
     length = config.data.sequence_length
     segments = (torch.arange(length, device=world.device) * 8 // length).int().expand(batch.noisy.shape).contiguous()
     works = {"whole rows": passes(model, batch), "documents": passes(model, batch, segments)}

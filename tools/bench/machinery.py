@@ -30,7 +30,10 @@ LEFT_OUT = {
     "measured at the interval of the probe only": ("due_after", "pair.compare", "pair.keep", "recorder.add_pair"),
     "of the run, not of the step": ("gc.collect", "profiler.before", "watch.at"),
 }
-SIMULATED_RANKS, SIMULATED_BATCH, SIMULATED_STEPS, SIMULATED_ROWS = 64, 1280, 20, 4
+SIMULATED_RANKS = 64
+SIMULATED_BATCH = 1280
+SIMULATED_STEPS = 20
+SIMULATED_ROWS = 4
 
 
 def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
@@ -41,9 +44,11 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
     plain step. `time_ratio` is the time of the whole step divided by that of the plain step. On a CPU, processor time
     is measured, so that other programs do not count.
     """
-    plain_choice, full_choice = {"strata": "none", "sampler": "uniform"}, {"strata": "global", "sampler": "ppots"}
+    plain_choice = {"strata": "none", "sampler": "uniform"}
+    full_choice = {"strata": "global", "sampler": "ppots"}
     config = config.model_copy(update={"diffusion": config.diffusion.model_copy(update=full_choice)})
-    plan, slots = resolve(config, world.size), config.run.global_batch
+    plan = resolve(config, world.size)
+    slots = config.run.global_batch
     model = new_model(config, shape, world)
     optimizer = build_optimizer(model, config.optim)
     sampler = RateSampler(config.diffusion, world.device)
@@ -52,7 +57,8 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
     batch = random_batch(config, shape).to(world.device)
     known = torch.rand(len(batch.positions), device=world.device)
     places = [np.array(plan.slots(world.rank, number)) for number in range(plan.accumulation)]
-    eligible, step = batch.noisy.numel(), 0
+    eligible = batch.noisy.numel()
+    step = 0
     one_source = torch.zeros(len(places[0]), dtype=torch.int64)  # all rows are of the first source
 
     def cross_entropy() -> Tensor:
@@ -105,7 +111,8 @@ def measure_machinery(config: Config, shape: ModelShape, world: World, repeat: i
         machinery(learn=False)
     seconds = in_turns(works, repeat, world, "variance machinery")
     share = (seconds["machinery"] + seconds["fit"] / config.diffusion.refit_every) / seconds["plain step"]
-    ratio, numbers = seconds["step"] / seconds["plain step"], recorder.new_sums()
+    ratio = seconds["step"] / seconds["plain step"]
+    numbers = recorder.new_sums()
     return {
         **{f"{name.replace(' ', '_')}_seconds": float(np.median(of)) for name, of in seconds.items()},
         "share": summary(share),

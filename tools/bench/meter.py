@@ -131,7 +131,8 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 def random_batch(config: Config, shape: ModelShape) -> MaskedBatch:
     """A masked micro-batch of random tokens, with the noise of the first rows of step 0. The last token is the mask."""
-    rows, length = config.run.micro_batch, config.data.sequence_length
+    rows = config.run.micro_batch
+    length = config.data.sequence_length
     slots = np.arange(rows)
     ids = np.stack([noise.uniforms(noise.philox(1, noise.Stream.ORDER, 0, int(s)), length) for s in slots])
     ids = torch.from_numpy((ids * (shape.vocab_size - 1)).astype(np.int64))
@@ -143,7 +144,8 @@ def random_batch(config: Config, shape: ModelShape) -> MaskedBatch:
 
 def all_positions(batch: MaskedBatch) -> MaskedBatch:
     """The same batch with all positions in the head. Positions that are not masked have weight 0."""
-    count, device = batch.noisy.numel(), batch.noisy.device
+    count = batch.noisy.numel()
+    device = batch.noisy.device
     weights = torch.zeros(count, device=device).index_copy(0, batch.positions, batch.weights)
     targets = batch.noisy.flatten().index_copy(0, batch.positions, batch.targets)
     return MaskedBatch(batch.noisy, torch.arange(count, device=device), targets, weights, weights)
@@ -176,7 +178,9 @@ def compare_settings(config: Config, shape: ModelShape, world: World, settings: 
     All models are in memory at the same time, without optimizers. `first_seconds` includes compilation.
     """
     torch.compiler.reset()
-    batch, works, first = random_batch(config, shape).to(world.device), {}, {}
+    batch = random_batch(config, shape).to(world.device)
+    works = {}
+    first = {}
     for name, values in settings.items():
         works[name] = passes(new_model(changed(config, "parallel", **values), shape, world), batch)
         start = time.perf_counter()

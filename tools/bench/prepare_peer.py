@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     best = {"mdmtrain": float("inf"), "datatrove": float("inf")}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as out:
-            files, names = [str(args.folder.resolve()), args.pattern], [str(args.tokenizer.resolve()), out]
+            files = [str(args.folder.resolve()), args.pattern]
+            names = [str(args.tokenizer.resolve()), out]
             commands = {
                 "mdmtrain": [
                     sys.executable, "tools/prepare_data.py", files[0], "--include", args.pattern,

@@ -57,7 +57,10 @@ def measure_saves(
         for kind, beside in kinds.items()
     }
     stalls: dict = {kind: [] for kind in kinds}
-    alone, shared, extra, commits = [], [], [], []
+    alone = []
+    shared = []
+    extra = []
+    commits = []
     step()
     for number in range(saves + 1):
         for kind, writer in writers.items():

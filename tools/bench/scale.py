@@ -62,7 +62,8 @@ class Simulated(World):
     layout: Layout
 
     def gather(self, value) -> list:
-        start, values = time.thread_time(), [value] * self.size
+        start = time.thread_time()
+        values = [value] * self.size
         if isinstance(value, tuple) and value[0] and isinstance(value[0][0], tuple):  # size and checksum of a file
             values = [value, *(([self._write(number)], None) for number in range(1, self.size))]
         messages = [pickle.dumps(one) for one in values]
@@ -82,7 +83,8 @@ def shards(ranks: int) -> tuple[dict[str, DTensor], Simulated]:
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mesh, tensors = init_device_mesh("cpu", (ranks,)), {}
+    mesh = init_device_mesh("cpu", (ranks,))
+    tensors = {}
     for name, (rows, *columns) in tensor_shapes(ModelShape(vocab_size=126_464, **PRESETS["8b"])).items():
         columns = [max(1, width // CUT) for width in columns]
         for kind in ("model", "exp_avg", "exp_avg_sq"):
@@ -110,7 +112,8 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
         }
         for name, readers in (("resume, s", ranks), ("resume on half, s", ranks // 2)):
             tensors, world = shards(readers)
-            start, Simulated.apart = time.thread_time(), 0.0
+            start = time.thread_time()
+            Simulated.apart = 0.0
             meta = pickle.loads(pickle.dumps(store.read_meta(folder)))  # rank 0 reads it and sends it to the others
             found["of this the index, s"] = time.thread_time() - start
             store.load(folder, meta, tensors, world)
@@ -124,7 +127,8 @@ def measure_checkpoint(ranks: int) -> dict[str, float]:
 def measure_groups(ranks: int) -> dict[str, float]:
     """Create three groups one after the other. A run now has two; earlier versions had three."""
     context = multiprocessing.get_context("fork")  # torch is imported once
-    found, port = context.SimpleQueue(), free_port()
+    found = context.SimpleQueue()
+    port = free_port()
     processes = [context.Process(target=open_groups, args=(n, ranks, port, found)) for n in range(ranks)]
     for process in processes:
         process.start()

@@ -26,7 +26,8 @@ from mdmtrain.data.loader import check_splits, open_splits, windows
 from mdmtrain.data.shards import MANIFEST, write_manifest
 from mdmtrain.data.tokenizer import MODEL_FILE, Tokenizer
 
-SHARD_TOKENS, SHARD_DOCUMENTS = 100_000_000, 100_000
+SHARD_TOKENS = 100_000_000
+SHARD_DOCUMENTS = 100_000
 LENGTH = 4096  # tokens of a row
 READS = 2_000  # rows that are read from random positions
 
@@ -57,7 +58,8 @@ def measured(act: Callable[[], object]) -> tuple[float, float, Any]:
 
     def child(pipe) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory to the present memory
-        before, start = resident("VmRSS"), time.perf_counter()
+        before = resident("VmRSS")
+        start = time.perf_counter()
         result = act()
         pipe.send((time.perf_counter() - start, resident("VmHWM") - before, result))
 

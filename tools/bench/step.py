@@ -81,7 +81,8 @@ WARM_UP = 5  # first steps of the loop, which are not measured
 
 def compare_heads(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """Compare the head on masked positions with full logits (in one chunk, as is usual elsewhere)."""
-    model, masked = new_model(config, shape, world), random_batch(config, shape)
+    model = new_model(config, shape, world)
+    masked = random_batch(config, shape)
     batches = {"masked rows": masked.to(world.device), "full logits": all_positions(masked).to(world.device)}
     chunks = {"masked rows": config.parallel.head_chunk, "full logits": masked.noisy.numel()}
     hidden = torch.randn(masked.noisy.numel(), shape.d_model, device=world.device)
@@ -127,7 +128,8 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """{mode: {kind: [planned, measured]}} in bytes on rank 0. The peaks include everything except the states."""
-    assumed, compared = Assumptions(), {}
+    assumed = Assumptions()
+    compared = {}
     on_cpu = world.device.type == "cpu"
     for mode, settings in RECOMPUTE.items():
         one = changed(config, "parallel", **settings)
@@ -145,7 +147,9 @@ def compare_optimizers(config: Config, shape: ModelShape, world: World, repeat: 
 
     Memory includes parameters, gradients, state and the additional peak of the step.
     """
-    batch, works, peaks = random_batch(config, shape).to(world.device), {}, {}
+    batch = random_batch(config, shape).to(world.device)
+    works = {}
+    peaks = {}
     for name in ("adamw", "muon"):
         model = new_model(config, shape, world)
         optimizer = build_optimizer(model, config.optim.model_copy(update={"name": name, "muon_lr": None}))
@@ -210,7 +214,9 @@ def measure_communication(config: Config, shape: ModelShape, world: World) -> di
     events = [
         (e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in profiler.profiler.kineto_results.events()
     ]
-    word, covered, until = "nccl" if cuda else "gloo:", 0, 0
+    word = "nccl" if cuda else "gloo:"
+    covered = 0
+    until = 0
     for start, end, name in sorted(events):
         if word in name.lower():
             covered += max(0, end - max(start, until))
@@ -272,7 +278,8 @@ def show_loop(console: Console, loop: dict) -> None:
         highlight=False,
     )
     if loop["communication"]:
-        share, seconds = loop["communication"]["share"], loop["communication"]["seconds"]
+        share = loop["communication"]["share"]
+        seconds = loop["communication"]["seconds"]
         console.print(f"collectives are in progress for {seconds * 1e3:,.1f} ms of a micro-step ({share:.1%})")
 
 
@@ -335,7 +342,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: must be at least 1")
     config = configuration.load(args.config)
-    shape, world, console = shape_of(config), init_world(), Console(width=130)
+    shape = shape_of(config)
+    world = init_world()
+    console = Console(width=130)
     result: dict[str, Any] = {"torch": torch.__version__, "device": str(world.device), "ranks": world.size,
               "clock": clock_of(world).__name__}  # fmt: skip
     if world.is_main:

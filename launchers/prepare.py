@@ -10,14 +10,17 @@ command resumes a preparation that was stopped or killed. docs/preparing.md is t
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heapreplace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +31,7 @@ from rich.table import Table
 
 from launchers import slurm_client
 from launchers.launch import ROOT, copy_code, parse, positive
-from launchers.prepare_task import note, work_on, write_plan
+from launchers.prepare_task import note, running, work_on, write_plan
 from launchers.slurm import (
     PYTHON,
     RunExecutor,
@@ -43,7 +46,7 @@ from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, survive_terminal, user_errors
 from mdmtrain.data.options import add_options, read_options
 from mdmtrain.data.parts import JOB, Preparation, Stage, work_folder
-from mdmtrain.data.plan import Plan
+from mdmtrain.data.plan import Plan, digest
 from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
 from mdmtrain.files import replacing
 from mdmtrain.parallel.stop import heard
@@ -116,7 +119,11 @@ class Processes:
 
 
 class JobArray:
-    """Tasks of a Slurm job array. They continue if the launcher ends; the next launcher finds the job in JOB."""
+    """Tasks of a Slurm job array. They continue if the launcher ends.
+
+    JOB is written before the array is submitted, and again with its number afterwards. If the launcher was killed in
+    between, the next one still finds the array, because it asks Slurm by `job_name`.
+    """
 
     def __init__(self, work: Path, options: argparse.Namespace, workers: int):
         self._work, self._options, self._workers = work, options, workers
@@ -128,25 +135,37 @@ class JobArray:
         copy_code(self._work / "code")
         for needed in (made.folder, self._work / "logs"):
             needed.mkdir(parents=True, exist_ok=True)
-        with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
-            count = len(deals)
-            jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
+        count, record = len(deals), {"cluster": self._cluster, "stage": stage, "deals": deals}
+        self._tell({**record, "job": None})
+        try:
+            with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
+                jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
+        except ValueError:  # refused
+            (self._work / JOB).unlink()
+            raise
         job = jobs[0].job_id.partition("_")[0]
-        with replacing(self._work / JOB) as file:
-            json.dump({"job": job, "cluster": self._cluster, "stage": stage, "deals": deals}, file)
+        self._tell({**record, "job": job})
         print(f"submitted job {job}: {PHASES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
 
     def left(self) -> int:
-        told = self._told()
-        return slurm_client.patiently(lambda: slurm_client.tasks_left(told["job"], told["cluster"])) if told else 0
+        told, name = self._told(), job_name(self._work)
+        cluster = told["cluster"] if told else self._cluster
+        return slurm_client.patiently(lambda: slurm_client.tasks_left(name, cluster))
 
     def ended(self, stage: Stage) -> list[list[int]]:
         told = self._told()
         (self._work / JOB).unlink(missing_ok=True)
-        return told["deals"] if told and told["stage"] == stage else []
+        return told["deals"] if told and told["job"] and told["stage"] == stage else []
+
+    def _tell(self, record: dict) -> None:
+        with replacing(self._work / JOB) as file:
+            json.dump(record, file)
 
     def _told(self) -> dict | None:
-        """The job that was submitted last, also by an earlier launcher; None if there is none."""
+        """The job that was submitted last, also by an earlier launcher; None if there is none.
+
+        Its number is None if that launcher was killed before it knew whether Slurm had accepted the job.
+        """
         file = self._work / JOB
         return json.loads(file.read_text()) if file.exists() else None
 
@@ -154,12 +173,17 @@ class JobArray:
         pass
 
 
+def job_name(work: Path) -> str:
+    """The name of the jobs that work in a folder. It is a function of the folder's path: all launchers know it."""
+    return f"prepare-{re.sub('[^A-Za-z0-9._-]', '_', work.name.strip('.'))}-{digest(os.path.realpath(work))[:8]}"
+
+
 def executor(work: Path, options: argparse.Namespace, tasks: int) -> RunExecutor:
     """The submitit executor for the tasks of a stage."""
     made = RunExecutor(work / "submitit", python=PYTHON)
     setup = [*options.setup, *code_lines(shlex.quote(str(work / "code")), {"OMP_NUM_THREADS": "1"})]
     made.update_parameters(
-        **{**common_parameters(options, work, tasks, [str(work)]), "job_name": f"prepare-{work.name.strip('.')}"},
+        **{**common_parameters(options, work, tasks, [str(work)]), "job_name": job_name(work)},
         array_parallelism=tasks,
         setup=setup,
     )
@@ -177,25 +201,24 @@ class Show:
     console: Console
     begin: float = 0.0
     first: int = 0  # bytes that were done when the stage began
+    sizes: list[int] = field(default_factory=list)  # bytes of each unit of the stage
 
     def start(self, stage: Stage) -> None:
-        self.begin, self.first = time.monotonic(), self._bytes(stage)[0]
+        self.sizes = [self.making.size(stage, unit) for unit in range(self.making.units(stage))]
+        self.begin, self.first = time.monotonic(), self._done(stage)[0]
 
-    def _bytes(self, stage: Stage) -> tuple[int, int, int, int]:
-        """(bytes that are done, all bytes, units that are done, all units)."""
-        units = self.making.units(stage)
-        pending = self.making.pending(stage)
-        total = sum(self.making.size(stage, unit) for unit in range(units))
-        done = total - sum(self.making.size(stage, unit) for unit in pending)
-        for unit in pending:
-            try:
-                done += int(note(self.making.work, stage, unit).read_text())
-            except (FileNotFoundError, ValueError):  # the unit has not begun, or its file is being written
-                continue
-        return done, total, units - len(pending), units
+    def _done(self, stage: Stage) -> tuple[int, int]:
+        """(bytes that are done, units that are done). The files that are read are those of units that have begun."""
+        pending = {note(self.making.work, stage, unit).name: self.sizes[unit] for unit in self.making.pending(stage)}
+        done = sum(self.sizes) - sum(pending.values())
+        for file in running(self.making.work).iterdir():
+            if file.name in pending:
+                with suppress(FileNotFoundError, ValueError):  # the unit has ended, or its file is being written
+                    done += int(file.read_text())
+        return done, len(self.sizes) - len(pending)
 
     def table(self, stage: Stage, tasks: int, failures: int) -> Table:
-        done, total, units_done, units = self._bytes(stage)
+        (done, units_done), total, units = self._done(stage), sum(self.sizes), len(self.sizes)
         speed = (done - self.first) / max(1e-9, time.monotonic() - self.begin)
         seconds = (total - done) / speed if speed > 0 else None
         eta = "" if seconds is None else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
@@ -205,17 +228,32 @@ class Show:
         return made
 
 
+def dealt(units: Sequence[int], sizes: Sequence[int], tasks: int) -> list[list[int]]:
+    """The units of each task, the largest first: each unit in turn goes to the task with the fewest bytes so far.
+
+    No task is without a unit. sizes: bytes of all units of the stage, by number.
+    """
+    deals: list[list[int]] = [[] for _ in range(min(tasks, len(units)))]
+    loads = [(0, 0, task) for task in range(len(deals))]  # bytes, units, task: a heap
+    for unit in sorted(units, key=lambda unit: -sizes[unit]):
+        load, count, task = loads[0]
+        heapreplace(loads, (load + sizes[unit], count + 1, task))
+        deals[task].append(unit)
+    return deals
+
+
 def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attempts: int, show: Show) -> None:
     """Do all units of a stage, with at most `attempts` attempts for each.
 
-    The units are distributed over `count` tasks. When all tasks have ended, the remaining units are distributed again.
-    A unit has failed if a task began but did not finish it. If a task ended before it began any of its remaining units,
-    all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are exhausted.
+    `dealt` distributes the units over `count` tasks. When all tasks have ended, the remaining units are distributed
+    again. A unit has failed if a task began but did not finish it. If a task ended before it began any of its remaining
+    units, all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are
+    exhausted.
     """
     failures, errors = Counter[int](), dict[int, str]()
+    notes = running(making.work)
+    notes.mkdir(exist_ok=True)
     show.start(stage)
-    running = making.work / "running"
-    running.mkdir(exist_ok=True)
     with Live(console=show.console, transient=True, auto_refresh=False) as live:
         while True:
             while left := tasks.left():  # includes tasks that an earlier launcher started
@@ -235,9 +273,9 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
             todo = sorted(unit for unit in pending if failures[unit] < attempts)
             if not todo:
                 break
-            for file in running.iterdir():
+            for file in notes.iterdir():
                 file.unlink()
-            tasks.start(stage, [todo[first::count] for first in range(min(count, len(todo)))])
+            tasks.start(stage, dealt(todo, show.sizes, count))
         if pending:
             first = min(pending)
             raise ValueError(
@@ -263,7 +301,7 @@ def parser() -> CommandParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(made)
+    add_options(made, standard_input=False)
     made.add_argument("--tasks", type=positive, required=True, metavar="N", help="number of tasks that run at a time")
     made.add_argument(
         "--workers", type=positive, default=1, metavar="N", help="processes in each task that tokenize (default: 1)"

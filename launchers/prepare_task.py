@@ -37,9 +37,14 @@ def write_plan(work: Path, plan: Plan) -> None:
     os.replace(temporary, work / "plan.pickle")
 
 
+def running(work: Path) -> Path:
+    """The folder of the progress files of the units that have begun."""
+    return work / "running"
+
+
 def note(work: Path, stage: Stage, unit: int) -> Path:
     """The progress file of a unit: the bytes that are done. With the suffix `.error`: the unit's error line."""
-    return work / "running" / f"{stage}-{unit:05d}"
+    return running(work) / f"{stage}-{unit:05d}"
 
 
 def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:

@@ -98,14 +98,9 @@ def job_state(job: str, cluster: str = "") -> JobState:
     )
 
 
-def tasks_left(job: str, cluster: str = "") -> int:
-    """How many tasks of a job, or of a job array, are queued or running."""
-    try:
-        return len(slurm("squeue", "-h", "-r", "-j", job, "-o", "%T", cluster=cluster).split())
-    except ValueError as error:
-        if "Invalid job id" not in str(error):
-            raise
-        return 0
+def tasks_left(name: str, cluster: str = "") -> int:
+    """How many tasks of the jobs and job arrays with this name are queued or running. The name has no comma."""
+    return len(slurm("squeue", "-h", "-r", f"--name={name}", "-o", "%T", cluster=cluster).split())
 
 
 def requeue(job: str) -> None:

@@ -30,7 +30,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="If the command is stopped or killed, finished parts are kept, and the same command resumes. Exit "
         "status: 0 if the folder is prepared (or was before, from the same inputs and options), 2 after an error line.",
     )
-    add_options(parser)
+    add_options(parser, standard_input=True)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--workers", type=int, default=cores, metavar="N", help="tokenizing processes (default: cores, %(default)s)"

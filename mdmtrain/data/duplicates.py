@@ -2,7 +2,8 @@
 
 Each part writes the sorted hashes of its documents. A bucket is a range of hash values: the hashes of all parts that
 are in it are sorted together. Of the documents with equal hashes, all but the first are duplicates. Each part then
-leaves out its duplicates. Memory: about 75 bytes for each document of a part, or of a bucket (BUCKET documents).
+leaves out its duplicates. Memory: about 75 bytes for each document of a part, or of a bucket. Files: each bucket reads
+the file of each part and each part reads that of each bucket, one after another. Only one of them is open at a time.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import numpy as np
 from mdmtrain.data.records import Document
 
 BUCKET = 1 << 21  # documents
+BUCKETS = 1 << 10  # at most, so that a part reads no more files than this; larger corpora have larger buckets
 _HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4")])
 _FOUND = np.dtype([("part", "<u4"), ("number", "<u4")])
 
@@ -48,7 +50,8 @@ def sorted_hashes(hashes: Iterable[bytes]) -> np.ndarray:
 
 
 def buckets(documents: int) -> int:
-    return max(1, -(-documents // BUCKET))
+    """The number of buckets for this many documents. The duplicates that are found do not depend on it."""
+    return min(max(1, -(-documents // BUCKET)), BUCKETS)
 
 
 def duplicates(parts: Sequence[Path], bucket: int, of: int) -> np.ndarray:
@@ -84,5 +87,6 @@ def numbers_in(files: Iterable[Path], part: int) -> np.ndarray:
     lists = [np.empty(0, "<u4")]
     for file in files:
         found = np.load(file, mmap_mode="r")
-        lists.append(found["number"][slice(*(bisect_left(found["part"], one) for one in (part, part + 1)))])
+        ours = found["number"][slice(*(bisect_left(found["part"], one) for one in (part, part + 1)))]
+        lists.append(np.array(ours))  # a copy: a view would keep the file open
     return np.sort(np.concatenate(lists))

@@ -79,18 +79,24 @@ class Options:
         return settings
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the inputs and options of a preparation to a parser; `read_options` reads them."""
+def add_options(parser: argparse.ArgumentParser, standard_input: bool) -> None:
+    """Add the inputs and options of a preparation to a parser; `read_options` reads them.
+
+    standard_input: whether the command can read an input that can be read only once.
+    """
     add = parser.add_argument
+    places = "folder, quoted glob (** for any depth), or - for standard input"
+    if not standard_input:
+        places = "folder, or quoted glob (** for any depth)"
     add(
         "inputs",
         nargs="*",
         metavar="INPUT",
         help="text file, file with one JSON object on each line (.jsonl, .ndjson, .json, or any file that begins with "
-        "a JSON object), Parquet or Arrow file, folder, quoted glob (** for any depth), or - for standard input. Text "
-        "and JSON files may be compressed (.gz, .zst, .bz2, .xz). A JSON object or a row has either a 'text' field, "
-        "which is one document, or the fields 'prompt' and 'response'. Prompts are never masked in training, and sizes "
-        "in bytes count only the responses. A text file is one document; it is cut at a line end every "
+        f"a JSON object), Parquet or Arrow file, {places}. Text and JSON files may be compressed (.gz, .zst, .bz2, "
+        ".xz). A JSON object or a row has either a 'text' field, which is one document, or the fields 'prompt' and "
+        "'response'. Prompts are never masked in training, and sizes in bytes count only the responses. A text file "
+        "is one document; it is cut at a line end every "
         f"{LONGEST_TEXT:,} bytes. In folders, links are followed and hidden files are not read. An input can also be a "
         "URL of a file, folder or glob (s3://, gs://, hf://datasets/, https://). docs/data.md has the details",
     )

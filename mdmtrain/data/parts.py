@@ -115,7 +115,9 @@ class Preparation:
         plan = self.plan
         if stage == "tokenizer":
             return self._tokenizer_key
-        if stage == "duplicates" or (stage == "parts" and plan.options.dedup):
+        if stage == "duplicates":
+            return digest(stage, plan.made_from, self._tokenizer_key, self.units(stage))
+        if stage == "parts" and plan.options.dedup:
             return digest(stage, plan.made_from, self._tokenizer_key)
         inputs = list(plan.identities[slice(*plan.parts[unit])])
         return digest(stage, plan.settings, self._tokenizer_key, len(plan.parts) == 1, self._prompts, inputs)

@@ -1,8 +1,10 @@
 """Parts are a function of the inputs: whoever does them, in whichever order, killed or not, the folder is the same."""
 
+import hashlib
 import json
 import os
 import random
+import resource
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +228,29 @@ def test_duplicates_are_those_of_a_set(tmp_path_factory, texts, bucket):
     for part in texts:
         expected.append([n for n, text in enumerate(part) if text in seen or seen.add(text)])
     assert [duplicates.numbers_in(found, part).tolist() for part in range(len(texts))] == expected
+
+
+def test_one_file_is_open_at_a_time(tmp_path):
+    """With 40 parts and 40 buckets, in a process that can open 10 more files."""
+    files, found = ([tmp_path / f"{name}-{number}.npy" for number in range(40)] for name in ("hashes", "found"))
+    hashes = duplicates.sorted_hashes(hashlib.sha256(bytes([n])).digest()[:16] for n in range(200))
+    for file in files:
+        np.save(file, hashes)
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(tmp_path, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, allowed[1]))
+    try:
+        for bucket, file in enumerate(found):
+            np.save(file, duplicates.duplicates(files, bucket, len(found)))
+        numbers = [duplicates.numbers_in(found, part).tolist() for part in (0, 1, 39)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert numbers == [[], list(range(200)), list(range(200))]
+
+
+def test_the_number_of_buckets_is_bounded():
+    assert [duplicates.buckets(n << 20) for n in (0, 1, 2, 3, 2047, 2048, 1 << 20)] == [1, 1, 1, 2, 1024, 1024, 1024]
 
 
 def test_what_differs_is_no_duplicate():

@@ -3,22 +3,28 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from launchers import prepare as launcher
-from launchers import slurm_client
 from mdmtrain.data.inputs import find_inputs
-from mdmtrain.data.parts import work_folder
+from mdmtrain.data.parts import Preparation, work_folder
+from mdmtrain.data.plan import Plan
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import SOAK
 from tests.data.test_prepare import tree, words
+from tools import prepare_data
 
-KILLS = 20 if SOAK else 3
+KILLS = 20 if SOAK else 1  # for each number of tasks
 
 
 @pytest.fixture
@@ -76,36 +82,90 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_killed_at_random_moments_the_bytes_are_those_of_a_calm_preparation(corpus, calm, tmp_path):
-    """The launcher, or one of its tasks, at a random moment of a random step; on 1, 2 and 4 tasks."""
-    chance = random.Random(11)
-    for number, tasks in enumerate((1, 2, 4)):
-        out = tmp_path / f"out-{tasks}"
-        done = work_folder(out) / "done"
-        command = [str(corpus), *ARGUMENTS, "--out", str(out), "--tasks", str(tasks), "--max-attempts", "99"]
-        for _ in range(KILLS // 3 + (number < KILLS % 3)):
-            pid = start(command)
+SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
+
+
+@given(SIZES, st.integers(1, 12), st.data())
+def test_the_largest_parts_are_dealt_first(sizes, tasks, data):
+    """No task has more than the least one and a unit: what the last unit of a task was added to was the least."""
+    units = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1), min_size=1)))
+    deals = launcher.dealt(units, sizes, tasks)
+    assert len(deals) == min(tasks, len(units)) and all(deals)
+    assert sorted(unit for deal in deals for unit in deal) == units
+    least = min(sum(sizes[unit] for unit in deal) for deal in deals)
+    for deal in deals:
+        assert deal == sorted(deal, key=lambda unit: (-sizes[unit], unit))
+        assert sum(sizes[unit] for unit in deal[:-1]) <= least
+    assert launcher.dealt(units, [1] * len(sizes), tasks) == [units[first::tasks] for first in range(len(deals))]
+
+
+def test_progress_reads_only_the_files_of_parts_that_have_begun(corpus, tmp_path, monkeypatch):
+    plan = Plan.of(find_inputs([str(corpus)], [], [], tmp_path / "out"), OPTIONS)
+    work = work_folder(tmp_path / "out")
+    launcher.running(work).mkdir(parents=True)
+    making = Preparation(plan, work)
+    making.begin()
+    show = launcher.Show(making, Console(), sizes=list(plan.sizes))
+    for unit, done in ((2, "7"), (5, "11"), (6, "")):  # the last one is just being written
+        launcher.note(work, "hashes", unit).write_text(done)
+    launcher.note(work, "hashes", 2).with_suffix(".error").write_text("not a number")
+    read, plain = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda file, *rest: (read.append(file.name), plain(file, *rest))[1])
+    assert show._done("hashes") == (18, 0)
+    assert sorted(read) == ["hashes-00002", "hashes-00005", "hashes-00006"]
+
+
+def killed(pid: int) -> bool:
+    """SIGKILL to a process that certainly runs: it is stopped first. False if it has ended before."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        while (state := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "ZX":
+            if state == "T":
+                os.kill(pid, signal.SIGKILL)
+                return True
+            time.sleep(0.001)
+    return False
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+def test_killed_at_random_moments_the_bytes_are_those_of_a_calm_preparation(corpus, calm, tmp_path, tasks):
+    """The launcher, or one of its tasks, at a random moment of a random step, until KILLS of them have been hit.
+
+    A preparation that is finished before is compared, and another one begins.
+    """
+    chance, out, kills, finished = random.Random(tasks), tmp_path / "out", 0, 0
+    done = work_folder(out) / "done"
+    command = [str(corpus), *ARGUMENTS, "--out", str(out), "--tasks", str(tasks), "--max-attempts", "99"]
+    while kills < KILLS or work_folder(out).exists() or not finished:
+        pid, expected, processes = start(command), {0}, []
+        if kills < KILLS:
             moment = len(list(done.glob("*"))) + chance.randrange(4)
             while not ended(pid) and len(list(done.glob("*"))) < moment:
                 time.sleep(0.01)
             time.sleep(0.5 * chance.random())
             while not ended(pid) and not children(pid):
                 time.sleep(0.01)
-            victims = [pid] if ended(pid) else [pid, *children(pid)]
-            victim = chance.choice(victims)
-            os.kill(victim, signal.SIGKILL)
-            if victim != pid:
-                os.kill(pid, signal.SIGTERM)  # after it has seen the end of the task, or not
-            status_of(pid)
-            for child in victims[1:]:
-                deadline = time.monotonic() + 30
-                while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                assert not Path(f"/proc/{child}").exists(), "a task outlives its launcher"
-            if out.exists():
-                break
-        assert status_of(start(command)) == 0
-        assert tree(out) == calm and not work_folder(out).exists()
+            processes = children(pid)
+            victim = chance.choice([pid, *processes])
+            if killed(victim):
+                kills += 1
+                expected = {-signal.SIGKILL}
+                if victim != pid:
+                    os.kill(pid, signal.SIGTERM)  # after it has seen the end of the task, or not
+                    expected = {0, 1}
+        status = status_of(pid)
+        assert status in expected, f"status {status} after {kills} kills"
+        for process in processes:
+            deadline = time.monotonic() + 30
+            while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not Path(f"/proc/{process}").exists(), "a task outlives its launcher"
+        if status == 0:
+            assert tree(out) == calm and not work_folder(out).exists()
+            shutil.rmtree(out)
+            finished += 1
+    assert kills == KILLS
+    print(f"{tasks} tasks: {kills} kills of running processes, {finished} folders equal to the calm one")
 
 
 def test_a_killed_task_is_started_again(corpus, calm, tmp_path):
@@ -164,6 +224,13 @@ def test_a_dry_run_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"corpus"}
 
 
+def test_help_offers_standard_input_only_where_it_is_read(capsys):
+    for main, offered in ((launcher.main, False), (prepare_data.main, True)):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert ("- for standard input" in " ".join(capsys.readouterr().out.split())) == offered
+
+
 REFUSED = {
     "standard input": (["-"], "", "can be read only once, and not by several tasks"),
     "no tasks": (["corpus", "--tasks", "0"], None, "'0' is not a positive number"),
@@ -187,11 +254,3 @@ def test_what_cannot_be_prepared_is_one_line(case, corpus, tmp_path, monkeypatch
             options += ["--slurm", slurm] if slurm else []
             launcher.main([*arguments, *ARGUMENTS[:-1], "--out", "out", *options])
     assert "\n" not in str(error.value) and {path.name for path in tmp_path.iterdir()} == {"corpus"}
-
-
-def test_tasks_of_a_forgotten_job_have_ended(monkeypatch):
-    def squeue(*command, cluster=""):
-        raise ValueError("squeue: Invalid job id specified")
-
-    monkeypatch.setattr(slurm_client, "slurm", squeue)
-    assert slurm_client.tasks_left("12") == 0

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from launchers import slurm_client
 from launchers.launch import ROOT, copy_code, parse, positive
-from launchers.prepare_task import note, running, work_on, write_plan
+from launchers.prepare_task import note, running, work_on, write_division
 from launchers.slurm import (
     PYTHON,
     RunExecutor,
@@ -44,9 +44,9 @@ from launchers.slurm import (
 )
 from mdmtrain.checkpoint import store
 from mdmtrain.command import CommandParser, survive_terminal, user_errors
+from mdmtrain.data.division import Division, digest
 from mdmtrain.data.options import add_options, read_options
 from mdmtrain.data.parts import JOB, Preparation, Stage, work_folder
-from mdmtrain.data.plan import Plan, digest
 from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
 from mdmtrain.files import replacing
 from mdmtrain.parallel.stop import heard
@@ -105,7 +105,8 @@ class Processes:
         return running
 
     def ended(self, stage: Stage) -> list[list[int]]:
-        deals, self._deals = self._deals, []
+        deals = self._deals
+        self._deals = []
         return deals
 
     def stop(self) -> None:
@@ -126,7 +127,9 @@ class JobArray:
     """
 
     def __init__(self, work: Path, options: argparse.Namespace, workers: int):
-        self._work, self._options, self._workers = work, options, workers
+        self._work = work
+        self._options = options
+        self._workers = workers
         self._cluster = options.clusters or ""
 
     def start(self, stage: Stage, deals: list[list[int]]) -> None:
@@ -135,7 +138,8 @@ class JobArray:
         copy_code(self._work / "code")
         for needed in (made.folder, self._work / "logs"):
             needed.mkdir(parents=True, exist_ok=True)
-        count, record = len(deals), {"cluster": self._cluster, "stage": stage, "deals": deals}
+        count = len(deals)
+        record = {"cluster": self._cluster, "stage": stage, "deals": deals}
         self._tell({**record, "job": None})
         try:
             with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
@@ -148,7 +152,8 @@ class JobArray:
         print(f"submitted job {job}: {PHASES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
 
     def left(self) -> int:
-        told, name = self._told(), job_name(self._work)
+        told = self._told()
+        name = job_name(self._work)
         cluster = told["cluster"] if told else self._cluster
         return slurm_client.patiently(lambda: slurm_client.tasks_left(name, cluster))
 
@@ -250,7 +255,8 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
     units, all of them count as failed. Raises ValueError, with the error line of one failed unit, if attempts are
     exhausted.
     """
-    failures, errors = Counter[int](), dict[int, str]()
+    failures = Counter[int]()
+    errors = dict[int, str]()
     notes = running(making.work)
     notes.mkdir(exist_ok=True)
     show.start(stage)
@@ -318,7 +324,7 @@ def parser() -> CommandParser:
         metavar="N",
         help="try each part at most N times; if one fails N times, finish the others and report it (default: 3)",
     )
-    made.add_argument("--dry-run", action="store_true", help="print the plan and the job script; start nothing")
+    made.add_argument("--dry-run", action="store_true", help="print the parts and the job script; start nothing")
     return made
 
 
@@ -332,15 +338,16 @@ def slurm_options(arguments: str, workers: int) -> argparse.Namespace:
     return options
 
 
-def explain(plan: Plan, making: Preparation, tasks: int) -> list[str]:
-    largest = max(plan.bytes_of(part) for part in range(len(plan.parts)))
-    parts = len(plan.parts)
+def explain(division: Division, making: Preparation, tasks: int) -> list[str]:
+    largest = max(division.bytes_of(part) for part in range(len(division.parts)))
+    parts = len(division.parts)
+    stages = [stage for stage in making.stages() if stage != "tokenizer" or not division.model]
     idle = [f"note    only {parts:,} of {tasks:,} tasks have a part: a smaller --part-bytes makes more parts"]
     return [
-        f"inputs  {len(plan.inputs):,} files, {sum(plan.sizes) / 1e6:,.1f} MB",
+        f"inputs  {len(division.inputs):,} files, {sum(division.sizes) / 1e6:,.1f} MB",
         f"parts   {parts:,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, parts):,} tasks",
         *(idle if parts < tasks else []),
-        f"steps   {', '.join(PHASES[stage] for stage in making.stages() if stage != 'tokenizer' or not plan.model)}",
+        f"steps   {', '.join(PHASES[stage] for stage in stages)}",
     ]
 
 
@@ -349,15 +356,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tokenizer:
         args.tokenizer = store.tokenizer_path(args.tokenizer)
     inputs, options = read_options(args)
-    plan, out, begin = Plan.of(inputs, options), args.out.absolute(), time.monotonic()
+    division = Division.of(inputs, options)
+    out = args.out.absolute()
+    begin = time.monotonic()
     work = work_folder(out)
-    if done := finished(plan, out):
+    if done := finished(division, out):
         print(*done.lines(0), sep="\n")
         return
     slurm = None if args.slurm is None else slurm_options(args.slurm, args.workers)
     tasks = JobArray(work, slurm, args.workers) if slurm else Processes(work, args.workers)
-    print(*explain(plan, Preparation(plan, work), args.tasks), sep="\n", flush=True)
-    most = min(args.tasks, len(plan.parts))
+    print(*explain(division, Preparation(division, work), args.tasks), sep="\n", flush=True)
+    most = min(args.tasks, len(division.parts))
     script = f"\n{executor(work, slurm, most).script(most)}\n" if slurm else ""
     if args.dry_run:
         print(f"{script}nothing started (--dry-run)")
@@ -368,8 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
     for number in heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
         signal.signal(number, _stop)
     try:
-        with preparation(plan, out) as making:
-            write_plan(work, plan)
+        with preparation(division, out) as making:
+            write_division(work, division)
             show = Show(making, Console(width=None if sys.stdout.isatty() else 130))
             try:
                 for stage in making.stages():

@@ -16,25 +16,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
+from mdmtrain.data.division import Division
 from mdmtrain.data.parts import Do, Preparation, Stage
-from mdmtrain.data.plan import Plan
-from mdmtrain.files import replacing
+from mdmtrain.files import put_in_place, replacing
 
 BEAT = 1.0  # seconds between two updates of a unit's progress file
 
 
-def write_plan(work: Path, plan: Plan) -> None:
-    """Write the plan to a file for the tasks. Raises ValueError if only this process can read an input."""
-    for one in plan.inputs:
+def write_division(work: Path, division: Division) -> None:
+    """Write the inputs and options to a file for the tasks. Raises ValueError if only this process can read an input."""
+    for one in division.inputs:
         if one.spool is not None:
             raise ValueError(
                 f"{one.name}: can be read only once, and not by several tasks: save it as a file, or prepare it with "
                 "tools/prepare_data.py"
             )
-    content = pickle.dumps((plan, os.getcwd()))
-    temporary = work / "plan.tmp"
+    content = pickle.dumps((division, os.getcwd()))
+    temporary = work / "division.tmp"
     temporary.write_bytes(content)
-    os.replace(temporary, work / "plan.pickle")
+    put_in_place(temporary, work / "division.pickle")
 
 
 def running(work: Path) -> Path:
@@ -49,9 +49,9 @@ def note(work: Path, stage: Stage, unit: int) -> Path:
 
 def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
     """Do the given units that are not done yet."""
-    plan, directory = pickle.loads((work / "plan.pickle").read_bytes())
+    division, directory = pickle.loads((work / "division.pickle").read_bytes())
     os.chdir(directory)  # the names of inputs may be relative to it
-    making = Preparation(plan, work)
+    making = Preparation(division, work)
     pending = set(making.pending(stage))
     with making.doing(stage, workers) as do:
         for unit in units:
@@ -61,7 +61,8 @@ def work_on(work: Path, stage: Stage, units: list[int], workers: int) -> None:
 
 def _do(do: Do, work: Path, stage: Stage, unit: int) -> bool:
     """Do a unit. Returns whether the task can begin the next one."""
-    file, last = note(work, stage, unit), time.monotonic()
+    file = note(work, stage, unit)
+    last = time.monotonic()
     file.write_text("0")
 
     def report(done: int) -> None:
@@ -91,7 +92,8 @@ def main() -> None:
 
     The first line of standard input has the units as JSON. The launcher closes standard input to end the process.
     """
-    work, workers = sys.argv[1], int(sys.argv[3])
+    work = sys.argv[1]
+    workers = int(sys.argv[3])
     stage = cast(Stage, sys.argv[2])
     units = json.loads(sys.stdin.readline())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.spawn import free_port
+from launchers.supervise import free_port
 
 
 @dataclass

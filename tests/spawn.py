@@ -2,13 +2,13 @@
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 
 import torch
 import torch.multiprocessing as mp
 
+from launchers.supervise import free_port
 from mdmtrain.parallel.world import World, init_world
 
 
@@ -20,12 +20,6 @@ def fake_world(gather: Callable = lambda value: [value], rank: int = 0, size: in
             return gather(value)
 
     return Fake(rank, size, torch.device("cpu"), None, None)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_world(function: Callable, size: int, *arguments) -> list:

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from launchers import lifecycle
+from launchers.supervise import free_port
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import RunConfig
@@ -31,7 +32,7 @@ from mdmtrain.monitor.progress import TrainingProgress
 from mdmtrain.parallel import world as parallel
 from mdmtrain.parallel.watchdog import Watchdog, judge
 from tests.conftest import read_metrics, write_config
-from tests.spawn import free_port, run_world
+from tests.spawn import run_world
 from tests.test_bad_inputs import LIMIT, WARM, Outcome, server  # noqa: F401 (a fixture)
 
 # ---- in a world of two: skipped steps, stops, a slow rank

@@ -14,7 +14,6 @@ arguments.
 import contextlib
 import json
 import os
-import socket
 import sys
 import sysconfig
 import tempfile
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from launchers.supervise import free_port
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.checkpoint.weights import open_checkpoint
@@ -131,10 +131,7 @@ def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_di
 
 def train_all(ranks: int, trees: list[dict]) -> None:
     """Train all configurations one after the other, in the same new processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_rank, (ranks, port, trees), ranks, start_method="spawn")
+    mp.start_processes(_rank, (ranks, free_port(), trees), ranks, start_method="spawn")
 
 
 def _rank(rank: int, ranks: int, port: int, trees: list[dict]) -> None:

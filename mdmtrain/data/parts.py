@@ -1,9 +1,9 @@
-"""Execute a `Plan` in a work folder that several processes can share. Each unit of work is committed by itself.
+"""Prepare the parts of a `Division` in a work folder that several processes can share.
 
-The stages run one after another; the units of a stage are independent. The output of a unit is a function of the plan.
-A unit is committed by an atomic rename of its file into `done`, after all of its output is on the disk. The file's name
-contains a hash of everything that the output depends on. So the result has the same bytes if a unit is done twice, is
-killed at any moment, or was done by an earlier start.
+Each unit of work is committed by itself. The stages run one after another; the units of a stage are independent. The
+output of a unit is a function of the division. A unit is committed by an atomic rename of its file into `done`, after
+all of its output is on the disk. The file's name contains a hash of everything that the output depends on. So the
+result has the same bytes if a unit is done twice, is killed at any moment, or was done by an earlier start.
 
     .OUT.parts/settings     a hash of the options that the content depends on
     .OUT.parts/done/        a file for each finished unit: the tokenizer, hashes, lists of duplicates, records of parts
@@ -26,8 +26,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mdmtrain.data.division import Division, digest, draw
 from mdmtrain.data.duplicates import buckets, duplicates, numbers_in, sorted_hashes, text_hash
-from mdmtrain.data.plan import Plan, digest, draw
 from mdmtrain.data.processes import follow_parent
 from mdmtrain.data.records import Document, Reading
 from mdmtrain.data.shards import MANIFEST, PreparedSplit, ShardWriter, dtype_for, write_manifest
@@ -46,17 +46,18 @@ _SUFFIX = {"tokenizer": ".model", "hashes": ".npy", "duplicates": ".npy", "parts
 
 
 class Preparation:
-    """The state of a plan's execution, and the methods that execute it. Several processes may execute the same plan."""
+    """The state of a preparation, and the methods that carry it out. Several processes may work on the same one."""
 
-    def __init__(self, plan: Plan, work: Path):
+    def __init__(self, division: Division, work: Path):
         """work: see `work_folder`; `begin` makes its contents."""
-        self.plan, self.work = plan, work
-        self._data, self._done = work / "data", work / "done"
+        self.division, self.work = division, work
+        self._data = work / "data"
+        self._done = work / "done"
         self._file = cache(self._file_of)
 
     def refuse_other_options(self) -> None:
         """Raise ValueError if the folder contains finished steps that were made with other options."""
-        if in_use(self.work) and (self.work / "settings").read_text() != digest(self.plan.settings):
+        if in_use(self.work) and (self.work / "settings").read_text() != digest(self.division.settings):
             raise ValueError(
                 f"{self.work} holds finished steps that were made with other options: give the same options to resume, "
                 "or remove it to start again"
@@ -67,9 +68,9 @@ class Preparation:
         self._data.mkdir(exist_ok=True)
         self._done.mkdir(exist_ok=True)
         with replacing(self.work / "settings") as stream:
-            stream.write(digest(self.plan.settings))
-        if self.plan.model:
-            self._commit("tokenizer", 0, self.plan.model)
+            stream.write(digest(self.division.settings))
+        if self.division.model:
+            self._commit("tokenizer", 0, self.division.model)
 
     def clean(self) -> None:
         """Remove the unfinished output of killed processes. No process may be working in the folder."""
@@ -79,13 +80,13 @@ class Preparation:
     # ---- stages and units
 
     def stages(self) -> list[Stage]:
-        return [stage for stage in get_args(Stage) if self.plan.options.dedup or stage in ("tokenizer", "parts")]
+        return [stage for stage in get_args(Stage) if self.division.options.dedup or stage in ("tokenizer", "parts")]
 
     def units(self, stage: Stage) -> int:
         """The number of units of a stage. For duplicates it is known only when all hashes are written."""
         if stage == "tokenizer":
             return 1
-        return buckets(sum(self._hashed)) if stage == "duplicates" else len(self.plan.parts)
+        return buckets(sum(self._hashed)) if stage == "duplicates" else len(self.division.parts)
 
     def pending(self, stage: Stage) -> list[int]:
         """The units of a stage that are not committed yet."""
@@ -95,8 +96,8 @@ class Preparation:
     def size(self, stage: Stage, unit: int) -> int:
         """The bytes that a unit reads, counted as for `Report`."""
         if stage == "tokenizer":
-            return sum(self.plan.sizes)
-        return 1 if stage == "duplicates" else self.plan.bytes_of(unit)
+            return sum(self.division.sizes)
+        return 1 if stage == "duplicates" else self.division.bytes_of(unit)
 
     @cached_property
     def _hashed(self) -> list[int]:
@@ -112,19 +113,19 @@ class Preparation:
 
     def _key(self, stage: Stage, unit: int) -> str:
         """A hash of everything that the content of a unit depends on."""
-        plan = self.plan
+        division = self.division
         if stage == "tokenizer":
             return self._tokenizer_key
         if stage == "duplicates":
-            return digest(stage, plan.made_from, self._tokenizer_key, self.units(stage))
-        if stage == "parts" and plan.options.dedup:
-            return digest(stage, plan.made_from, self._tokenizer_key)
-        inputs = list(plan.identities[slice(*plan.parts[unit])])
-        return digest(stage, plan.settings, self._tokenizer_key, len(plan.parts) == 1, self._prompts, inputs)
+            return digest(stage, division.made_from, self._tokenizer_key, self.units(stage))
+        if stage == "parts" and division.options.dedup:
+            return digest(stage, division.made_from, self._tokenizer_key)
+        inputs = list(division.identities[slice(*division.parts[unit])])
+        return digest(stage, division.settings, self._tokenizer_key, len(division.parts) == 1, self._prompts, inputs)
 
     @cached_property
     def _tokenizer_key(self) -> str:
-        return digest(self.plan.settings) if self.plan.model else self.plan.made_from
+        return digest(self.division.settings) if self.division.model else self.division.made_from
 
     # ---- execution
 
@@ -153,54 +154,56 @@ class Preparation:
 
     @cached_property
     def _prompts(self) -> bool | None:
-        return self.plan.prompts(self._reading())
+        return self.division.prompts(self._reading())
 
     def _reading(self) -> Reading:
-        options = self.plan.options
-        if self.plan.model:  # the user's tokenizer file may be gone, or have another path on this machine
+        options = self.division.options
+        if self.division.model:  # the user's tokenizer file may be gone, or have another path on this machine
             options = replace(options, tokenizer=str(self.model), tiktoken_pattern=None)
         return options.reading()
 
     def _train_tokenizer(self, unit: int, report: Report) -> None:
         def texts() -> Iterator[str]:
-            for text, train, done in self.plan.tokenizer_sample(self._reading(), self._prompts):
+            for text, train, done in self.division.tokenizer_sample(self._reading(), self._prompts):
                 report(done)
                 if train:
                     yield text
 
         with self._unfinished("tokenizer", unit) as folder:
             file = folder / MODEL_FILE
-            Tokenizer.train(texts(), self.plan.options.vocab_size, file)
+            Tokenizer.train(texts(), self.division.options.vocab_size, file)
             self._commit("tokenizer", unit, file.read_bytes())
 
     def _write_hashes(self, part: int, report: Report) -> None:
         def hashes() -> Iterator[bytes]:
-            for document, _, position in self.plan.documents(part, self._reading(), self._prompts):
+            for document, _, position in self.division.documents(part, self._reading(), self._prompts):
                 yield text_hash(document)
                 report(position)
 
-        self.plan.refuse_changes(part)
+        self.division.refuse_changes(part)
         made = sorted_hashes(hashes())
-        self.plan.refuse_changes(part)
+        self.division.refuse_changes(part)
         self._commit("hashes", part, made)
 
     def _find_duplicates(self, bucket: int, report: Report) -> None:
         self._commit("duplicates", bucket, duplicates(self._files("hashes"), bucket, self.units("duplicates")))
 
     def _write_part(self, part: int, encode: "Encode", report: Report) -> None:
-        plan, reading = self.plan, self._reading()
-        plan.refuse_changes(part)
-        counts = {number: Counter[str]() for number in range(*plan.parts[part])}
+        division = self.division
+        reading = self._reading()
+        division.refuse_changes(part)
+        counts = {number: Counter[str]() for number in range(*division.parts[part])}
         lowest, highest = 1.0, 0.0
         with self._unfinished("parts", part) as folder:
-            suffix = "" if len(plan.parts) == 1 else f"-{part:05d}"
-            writers = {split: ShardWriter(folder, split + suffix, plan.options.shard_tokens) for split in SPLITS}
+            suffix = "" if len(division.parts) == 1 else f"-{part:05d}"
+            writers = {split: ShardWriter(folder, split + suffix, division.options.shard_tokens) for split in SPLITS}
             for encoded, position in encode(_batches(self._kept_documents(part, reading))):
                 for number, hash, size, tokens, response in encoded:
                     drawn = draw(hash)
-                    split = "validation" if drawn < plan.options.validation_fraction else "train"
+                    split = "validation" if drawn < division.options.validation_fraction else "train"
                     writers[split].add(tokens, size, hash, response)
-                    lowest, highest = min(lowest, drawn), max(highest, drawn)
+                    lowest = min(lowest, drawn)
+                    highest = max(highest, drawn)
                     count = counts[number]
                     count["documents"] += 1
                     count["bytes"] += size
@@ -210,7 +213,7 @@ class Preparation:
             record = {
                 "splits": {split: writer.close() for split, writer in writers.items()},
                 "sources": [
-                    {"input": plan.inputs[number].name, "size": plan.sizes[number]}
+                    {"input": division.inputs[number].name, "size": division.sizes[number]}
                     | {name: count[name] for name in ("documents", "bytes", "tokens", "text_tokens")}
                     for number, count in counts.items()
                 ],
@@ -218,7 +221,7 @@ class Preparation:
                 "files": reading.files,
                 "draws": [lowest, highest],
             }
-            plan.refuse_changes(part)
+            division.refuse_changes(part)
             # The shards of a part keep their names if its inputs change: remove records that name older ones.
             for other in self._done.glob(f"parts-{part:05d}-*"):
                 other.unlink(missing_ok=True)
@@ -228,11 +231,12 @@ class Preparation:
 
     def _kept_documents(self, part: int, reading: Reading) -> Iterator[tuple[Document, int, int]]:
         """The documents of a part, without duplicates."""
-        documents = self.plan.documents(part, reading, self._prompts)
-        if not self.plan.options.dedup:
+        documents = self.division.documents(part, reading, self._prompts)
+        if not self.division.options.dedup:
             yield from documents
             return
-        out, count = deque(numbers_in(self._files("duplicates"), part).tolist()), 0
+        out = deque(numbers_in(self._files("duplicates"), part).tolist())
+        count = 0
         for count, one in enumerate(documents, 1):
             if out and out[0] == count - 1:
                 out.popleft()
@@ -240,7 +244,7 @@ class Preparation:
             else:
                 yield one
         if count != self._hashed[part]:
-            self.plan.refuse_changes(part)
+            self.division.refuse_changes(part)
             raise ValueError(f"part {part} has {count:,} documents, but {self._hashed[part]:,} were hashed: restart")
 
     @contextmanager
@@ -288,7 +292,7 @@ class Preparation:
             raise ValueError(problem)
         shutil.copyfile(self.model, self._data / MODEL_FILE)
         (self._data / SOURCES).write_text("".join(json.dumps(source) + "\n" for source in sources), encoding="utf-8")
-        manifest = write_manifest(self._data, Tokenizer.load(self._data), splits, self.plan.made_from)
+        manifest = write_manifest(self._data, Tokenizer.load(self._data), splits, self.division.made_from)
         named = {name for split in splits.values() for shard in split["shards"] for name in shard.values()}
         for file in self._data.iterdir():
             if file.name not in {*named, MODEL_FILE, SOURCES, MANIFEST}:
@@ -302,7 +306,7 @@ class Preparation:
         """An error message if a split has no document. lowest, highest: the range of the documents' drawn numbers."""
         count = sum(split["documents"] for split in splits.values())
         if not count:
-            return f"no text in the {len(self.plan.inputs)} input files: give files with text in them"
+            return f"no text in the {len(self.division.inputs)} input files: give files with text in them"
         for split, hint in (
             ("validation", f"give --validation-fraction {math.ceil(lowest * 1e4 + 1) / 1e4} or more"),
             ("train", f"give --validation-fraction {math.floor(highest * 1e4) / 1e4} or less"),
@@ -361,7 +365,8 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int]
 
 
 def _encode(documents: list[tuple[int, Document]]) -> list[_Encoded]:
-    encoded, dtype = [], dtype_for(_tokenizer.vocab_size)
+    encoded = []
+    dtype = dtype_for(_tokenizer.vocab_size)
     for number, document in documents:
         tokens, response = encode_document(_tokenizer, document)
         size = len(document.text.encode())

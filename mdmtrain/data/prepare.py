@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mdmtrain.data.division import Division
 from mdmtrain.data.inputs import Input, open_name
 from mdmtrain.data.options import Options
 from mdmtrain.data.parts import JOB, Preparation, Stage, in_use, kept_steps, work_folder
-from mdmtrain.data.plan import Plan
 from mdmtrain.data.records import Reading, check_inputs
 from mdmtrain.data.shards import MANIFEST, PreparedSplit, read_manifest
 from mdmtrain.data.staging import locked
@@ -72,10 +72,10 @@ def prepare(
     Raises ValueError (bad input, one line) or OSError; `out` is then unchanged. Finished parts are kept for the next
     call (see `preparation`); if there are none, no file is left.
     """
-    plan = Plan.of([one if isinstance(one, Input) else open_name(one) for one in inputs], options)
-    if done := finished(plan, out):
+    division = Division.of([one if isinstance(one, Input) else open_name(one) for one in inputs], options)
+    if done := finished(division, out):
         return done
-    with preparation(plan, out) as making:
+    with preparation(division, out) as making:
         for stage in making.stages():
             _do_stage(making, stage, workers, progress or (lambda phase, done, total: None))
         manifest, reading = making.finish(out)
@@ -98,8 +98,8 @@ def _do_stage(making: Preparation, stage: Stage, workers: int, progress: Progres
             before += making.size(stage, unit)
 
 
-def finished(plan: Plan, out: Path) -> Summary | None:
-    """The summary of `out` if it was made from this plan, None if it does not exist or is an empty folder.
+def finished(division: Division, out: Path) -> Summary | None:
+    """The summary of `out` if it was made from this division, None if it does not exist or is an empty folder.
 
     Raises ValueError if `out` is anything else.
     """
@@ -107,25 +107,25 @@ def finished(plan: Plan, out: Path) -> Summary | None:
         if not (work_folder(out) / "data").exists():  # killed between the final rename and the removal of this folder
             shutil.rmtree(work_folder(out), ignore_errors=True)
         manifest = read_manifest(out)
-        if manifest["made_from"] != plan.made_from:
+        if manifest["made_from"] != division.made_from:
             raise ValueError(f"{out} holds data made from other inputs or options: remove it or choose another --out")
         for split in manifest["splits"]:
             PreparedSplit(out, split)
-        return Summary(out, manifest, True, plan.options.reading())
+        return Summary(out, manifest, True, division.options.reading())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a prepared folder: choose another --out")
     return None
 
 
 @contextmanager
-def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
+def preparation(division: Division, out: Path) -> Iterator[Preparation]:
     """Begin or resume the preparation of `out` in a locked work folder next to it, which is removed at the end.
 
     The work folder is kept if the block fails and units are finished, and after SIGKILL; the next call resumes from it.
     Raises ValueError if another process prepares `out`, or if the block fails; the message says which steps are kept.
     """
     work = work_folder(out)
-    making = Preparation(plan, work)
+    making = Preparation(division, work)
     try:
         with locked(work, out):
             making.refuse_other_options()
@@ -134,7 +134,7 @@ def preparation(plan: Plan, out: Path) -> Iterator[Preparation]:
                 if not (work / JOB).exists():
                     making.clean()
                 if not in_use(work):
-                    check_inputs(plan.inputs, plan.options.reading())
+                    check_inputs(division.inputs, division.options.reading())
                 yield making
             except ValueError as error:
                 raise ValueError(f"{error}{_kept(work)}") from error

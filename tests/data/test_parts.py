@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdmtrain.data import duplicates, parts, plan, shards
+from mdmtrain.data import division, duplicates, parts, shards
+from mdmtrain.data.division import Division, cut, draw
 from mdmtrain.data.inputs import Input
 from mdmtrain.data.parts import SOURCES, Preparation, encode_document, work_folder
-from mdmtrain.data.plan import Plan, cut, draw
 from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Reading, read_documents
 from mdmtrain.data.shards import PreparedSplit, ShardWriter, dtype_for
@@ -90,7 +90,7 @@ def test_any_processes_in_any_order_make_the_same_folder(corpus, options, dedup,
     monkeypatch.setattr(duplicates, "BUCKET", 30)
     options = replace(options, dedup=dedup, vocab_size=290, tokenizer=None if dedup else options.tokenizer)
     prepare(corpus, tmp_path / "calm", options, 1)
-    many = Plan.of(corpus, options)
+    many = Division.of(corpus, options)
     assert len(many.parts) > 3
     for seed in range(5):
         chance, out = random.Random(seed), tmp_path / f"out-{seed}"
@@ -116,7 +116,7 @@ def test_any_processes_in_any_order_make_the_same_folder(corpus, options, dedup,
 
 
 def test_a_source_that_changes_in_the_meantime_is_an_error(corpus, options, tmp_path):
-    begun = Plan.of(corpus, options)
+    begun = Division.of(corpus, options)
     work = work_folder(tmp_path / "out")
     work.mkdir()
     making = Preparation(begun, work)
@@ -141,7 +141,7 @@ def test_a_file_that_is_repaired_costs_its_part_alone(corpus, options, tmp_path,
         write(self, part, *rest)
 
     monkeypatch.setattr(Preparation, "_write_part", watched)
-    bad = corpus[Plan.of(corpus, options).parts[3][0]].name
+    bad = corpus[Division.of(corpus, options).parts[3][0]].name
     good = Path(bad).read_text()
     Path(bad).write_text(good[:-1] + " ")
     with pytest.raises(ValueError, match=rf"{bad}:\d+: not JSON.*; finished steps kept: 3; the same command resumes"):
@@ -151,7 +151,7 @@ def test_a_file_that_is_repaired_costs_its_part_alone(corpus, options, tmp_path,
         prepare(corpus, out, replace(options, validation_fraction=0.3), 1)
     Path(bad).write_text(good)
     prepare(corpus, out, options, 1)
-    assert done[4:] == list(range(3, len(Plan.of(corpus, options).parts))) and not work_folder(out).exists()
+    assert done[4:] == list(range(3, len(Division.of(corpus, options).parts))) and not work_folder(out).exists()
     prepare(corpus, tmp_path / "calm", options, 1)
     assert {k: v for k, v in tree(out).items() if k != "manifest.json"} == {
         k: v for k, v in tree(tmp_path / "calm").items() if k != "manifest.json"
@@ -191,12 +191,12 @@ def test_short_and_long_documents_are_left_out_and_counted(corpus, options, tmp_
 
 
 def test_a_tokenizer_learns_from_each_input_in_proportion_to_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "SAMPLE_CHARACTERS", 1000)
+    monkeypatch.setattr(division, "SAMPLE_CHARACTERS", 1000)
     files = {"small": 20, "large": 400}
     for name, lines in files.items():
         (tmp_path / name).write_text("".join(json.dumps({"text": f"{name} {i:090d}"}) + "\n" for i in range(lines)))
     inputs = [Input(str(tmp_path / name)) for name in files]
-    sample = list(Plan.of(inputs, Options()).tokenizer_sample(Reading(), False))
+    sample = list(Division.of(inputs, Options()).tokenizer_sample(Reading(), False))
     counts = Counter(text.split()[0] for text, _, _ in sample)
     assert 0.9 * 4000 < sum(len(text) for text, _, _ in sample) < 4000 + 2 * 100
     assert 17 < counts["large"] / counts["small"] < 23

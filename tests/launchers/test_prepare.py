@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from launchers import prepare as launcher
+from mdmtrain.data.division import Division
 from mdmtrain.data.inputs import find_inputs
 from mdmtrain.data.parts import Preparation, work_folder
-from mdmtrain.data.plan import Plan
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import SOAK
 from tests.data.test_prepare import tree, words
@@ -100,12 +100,12 @@ def test_the_largest_parts_are_dealt_first(sizes, tasks, data):
 
 
 def test_progress_reads_only_the_files_of_parts_that_have_begun(corpus, tmp_path, monkeypatch):
-    plan = Plan.of(find_inputs([str(corpus)], [], [], tmp_path / "out"), OPTIONS)
+    division = Division.of(find_inputs([str(corpus)], [], [], tmp_path / "out"), OPTIONS)
     work = work_folder(tmp_path / "out")
     launcher.running(work).mkdir(parents=True)
-    making = Preparation(plan, work)
+    making = Preparation(division, work)
     making.begin()
-    show = launcher.Show(making, Console(), sizes=list(plan.sizes))
+    show = launcher.Show(making, Console(), sizes=list(division.sizes))
     for unit, done in ((2, "7"), (5, "11"), (6, "")):  # the last one is just being written
         launcher.note(work, "hashes", unit).write_text(done)
     launcher.note(work, "hashes", 2).with_suffix(".error").write_text("not a number")

@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launchers.supervise import free_port
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.layout import Layout, chunk
@@ -163,12 +163,6 @@ def open_groups(rank: int, ranks: int, port: int, found) -> None:
     while rank == 0 and meeting.add("left", 0) < ranks:  # rank 0 hosts the store until all have left
         time.sleep(0.05)
     os._exit(0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def sockets() -> int:

@@ -18,7 +18,8 @@ from mdmtrain.data.records import LONGEST_TEXT, Document, Reading, read_document
 from mdmtrain.data.shards import FORMAT
 from mdmtrain.data.tokenizer import SAMPLE_CHARACTERS, Tokenizer
 
-SHORT, LONG = "shorter than --min-chars", "longer than --max-chars"
+SHORT = "shorter than --min-chars"
+LONG = "longer than --max-chars"
 
 
 def cut(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -38,17 +39,17 @@ def digest(*what: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The inputs and options of a preparation. Processes that share the work read the plan from a file."""
+class Division:
+    """The inputs and options of a preparation. Processes that share the work read the division from a file."""
 
     inputs: tuple[Input, ...]
-    identities: tuple[list, ...]  # the identities of the inputs when the plan was made
+    identities: tuple[list, ...]  # the identities of the inputs when the division was made
     sizes: tuple[int, ...]  # bytes of the inputs, on disk
     options: Options
     model: bytes | None  # content of the tokenizer's file, if the user gave one
 
     @classmethod
-    def of(cls, inputs: Sequence[Input], options: Options) -> "Plan":
+    def of(cls, inputs: Sequence[Input], options: Options) -> "Division":
         """Raises ValueError if the tokenizer cannot be read, OSError if an input no longer exists."""
         given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern) if options.tokenizer else None
         identities = tuple(one.identity() for one in inputs)
@@ -67,7 +68,7 @@ class Plan:
 
     @cached_property
     def made_from(self) -> str:
-        """A hash that identifies the prepared folder: two plans with the same hash give the same content."""
+        """A hash that identifies the prepared folder: two divisions with the same hash give the same content."""
         return digest(*self.settings, list(self.identities))
 
     def bytes_of(self, part: int) -> int:
@@ -81,7 +82,7 @@ class Plan:
         return None
 
     def refuse_changes(self, part: int) -> None:
-        """Raise ValueError if an input of a part has changed since the plan was made."""
+        """Raise ValueError if an input of a part has changed since the division was made."""
         for number in range(*self.parts[part]):
             source = self.inputs[number]
             if source.spool is None and open_name(source.name).identity() != self.identities[number]:
@@ -106,7 +107,8 @@ class Plan:
         The texts are the first documents of every input, in proportion to its bytes. They have at most about four times
         as many characters as the tokenizer is trained on.
         """
-        total, fraction = max(1, sum(self.sizes)), self.options.validation_fraction
+        total = max(1, sum(self.sizes))
+        fraction = self.options.validation_fraction
         for source, size, before in zip(self.inputs, self.sizes, accumulate(self.sizes, initial=0), strict=False):
             share = 4 * SAMPLE_CHARACTERS * size / total
             for document, _ in read_documents(source, reading, prompts):
@@ -118,7 +120,8 @@ class Plan:
                     break
 
     def _unfit(self, document: Document) -> str | None:
-        least, most = self.options.min_chars, self.options.max_chars
+        least = self.options.min_chars
+        most = self.options.max_chars
         if least is None and most is None:
             return None
         characters = len(document.text) + len(document.prompt or "")

@@ -24,7 +24,7 @@ BEAT = 1.0  # seconds between two updates of a unit's progress file
 
 
 def write_division(work: Path, division: Division) -> None:
-    """Write the inputs and options to a file for the tasks. Raises ValueError if only this process can read an input."""
+    """Write the inputs and options to a file for the tasks. Raises ValueError if only this process can read one."""
     for one in division.inputs:
         if one.spool is not None:
             raise ValueError(

@@ -51,6 +51,7 @@ CHECKPOINTING = "parallel.activation_checkpointing="
 PROBE = ["monitor.probe_every=2", "monitor.probe_sequences=4", "monitor.probe_rates=2", "monitor.probe_masks=2"]
 EMA = "optim.ema_decay=0.99"
 MUON = "optim.name=muon"
+FLOAT8 = "parallel.float8=true"
 OFFLOAD = "parallel.offload=true"
 ACCUMULATE = "run.micro_batch=1"  # two micro-steps
 # Every arrangement evaluates and saves twice.
@@ -89,6 +90,9 @@ ARRANGEMENTS: dict[str, list[str]] = {
     "muon": [MUON, "model.qk_norm=true"],
     "muon, hsdp, compiled": [MUON, "parallel.replicate=2", COMPILE],
     "muon, offload": [MUON, OFFLOAD],
+    "float8": [FLOAT8, ACCUMULATE],
+    "float8, recompute ops": [FLOAT8, CHECKPOINTING + "ops"],
+    "float8, compiled": [FLOAT8, COMPILE, CHECKPOINTING + "ops"],
     "everything": [COMPILE, CHECKPOINTING + "full", "parallel.replicate=2", ACCUMULATE, DOCUMENTS, EMA, MUON, *PROBE],
 }
 

@@ -6,6 +6,8 @@ result. tools/observed.py and tools/bench/allocator.py measure what the engine r
 tools compare this with the prediction.
 """
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -37,8 +39,12 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu(80 * GIB, 312e12, 2.04e12, 300e9, 25e9),
-    "h100": Gpu(79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu(140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),
+    "h100": Gpu(79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),  # SXM
+    # NVLink joins only two cards, or four of the H200 NVL. A ring over all cards of a node passes PCIe 5.
+    "h100-pcie": Gpu(79.6 * GIB, 756e12, 2.04e12, 64e9, 50e9),
+    "h100-nvl": Gpu(93.6 * GIB, 835e12, 3.9e12, 64e9, 50e9),
+    "h200": Gpu(140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),  # SXM
+    "h200-nvl": Gpu(140.4 * GIB, 835e12, 4.8e12, 64e9, 50e9),
     "b200": Gpu(179 * GIB, 2250e12, 8e12, 900e9, 50e9),
 }
 
@@ -127,6 +133,11 @@ def shape_of(config: Config) -> ModelShape:
     return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
 
 
+def compute_width(config: Config) -> int:
+    """The size in bytes of a value in the compute dtype."""
+    return getattr(torch, config.parallel.compute_dtype).itemsize
+
+
 def sizes(shape: ModelShape) -> Sizes:
     matrix = shape.vocab_size * shape.d_model
     block = (shape.parameters() - matrix * (1 if shape.tied_embeddings else 2) - shape.d_model) // shape.n_layers
@@ -191,28 +202,36 @@ def memory(
     activations are in memory and the gradient of the head is being reduced. on_cpu: norms are composed, and Muon
     computes in float32.
     """
-    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parts, width = sizes(shape), compute_width(config)
     tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
     stay = 0 if config.parallel.reshard_after_forward else parts.blocks
     gathered_blocks = 0 if stay else min(2, parts.blocks)  # the block in use, and the prefetched one
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
     kept, again = activations(shape, config, on_cpu)
+    # Bytes for each logit of a chunk, in float32: the log-probabilities and two gradients.
+    logit = 12
+    if config.parallel.fused_head:
+        logit = 4  # in place
+    elif config.parallel.compile:
+        logit = 2 * width  # the logits and their gradient, in the compute dtype
+    # In the whole backward pass, in the compute dtype: a tied matrix, parameters that are not freed, and the buffer of
+    # the last all-gather.
+    gathered = parts.root + stay * parts.block
+    if stay:
+        gathered += parts.embed
+    if shard > 1:
+        gathered += parts.block
     # With offload, all of this is in host memory, except the float32 shard of the block that is being copied.
     states, offload = state_bytes(config, shape, shard), config.parallel.offload
     states = dict.fromkeys(states, 0.0) if offload else states
     return {
         **states,
-        # In the whole backward pass, in the compute dtype: a tied matrix, parameters that are not freed, and the buffer
-        # of the last all-gather.
-        "gathered": width
-        * float(parts.root + stay * parts.block + (parts.embed if stay else 0) + (parts.block if shard > 1 else 0)),
+        "gathered": float(width * gathered),
         "activations": width * tokens * kept,
-        # The weight of the head and its gradient; the rows before and after the norm, and their gradient; for one
-        # chunk, in float32, the log-probabilities and two gradients (fused: in place; compiled: the logits and their
-        # gradient in the compute dtype).
+        # The weight of the head and its gradient; the rows before and after the norm, and their gradient; the logits.
         "head at work": width * (parts.head + matrix)
         + 3 * width * tokens * assumed.masked * shape.d_model
-        + (4 if config.parallel.fused_head else 2 * width if config.parallel.compile else 12) * rows * shape.vocab_size,
+        + logit * rows * shape.vocab_size,
         # Gathered parameters; recomputed activations, or later the gradients before and during their reduction;
         # gradients of the residual stream and inside SwiGLU; the gradient of the head during its reduction, or that of
         # a tied matrix.
@@ -241,7 +260,7 @@ def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, floa
 
 def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulation: int) -> dict[str, float]:
     """Bytes that a rank sends in one step, by collective. All collectives are rings."""
-    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parts, width = sizes(shape), compute_width(config)
     again = regathered(shape, config)
     others, copies = (shard - 1) / shard, world // shard
     # With offload, float32 shards are copied to the GPU before each all-gather, and gradients are copied back: after
@@ -322,29 +341,49 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     """FLOPs of one step on all ranks: (counted by MFU, computed by matrix products, computed by attention).
 
     The computed ones include recomputation. The backward pass of attention always computes its scores again. A head of
-    more than one chunk recomputes its logits. A budget with room for all matrix products and attention recomputes none
-    of them. With a smaller budget the recomputed share grows in proportion. This is an upper bound, because the
-    compiler recomputes the cheapest ones. With float8, the products of the blocks count half, because a GPU multiplies
-    float8 twice as fast.
+    more than one chunk recomputes its logits. With float8, the products of the blocks count half, because a GPU
+    multiplies float8 twice as fast.
     """
     tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
     matrices = tokens * 2 * sizes(shape).blocks * sizes(shape).block
     attention = tokens * 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
-    budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
-    d = shape.d_model  # the input of a block, which is always kept
-    again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
-    again["budget"] = max(0.0, (ops - budget) / (ops - d))
-    more = again[config.parallel.activation_checkpointing]
+    more = recomputed_products(shape, config)
     heads = 3 if head_at_once(config, masked) else 4
     products = (3 + more) * matrices / (2 if config.parallel.float8 else 1) + heads * head
     return 3 * (matrices + attention + head), products, (3.5 + more) * attention
 
 
+def recomputed_products(shape: ModelShape, config: Config) -> float:
+    """The share of the blocks' products and attention in the forward pass that the backward pass computes again.
+
+    A budget with room for all of them recomputes none. With a smaller budget the share grows in proportion. This is an
+    upper bound, because the compiler recomputes the cheapest ones.
+    """
+    match config.parallel.activation_checkpointing:
+        case "full":
+            return 1.0
+        case "selective":
+            return 1 / config.parallel.recompute_every
+        case "budget":
+            budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
+            return max(0.0, (ops - budget) / (ops - shape.d_model))  # the input of a block is always kept
+    return 0.0
+
+
 def head_at_once(config: Config, masked: float) -> bool:
-    """Whether one chunk holds the masked rows of a micro-batch. The head then recomputes nothing."""
-    rows = min(config.run.micro_batch, config.run.global_batch) * config.data.sequence_length * masked
-    return rows <= config.parallel.head_chunk
+    """Whether one chunk holds the masked positions of nearly every micro-batch. The head then recomputes nothing."""
+    rows = min(config.run.micro_batch, config.run.global_batch)
+    return rows * config.data.sequence_length * most_masked(masked, rows) <= config.parallel.head_chunk
+
+
+def most_masked(masked: float, rows: int) -> float:
+    """The share of masked positions that 98% of the micro-batches do not exceed: its mean and two standard deviations.
+
+    masked: the mean. The rows have independent rates. The variance of a rate is taken as m (1 - m) / 3 for a mean of m.
+    That is 1/12 for rates that are uniform between 0 and 1.
+    """
+    return min(1.0, masked + 2 * math.sqrt(masked * (1 - masked) / (3 * rows)))
 
 
 # Bytes that the operations of a block, except matrix products and attention, read and write in the forward and backward
@@ -364,7 +403,7 @@ LOGIT_BYTES = {False: (44, 22), True: (6, 2)}
 
 def block_bytes(shape: ModelShape, config: Config) -> float:
     """Bytes per token that a block's operations read and write, without products and attention. Mean over blocks."""
-    parallel, width = config.parallel, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parallel, width = config.parallel, compute_width(config)
     numbers = shape.d_model, (shape.n_heads + shape.n_kv_heads) * shape.head_dim, shape.d_ff
 
     def moved(mode: str) -> float:
@@ -381,25 +420,27 @@ def block_bytes(shape: ModelShape, config: Config) -> float:
 
 def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) -> float:
     """Bytes that a rank reads and writes in its memory in one micro-step, without products and attention."""
-    tokens, compiled = config.run.micro_batch * config.data.sequence_length, config.parallel.compile
-    once, again = LOGIT_BYTES[compiled]
-    logit = (1 if config.parallel.compute_dtype == "bfloat16" else 2) * (
-        once if head_at_once(config, masked) else once + again
-    )
+    tokens = config.run.micro_batch * config.data.sequence_length
+    logit, again = LOGIT_BYTES[config.parallel.compile]
+    if not head_at_once(config, masked):
+        logit += again
+    logit *= compute_width(config) / 2
     blocks = shape.n_layers * block_bytes(shape, config)
-    scaled = float8_bytes(shape, tokens) if config.parallel.float8 else 0
+    scaled = float8_bytes(shape, tokens, recomputed_products(shape, config)) if config.parallel.float8 else 0
     return tokens * (blocks + masked * logit * shape.vocab_size) + scaled + copied_bytes(shape, config, shard)
 
 
-def float8_bytes(shape: ModelShape, tokens: int) -> float:
-    """Bytes that scaling to float8 reads and writes in one micro-step, without recomputation.
+def float8_bytes(shape: ModelShape, tokens: int, recomputed: float = 0.0) -> float:
+    """Bytes that scaling to float8 reads and writes in one micro-step.
 
     An operand is read to find its largest value, and read and written to be rounded: 2 + 2 + 1 bytes per value. The
     operands are the inputs of the linear layers and the gradients of their outputs, and the weights in both passes.
+    recomputed: the share of the products of the forward pass that the backward pass computes again.
     """
     d, queries, keys = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    values = 7 * d + 2 * queries + 2 * keys + 3 * shape.d_ff
-    return 5 * shape.n_layers * (tokens * values + 2 * (2 * d * (queries + keys) + 3 * d * shape.d_ff))
+    inputs, outputs = 5 * d + queries + shape.d_ff, queries + 2 * keys + 2 * d + 2 * shape.d_ff
+    weights = 2 * d * (queries + keys) + 3 * d * shape.d_ff
+    return 5 * shape.n_layers * (tokens * (inputs + outputs) + 2 * weights + recomputed * (tokens * inputs + weights))
 
 
 def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
@@ -408,7 +449,7 @@ def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
     It casts shards, gathers them into a buffer and copies them out of it. It copies gradients into a buffer, reduces
     them, and adds them to the gradients of the shard.
     """
-    parameters, width = sizes(shape).total, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parameters, width = sizes(shape).total, compute_width(config)
     gathered = (4 + width) / shard + (3 * width if shard > 1 else 0)
     return (parameters + regathered(shape, config)) * gathered + parameters * (width + 8 + 16 / shard)
 
@@ -450,19 +491,29 @@ def ring(size: int, in_node: int, gpu: Gpu, assumed: Assumptions) -> Ring:
     """
     in_node = min(size, in_node)
     nodes = -(-size // in_node)
-    rate = gpu.near if nodes == 1 else gpu.far if in_node == 1 else min(gpu.near, in_node * gpu.far)
+    rate = gpu.near
+    if nodes > 1:
+        rate = gpu.far if in_node == 1 else min(gpu.near, in_node * gpu.far)
     latency = (size - nodes) * assumed.near_hop + (nodes - 1) * assumed.far_hop
     return Ring(rate * assumed.link_efficiency, latency)
 
 
 def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
     """The MFU (arXiv 2204.02311) of a run at one token per second over all ranks, or None if the GPU is not in GPUS."""
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
-    if not peaks:
+    gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
         return None
     counted, *_ = step_flops(shape, config, Assumptions().masked)
-    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * peaks[0])
+    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * gpu.peak)
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The GPU with this name of its driver, such as "NVIDIA H100 PCIe", or None if it is not in GPUS."""
+    words = set(re.findall(r"\w+", name.lower()))
+    known = [key for key in GPUS if words.issuperset(key.split("-"))]
+    if not known or "mig" in words:  # a MIG instance is a part of a GPU
+        return None
+    return GPUS[max(known, key=len)]
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:

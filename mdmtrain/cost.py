@@ -6,15 +6,17 @@ result. tools/observed.py and tools/bench/allocator.py measure what the engine r
 tools compare this with the prediction.
 """
 
+import math
+import re
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.shards import location, read_manifest
+from mdmtrain.files import on_disk
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
 from mdmtrain.muon import choose_owners, newton_schulz_dtype, orthogonalize_flops, rows_by_rank
@@ -37,8 +39,12 @@ class Gpu:
 
 GPUS = {
     "a100": Gpu(80 * GIB, 312e12, 2.04e12, 300e9, 25e9),
-    "h100": Gpu(79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu(140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),
+    "h100": Gpu(79.6 * GIB, 989e12, 3.35e12, 450e9, 50e9),  # SXM
+    # NVLink joins only two cards, or four of the H200 NVL. A ring over all cards of a node passes PCIe 5.
+    "h100-pcie": Gpu(79.6 * GIB, 756e12, 2.04e12, 64e9, 50e9),
+    "h100-nvl": Gpu(93.6 * GIB, 835e12, 3.9e12, 64e9, 50e9),
+    "h200": Gpu(140.4 * GIB, 989e12, 4.8e12, 450e9, 50e9),  # SXM
+    "h200-nvl": Gpu(140.4 * GIB, 835e12, 4.8e12, 64e9, 50e9),
     "b200": Gpu(179 * GIB, 2250e12, 8e12, 900e9, 50e9),
 }
 
@@ -120,11 +126,16 @@ def shape_of(config: Config) -> ModelShape:
     if config.model.vocab_size is not None:
         return model_shape(config.model, config.model.vocab_size)
     folder = location(config.data.sources[0].path)
-    if isinstance(folder, Path) and not folder.is_dir():
+    if on_disk(folder) and not folder.is_dir():
         raise ValueError(
             f"{folder}: no such folder, so the vocabulary is unknown: give model.vocab_size=N or prepare it"
         )
     return model_shape(config.model, read_manifest(folder)["tokenizer"]["vocab_size"])
+
+
+def compute_width(config: Config) -> int:
+    """The size in bytes of a value in the compute dtype."""
+    return getattr(torch, config.parallel.compute_dtype).itemsize
 
 
 def sizes(shape: ModelShape) -> Sizes:
@@ -145,7 +156,10 @@ def saved_per_token(
     uncompiled block keeps, except its input. torch applies it to the values that the compiler would keep, which are
     fewer.
     """
-    d, q, kv, ff = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim, shape.d_ff
+    d = shape.d_model
+    q = shape.n_heads * shape.head_dim
+    kv = shape.n_kv_heads * shape.head_dim
+    ff = shape.d_ff
     match recompute:
         case "full":
             return d  # the block's input
@@ -161,10 +175,12 @@ def saved_per_token(
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:
     """Values per token: (kept by all blocks for the backward pass, added by a block while it recomputes its own)."""
-    mode, every = config.parallel.activation_checkpointing, config.parallel.recompute_every
+    mode = config.parallel.activation_checkpointing
+    every = config.parallel.recompute_every
     whole = saved_per_token(shape, "none", composed_norms=composed_norms, compiled=config.parallel.compile)
     if mode == "selective":
-        recomputed, least = -(-shape.n_layers // every), saved_per_token(shape, "full")
+        recomputed = -(-shape.n_layers // every)
+        least = saved_per_token(shape, "full")
         after = (shape.n_layers - 1) % every  # blocks after the last recomputed one, which have freed theirs
         return (shape.n_layers - recomputed) * whole + recomputed * least, whole - least - after * whole
     kept = whole if mode == "none" else saved_per_token(shape, mode, config.parallel.recompute_budget)
@@ -191,28 +207,39 @@ def memory(
     activations are in memory and the gradient of the head is being reduced. on_cpu: norms are composed, and Muon
     computes in float32.
     """
-    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
-    tokens, matrix = micro_batch * config.data.sequence_length, shape.vocab_size * shape.d_model
+    parts = sizes(shape)
+    width = compute_width(config)
+    tokens = micro_batch * config.data.sequence_length
+    matrix = shape.vocab_size * shape.d_model
     stay = 0 if config.parallel.reshard_after_forward else parts.blocks
     gathered_blocks = 0 if stay else min(2, parts.blocks)  # the block in use, and the prefetched one
     rows = min(tokens * assumed.masked, config.parallel.head_chunk)
     kept, again = activations(shape, config, on_cpu)
+    # Bytes for each logit of a chunk, in float32: the log-probabilities and two gradients.
+    logit = 12
+    if config.parallel.fused_head:
+        logit = 4  # in place
+    elif config.parallel.compile:
+        logit = 2 * width  # the logits and their gradient, in the compute dtype
+    # In the whole backward pass, in the compute dtype: a tied matrix, parameters that are not freed, and the buffer of
+    # the last all-gather.
+    gathered = parts.root + stay * parts.block
+    if stay:
+        gathered += parts.embed
+    if shard > 1:
+        gathered += parts.block
     # With offload, all of this is in host memory, except the float32 shard of the block that is being copied.
-    states, offload = state_bytes(config, shape, shard), config.parallel.offload
+    states = state_bytes(config, shape, shard)
+    offload = config.parallel.offload
     states = dict.fromkeys(states, 0.0) if offload else states
     return {
         **states,
-        # In the whole backward pass, in the compute dtype: a tied matrix, parameters that are not freed, and the buffer
-        # of the last all-gather.
-        "gathered": width
-        * float(parts.root + stay * parts.block + (parts.embed if stay else 0) + (parts.block if shard > 1 else 0)),
+        "gathered": float(width * gathered),
         "activations": width * tokens * kept,
-        # The weight of the head and its gradient; the rows before and after the norm, and their gradient; for one
-        # chunk, in float32, the log-probabilities and two gradients (fused: in place; compiled: the logits and their
-        # gradient in the compute dtype).
+        # The weight of the head and its gradient; the rows before and after the norm, and their gradient; the logits.
         "head at work": width * (parts.head + matrix)
         + 3 * width * tokens * assumed.masked * shape.d_model
-        + (4 if config.parallel.fused_head else 2 * width if config.parallel.compile else 12) * rows * shape.vocab_size,
+        + logit * rows * shape.vocab_size,
         # Gathered parameters; recomputed activations, or later the gradients before and during their reduction;
         # gradients of the residual stream and inside SwiGLU; the gradient of the head during its reduction, or that of
         # a tied matrix.
@@ -241,9 +268,11 @@ def state_bytes(config: Config, shape: ModelShape, shard: int) -> dict[str, floa
 
 def traffic(shape: ModelShape, config: Config, world: int, shard: int, accumulation: int) -> dict[str, float]:
     """Bytes that a rank sends in one step, by collective. All collectives are rings."""
-    parts, width = sizes(shape), 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parts = sizes(shape)
+    width = compute_width(config)
     again = regathered(shape, config)
-    others, copies = (shard - 1) / shard, world // shard
+    others = (shard - 1) / shard
+    copies = world // shard
     # With offload, float32 shards are copied to the GPU before each all-gather, and gradients are copied back: after
     # each micro-step, or with several replicas after the all-reduce of the step.
     back = parts.total * (accumulation if copies == 1 else 1)
@@ -284,7 +313,8 @@ def muon_traffic(shape: ModelShape, shard: int) -> tuple[int, ...]:
 
     Ranks differ: some own one matrix more, and the last ones may have fewer rows.
     """
-    shapes, sent = muon_shapes(shape), [0] * shard
+    shapes = muon_shapes(shape)
+    sent = [0] * shard
     for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
         for rank, own in enumerate(rows_by_rank(rows, shard)):
             sent[rank] += columns * (own if rank != owner else rows - own)
@@ -294,10 +324,13 @@ def muon_traffic(shape: ModelShape, shard: int) -> tuple[int, ...]:
 @cache
 def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> float:
     """Peak bytes on one rank in Muon's step: both buffers, and the iterations on its largest matrix."""
-    shapes, width = muon_shapes(shape), muon_width(on_cpu)
-    buffers, work = [0] * shard, [0.0] * shard
+    shapes = muon_shapes(shape)
+    width = muon_width(on_cpu)
+    buffers = [0] * shard
+    work = [0.0] * shard
     for (rows, columns), owner in zip(shapes, choose_owners(shapes, shard), strict=True):
-        size, own = rows * columns, rows_by_rank(rows, shard)
+        size = rows * columns
+        own = rows_by_rank(rows, shard)
         if shard > 1:
             buffers[owner] += width * size
             buffers = [count + width * part * columns for count, part in zip(buffers, own, strict=True)]
@@ -312,7 +345,8 @@ def muon_memory(shape: ModelShape, shard: int, offload: bool, on_cpu: bool) -> f
 @cache
 def muon_flops(shape: ModelShape, shard: int) -> int:
     """The FLOPs of orthogonalisation on the busiest rank."""
-    shapes, work = muon_shapes(shape), [0] * shard
+    shapes = muon_shapes(shape)
+    work = [0] * shard
     for one, owner in zip(shapes, choose_owners(shapes, shard), strict=True):
         work[owner] += orthogonalize_flops(*one)
     return max(work)
@@ -322,29 +356,50 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     """FLOPs of one step on all ranks: (counted by MFU, computed by matrix products, computed by attention).
 
     The computed ones include recomputation. The backward pass of attention always computes its scores again. A head of
-    more than one chunk recomputes its logits. A budget with room for all matrix products and attention recomputes none
-    of them. With a smaller budget the recomputed share grows in proportion. This is an upper bound, because the
-    compiler recomputes the cheapest ones. With float8, the products of the blocks count half, because a GPU multiplies
-    float8 twice as fast.
+    more than one chunk recomputes its logits. With float8, the products of the blocks count half, because a GPU
+    multiplies float8 twice as fast.
     """
-    tokens, length = config.run.global_batch * config.data.sequence_length, config.data.sequence_length
+    tokens = config.run.global_batch * config.data.sequence_length
+    length = config.data.sequence_length
     matrices = tokens * 2 * sizes(shape).blocks * sizes(shape).block
     attention = tokens * 4 * length * shape.n_heads * shape.head_dim * shape.n_layers / (2 if shape.causal else 1)
     head = tokens * masked * 2 * shape.vocab_size * shape.d_model
-    budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
-    d = shape.d_model  # the input of a block, which is always kept
-    again = {"none": 0.0, "full": 1.0, "selective": 1 / config.parallel.recompute_every, "ops": 0.0}
-    again["budget"] = max(0.0, (ops - budget) / (ops - d))
-    more = again[config.parallel.activation_checkpointing]
+    more = recomputed_products(shape, config)
     heads = 3 if head_at_once(config, masked) else 4
     products = (3 + more) * matrices / (2 if config.parallel.float8 else 1) + heads * head
     return 3 * (matrices + attention + head), products, (3.5 + more) * attention
 
 
+def recomputed_products(shape: ModelShape, config: Config) -> float:
+    """The share of the blocks' products and attention in the forward pass that the backward pass computes again.
+
+    A budget with room for all of them recomputes none. With a smaller budget the share grows in proportion. This is an
+    upper bound, because the compiler recomputes the cheapest ones.
+    """
+    match config.parallel.activation_checkpointing:
+        case "full":
+            return 1.0
+        case "selective":
+            return 1 / config.parallel.recompute_every
+        case "budget":
+            budget, ops = (saved_per_token(shape, m, config.parallel.recompute_budget) for m in ("budget", "ops"))
+            return max(0.0, (ops - budget) / (ops - shape.d_model))  # the input of a block is always kept
+    return 0.0
+
+
 def head_at_once(config: Config, masked: float) -> bool:
-    """Whether one chunk holds the masked rows of a micro-batch. The head then recomputes nothing."""
-    rows = min(config.run.micro_batch, config.run.global_batch) * config.data.sequence_length * masked
-    return rows <= config.parallel.head_chunk
+    """Whether one chunk holds the masked positions of nearly every micro-batch. The head then recomputes nothing."""
+    rows = min(config.run.micro_batch, config.run.global_batch)
+    return rows * config.data.sequence_length * most_masked(masked, rows) <= config.parallel.head_chunk
+
+
+def most_masked(masked: float, rows: int) -> float:
+    """The share of masked positions that 98% of the micro-batches do not exceed: its mean and two standard deviations.
+
+    masked: the mean. The rows have independent rates. The variance of a rate is taken as m (1 - m) / 3 for a mean of m.
+    That is 1/12 for rates that are uniform between 0 and 1.
+    """
+    return min(1.0, masked + 2 * math.sqrt(masked * (1 - masked) / (3 * rows)))
 
 
 # Bytes that the operations of a block, except matrix products and attention, read and write in the forward and backward
@@ -364,7 +419,8 @@ LOGIT_BYTES = {False: (44, 22), True: (6, 2)}
 
 def block_bytes(shape: ModelShape, config: Config) -> float:
     """Bytes per token that a block's operations read and write, without products and attention. Mean over blocks."""
-    parallel, width = config.parallel, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parallel = config.parallel
+    width = compute_width(config)
     numbers = shape.d_model, (shape.n_heads + shape.n_kv_heads) * shape.head_dim, shape.d_ff
 
     def moved(mode: str) -> float:
@@ -381,25 +437,30 @@ def block_bytes(shape: ModelShape, config: Config) -> float:
 
 def moved_bytes(shape: ModelShape, config: Config, shard: int, masked: float) -> float:
     """Bytes that a rank reads and writes in its memory in one micro-step, without products and attention."""
-    tokens, compiled = config.run.micro_batch * config.data.sequence_length, config.parallel.compile
-    once, again = LOGIT_BYTES[compiled]
-    logit = (1 if config.parallel.compute_dtype == "bfloat16" else 2) * (
-        once if head_at_once(config, masked) else once + again
-    )
+    tokens = config.run.micro_batch * config.data.sequence_length
+    logit, again = LOGIT_BYTES[config.parallel.compile]
+    if not head_at_once(config, masked):
+        logit += again
+    logit *= compute_width(config) / 2
     blocks = shape.n_layers * block_bytes(shape, config)
-    scaled = float8_bytes(shape, tokens) if config.parallel.float8 else 0
+    scaled = float8_bytes(shape, tokens, recomputed_products(shape, config)) if config.parallel.float8 else 0
     return tokens * (blocks + masked * logit * shape.vocab_size) + scaled + copied_bytes(shape, config, shard)
 
 
-def float8_bytes(shape: ModelShape, tokens: int) -> float:
-    """Bytes that scaling to float8 reads and writes in one micro-step, without recomputation.
+def float8_bytes(shape: ModelShape, tokens: int, recomputed: float = 0.0) -> float:
+    """Bytes that scaling to float8 reads and writes in one micro-step.
 
     An operand is read to find its largest value, and read and written to be rounded: 2 + 2 + 1 bytes per value. The
     operands are the inputs of the linear layers and the gradients of their outputs, and the weights in both passes.
+    recomputed: the share of the products of the forward pass that the backward pass computes again.
     """
-    d, queries, keys = shape.d_model, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
-    values = 7 * d + 2 * queries + 2 * keys + 3 * shape.d_ff
-    return 5 * shape.n_layers * (tokens * values + 2 * (2 * d * (queries + keys) + 3 * d * shape.d_ff))
+    d = shape.d_model
+    queries = shape.n_heads * shape.head_dim
+    keys = shape.n_kv_heads * shape.head_dim
+    inputs = 5 * d + queries + shape.d_ff
+    outputs = queries + 2 * keys + 2 * d + 2 * shape.d_ff
+    weights = 2 * d * (queries + keys) + 3 * d * shape.d_ff
+    return 5 * shape.n_layers * (tokens * (inputs + outputs) + 2 * weights + recomputed * (tokens * inputs + weights))
 
 
 def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
@@ -408,7 +469,8 @@ def copied_bytes(shape: ModelShape, config: Config, shard: int) -> float:
     It casts shards, gathers them into a buffer and copies them out of it. It copies gradients into a buffer, reduces
     them, and adds them to the gradients of the shard.
     """
-    parameters, width = sizes(shape).total, 2 if config.parallel.compute_dtype == "bfloat16" else 4
+    parameters = sizes(shape).total
+    width = compute_width(config)
     gathered = (4 + width) / shard + (3 * width if shard > 1 else 0)
     return (parameters + regathered(shape, config)) * gathered + parameters * (width + 8 + 16 / shard)
 
@@ -450,25 +512,36 @@ def ring(size: int, in_node: int, gpu: Gpu, assumed: Assumptions) -> Ring:
     """
     in_node = min(size, in_node)
     nodes = -(-size // in_node)
-    rate = gpu.near if nodes == 1 else gpu.far if in_node == 1 else min(gpu.near, in_node * gpu.far)
+    rate = gpu.near
+    if nodes > 1:
+        rate = gpu.far if in_node == 1 else min(gpu.near, in_node * gpu.far)
     latency = (size - nodes) * assumed.near_hop + (nodes - 1) * assumed.far_hop
     return Ring(rate * assumed.link_efficiency, latency)
 
 
 def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.device) -> float | None:
     """The MFU (arXiv 2204.02311) of a run at one token per second over all ranks, or None if the GPU is not in GPUS."""
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    peaks = [gpu.peak for key, gpu in GPUS.items() if key in name]
-    if not peaks:
+    gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
         return None
     counted, *_ = step_flops(shape, config, Assumptions().masked)
-    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * peaks[0])
+    return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * gpu.peak)
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The GPU with this name of its driver, such as "NVIDIA H100 PCIe", or None if it is not in GPUS."""
+    words = set(re.findall(r"\w+", name.lower()))
+    known = [key for key in GPUS if words.issuperset(key.split("-"))]
+    if not known or "mig" in words:  # a MIG instance is a part of a GPU
+        return None
+    return GPUS[max(known, key=len)]
 
 
 def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assumptions) -> Cost:
     """The prediction. Raises ValueError if the configuration is not valid for this number of GPUs."""
     plan = resolve(config, gpus)
-    copies, shard = config.parallel.replicate, gpus // config.parallel.replicate
+    copies = config.parallel.replicate
+    shard = gpus // config.parallel.replicate
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
     # The number of masked positions changes with every micro-batch. In one of a few rows it can be nearly all of them.
     kinds = memory(shape, config, shard, plan.micro_batch, replace(assumed, masked=1.0))
@@ -481,11 +554,14 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     communication = latency + sum(sent[kind] / one.rate for kind, (one, _) in rings.items())
     communication = max(communication, sent["host"] / assumed.host_link)  # these use separate links
     counted, products, attention = step_flops(shape, config, assumed.masked)
-    flops, moving = gpu.peak * assumed.compute_efficiency, gpu.bandwidth * assumed.memory_efficiency
+    flops = gpu.peak * assumed.compute_efficiency
+    moving = gpu.bandwidth * assumed.memory_efficiency
     compute = products / gpus / flops + attention / gpus / (gpu.peak * assumed.attention_efficiency)
     compute += plan.accumulation * moved_bytes(shape, config, shard, assumed.masked) / moving
-    muon, host = config.optim.name == "muon", config.parallel.offload
-    matrices, parameters = muon_parameters(shape) if muon else 0, sizes(shape).total
+    muon = config.optim.name == "muon"
+    host = config.parallel.offload
+    matrices = muon_parameters(shape) if muon else 0
+    parameters = sizes(shape).total
     # The norm reads the gradient, and clipping reads and writes it. AdamW reads parameter, gradient and two moments and
     # writes all but the gradient, in one pass. Muon makes eight passes, which read and write 18 values per parameter.
     passes = (40 * (parameters - matrices) + 84 * matrices) / shard

@@ -178,6 +178,27 @@ def test_float8_is_priced():
     assert products - products8 == 3 * tokens * 2 * (weights + norms) * shape.n_layers / 2
     operands = sum(7 * (layer.in_features + layer.out_features) + 2 * layer.weight.numel() for layer in linear)
     assert cost.float8_bytes(shape, 7) == 5 * shape.n_layers * operands
+    again = sum(7 * layer.in_features + layer.weight.numel() for layer in linear)  # a whole forward pass
+    assert cost.float8_bytes(shape, 7, recomputed=0.5) == 5 * shape.n_layers * (operands + again / 2)
+    every = {mode: config_of({"activation_checkpointing": mode, "float8": True}) for mode in ("none", "full")}
+    moved = {mode: cost.moved_bytes(shape, config, 1, 0.5) for mode, config in every.items()}
+    tokens = plain.run.micro_batch * plain.data.sequence_length
+    blocks = {mode: tokens * shape.n_layers * cost.block_bytes(shape, config) for mode, config in every.items()}
+    scaled = cost.float8_bytes(shape, tokens, 1.0) - cost.float8_bytes(shape, tokens)
+    assert moved["full"] - moved["none"] == pytest.approx(blocks["full"] - blocks["none"] + scaled)
+
+
+def test_a_chunk_of_the_mean_is_exceeded():
+    """The number of masked positions varies. A chunk that holds only their mean is planned to recompute its logits."""
+    positions = 4 * 32
+    most = cost.most_masked(0.5, rows=4)
+    assert most == pytest.approx(0.5 + 2 * (1 / 12 / 4) ** 0.5)  # the rate of a row is uniform
+    assert cost.most_masked(0.5, rows=1) == cost.most_masked(1.0, rows=4) == 1
+    for share, at_once in ((0.5, False), (most - 0.01, False), (most + 0.01, True)):
+        config = config_of({"head_chunk": int(share * positions)})
+        assert cost.head_at_once(config, masked=0.5) is at_once
+    averages = torch.rand(100_000, 4, generator=torch.Generator().manual_seed(0)).mean(1)
+    assert (averages <= most).float().mean() == pytest.approx(0.977, abs=0.01)
 
 
 MEMORY_CASES = [
@@ -233,6 +254,27 @@ def test_mfu_is_the_counted_flops_over_the_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
     assert cost.mfu_per_speed(shape, config, 8, gpu) is None
     assert cost.mfu_per_speed(shape, config, 8, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, peak):
+    gpu = cost.gpu_of(name)
+    assert (gpu and gpu.peak) == peak
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -75,7 +75,9 @@ def table_of_arrangements(found: list[Arrangement], gpus: int) -> Table:
              "step, s", "MFU", "GiB", "GB sent", "compute, s", "comm., s")  # fmt: skip
     table = Table(*heads, title=f"the fastest arrangements on {gpus:,} GPUs that fit")
     for one in found:
-        run, parallel, price = one.config.run, one.config.parallel, one.cost
+        run = one.config.run
+        parallel = one.config.parallel
+        price = one.cost
         accumulation = run.global_batch // (gpus * run.micro_batch)
         yes = {True: "yes", False: "no"}
         table.add_row(
@@ -155,8 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("all assumptions must be greater than 0: see --help")
     if not all(part.isdecimal() and int(part) for part in args.gpus.split(",")):
         raise ValueError(f"--gpus {args.gpus}: expected numbers of GPUs, such as 64,256")
-    config, gpu = configuration.load(args.config), GPUS[args.gpu]
-    shape, counts = shape_of(config), [int(part) for part in args.gpus.split(",")]
+    config = configuration.load(args.config)
+    gpu = GPUS[args.gpu]
+    shape = shape_of(config)
+    counts = [int(part) for part in args.gpus.split(",")]
     if args.write and not (args.best and len(counts) == 1):
         raise ValueError("--write needs --best and one number of GPUs")
     if args.write and args.write.exists():

@@ -69,14 +69,16 @@ class Tally:
 
     def operation(self, func, inputs: Iterable[Tensor], outputs: Iterable[Tensor], kind: str) -> None:
         """Add an operation that is one kernel. Matrix products and attention have their own kind instead of `kind`."""
-        inputs, outputs = list(inputs), list(outputs)
+        inputs = list(inputs)
+        outputs = list(outputs)
         flops = 0.0
         if func in PRODUCTS:
             flops = float(flop_registry[func.overloadpacket](*inputs, out_val=outputs[0]))
             kind = "head, products" if kind == KINDS["head"] else "products"
         elif func in (ATTENTION, ATTENTION_BACKWARD):  # the backward pass computes the scores again
             query, key = inputs[:2] if func == ATTENTION else inputs[1:3]
-            flops, kind = (4.0 if func == ATTENTION else 10.0) * query.numel() * key.shape[-2], "attention"
+            flops = (4.0 if func == ATTENTION else 10.0) * query.numel() * key.shape[-2]
+            kind = "attention"
         self.add(kind, sum(map(size, {id(tensor): tensor for tensor in [*inputs, *outputs]}.values())), flops)
 
 
@@ -115,7 +117,8 @@ def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: As
     """
     if config.parallel.float8:
         raise ValueError("parallel.float8=true: --roofline counts no float8 products: leave out --roofline or float8")
-    plan, price = resolve(config, gpus), cost(config, shape, gpus, gpu, assumed)
+    plan = resolve(config, gpus)
+    price = cost(config, shape, gpus, gpu, assumed)
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
     kinds = traced(config, shape, assumed.masked)
     kinds["FSDP's copies"] = Work(bytes=copied_bytes(shape, config, gpus // config.parallel.replicate))
@@ -148,7 +151,9 @@ def traced(config: Config, shape: ModelShape, masked: float) -> dict[str, Work]:
 
     masked: the share of the positions that the head computes.
     """
-    parallel, length, total = config.parallel, config.data.sequence_length, Tally()
+    parallel = config.parallel
+    length = config.data.sequence_length
+    total = Tally()
     if parallel.compile:
         torch.compiler.reset()
         set_up_compiler(parallel)
@@ -171,7 +176,8 @@ def ends(config: Config, shape: ModelShape, masked: float) -> Tally:
     model = Transformer(replace(shape, n_layers=0), config.parallel.head_chunk)
     ids = torch.zeros(config.run.micro_batch, config.data.sequence_length, dtype=torch.long)
     positions = torch.arange(int(ids.numel() * masked))
-    targets, tally = torch.zeros_like(positions), Tally()
+    targets = torch.zeros_like(positions)
+    tally = Tally()
     if config.parallel.compile:  # count the loss alone, and leave it out of the rest
         rows = torch.zeros(len(positions), shape.d_model, requires_grad=True)
         again = len(rows) > model.head.chunk  # a chunk is recomputed as a whole
@@ -190,7 +196,8 @@ def ends(config: Config, shape: ModelShape, masked: float) -> Tally:
 
 def eager(module: Callable[..., Tensor], *inputs: Tensor | None) -> Tally:
     """Count every operation of a forward and backward pass as one kernel, and every norm as one kernel."""
-    tally, tracker = Tally(), ModuleTracker()
+    tally = Tally()
+    tracker = ModuleTracker()
 
     def norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
         return OneKernel.apply(lambda passes: tally.add("norms", passes * size(x)), x.shape, x, self.weight)
@@ -323,7 +330,8 @@ def is_view(node: fx.Node) -> bool:
 
 def is_widened(node: fx.Node) -> bool:
     """Whether a node only converts its input to a wider dtype. Each kernel that reads it converts it again."""
-    value, inputs = node.meta["val"], node.all_input_nodes
+    value = node.meta["val"]
+    inputs = node.all_input_nodes
     return (
         node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
         and value.itemsize > inputs[0].meta["val"].itemsize

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from mdmtrain.config import ParallelConfig
@@ -40,6 +41,8 @@ KEPT = [
 ]
 INIT_CHUNK = 1 << 22  # initial values drawn at once; limits the host memory
 MOST_GRAPHS = 64  # of a block; each evaluated source may have shapes of its own, and its last batch another one
+# Older ones compile some float8 values to NaN on torch 2.14 (triton-lang/triton#11111), or do not import on torch 2.13.
+TORCHAO = "0.18"
 log = logging.getLogger("mdmtrain")
 
 
@@ -113,10 +116,14 @@ def refuse_float8(shape: ModelShape, device: torch.device) -> None:
     if odd := sorted(size for size in sizes if size % 16):
         raise ValueError(f"parallel.float8=true needs layer sizes that are multiples of 16, but the model has {odd[0]}")
     try:
-        import torchao.float8  # noqa: F401
+        import torchao.float8
+
+        if TorchVersion(torchao.__version__) < TORCHAO:
+            raise ImportError(f"this is {torchao.__version__}")
     except Exception as error:  # a torchao that does not fit this torch raises many kinds of errors
         raise ValueError(
-            f"parallel.float8=true needs torchao ({describe_error(error)}): pip install mdmtrain[float8]"
+            f"parallel.float8=true needs torchao {TORCHAO} or newer ({describe_error(error)}): "
+            "pip install mdmtrain[float8]"
         ) from None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device)

@@ -18,8 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_iter, tree_map
 
 import mdmtrain
@@ -32,6 +31,7 @@ PRODUCTS = (
     aten.addmm,
     aten.bmm,
     aten.baddbmm,
+    aten._scaled_mm,
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
@@ -183,8 +183,8 @@ class FakeCuda(TorchDispatchMode):
         self.stack.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it calls again with its local tensors
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # a DTensor or a tensor of torchao calls again with the tensors inside it
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
         on_device = any(isinstance(one, FakeTensor) for one in tree_iter((args, kwargs)))
         device = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
@@ -201,6 +201,9 @@ class FakeCuda(TorchDispatchMode):
         if on_device and func is aten._local_scalar_dense.default:
             self.waited()
             return 0.0 if args[0].is_floating_point() else 0
+        if on_device and func is aten.equal.default:
+            self.waited()
+            return True
         if not on_device and device != "cuda":
             return func(*args, **kwargs)
         if on_device and getattr(func, "overloadpacket", None) in PRODUCTS:

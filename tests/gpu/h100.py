@@ -18,6 +18,7 @@ from torch._inductor import config as inductor
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.select_algorithm import extern_kernels
 
 from tests.gpu.fake_cuda import H100
 
@@ -116,6 +117,7 @@ def install() -> None:
     inductor.joint_graph_constant_folding = False  # it computes constants on the device
     joint_graph.lazy_init = lambda *_, **__: None  # its patterns are traced on a real device
     triton_helpers.set_driver_to_gpu = lambda *_: None
+    extern_kernels._scaled_mm = lambda *_, **__: None  # cuBLAS's product in float8; torch has no fake one for out=
     precompile = CachingAutotuner._precompile_config
 
     def noted(tuner, config):

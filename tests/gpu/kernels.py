@@ -16,10 +16,12 @@ from mdmtrain.model.head import Head
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Block
 from mdmtrain.muon import orthogonalize
+from mdmtrain.parallel.parallelize import multiply_in_float8
 from tests.gpu import h100
 from tests.gpu.fake_cuda import FakeCuda
 
-ROWS, LENGTH, VOCABULARY = 2, 4096, 32768
+ROWS, LENGTH = 2, 4096
+VOCABULARY = {"170m": 32768, "1b": 32768, "8b": 126464}
 
 
 def new(*size: int, **options) -> torch.Tensor:
@@ -27,14 +29,16 @@ def new(*size: int, **options) -> torch.Tensor:
 
 
 def shape_of(preset: str) -> ModelShape:
-    return ModelShape(vocab_size=VOCABULARY, **PRESETS[preset])
+    return ModelShape(vocab_size=VOCABULARY[preset], **PRESETS[preset])
 
 
-def block(preset: str, documents: bool) -> None:
+def block(preset: str, documents: bool = False, float8: bool = False) -> None:
     """A compiled block, forward and backward, as parallel/parallelize.py compiles it."""
     shape = shape_of(preset)
     with torch.device("meta"):
         layer = Block(shape).bfloat16()
+    if float8:
+        multiply_in_float8(layer, torch.device("cuda"))
     layer.to_empty(device="cuda").compile(fullgraph=True, dynamic=False)
     angles = attention.rotary_angles(LENGTH, shape.head_dim, shape.rope_theta, torch.device("cuda"))
     segments = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device="cuda") if documents else None
@@ -59,13 +63,13 @@ def flex(preset: str) -> None:
 
 
 def cross_entropy(preset: str) -> None:
-    """The head's cross-entropy, forward and backward, for any number of masked positions."""
+    """The head's compiled cross-entropy, forward and backward, for any number of masked positions."""
     shape = shape_of(preset)
-    head = Head(shape.d_model, VOCABULARY, tied=True, chunk=ROWS * LENGTH)
-    compiled = torch.compile(head.forward, dynamic=True, fullgraph=True)
-    weight = new(VOCABULARY, shape.d_model, requires_grad=True)
+    head = Head(shape.d_model, shape.vocab_size, tied=True, chunk=ROWS * LENGTH)
+    head.compile_loss()
+    weight = new(shape.vocab_size, shape.d_model, requires_grad=True)
     targets = torch.zeros(3001, dtype=torch.int64, device="cuda")
-    compiled(new(3001, shape.d_model, requires_grad=True), targets, weight).sum().backward()
+    head(new(3001, shape.d_model, requires_grad=True), targets, weight).sum().backward()
 
 
 def newton_schulz(preset: str) -> None:
@@ -85,8 +89,9 @@ KERNELS: dict[str, Callable[[], object]] = {
 }
 for preset in ("170m", "1b", "8b"):
     KERNELS |= {
-        f"{preset} block": partial(block, preset, False),
-        f"{preset} block, documents": partial(block, preset, True),
+        f"{preset} block": partial(block, preset),
+        f"{preset} block, documents": partial(block, preset, documents=True),
+        f"{preset} block, float8": partial(block, preset, float8=True),
         f"{preset} flex": partial(flex, preset),
         f"{preset} head": partial(cross_entropy, preset),
         f"{preset} newton-schulz": partial(newton_schulz, preset),

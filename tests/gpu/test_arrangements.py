@@ -6,7 +6,7 @@
 import pytest
 
 from tests.conftest import SOAK
-from tests.gpu.arrangements import ARRANGEMENTS
+from tests.gpu.arrangements import ARRANGEMENTS, STEPS
 from tests.gpu.conftest import FakeDevice
 
 FSDP = "torch/distributed/fsdp/_fully_shard"
@@ -41,16 +41,28 @@ ALSO_ALLOWED = {
     "offload, accumulate": OFFLOAD | ACCUMULATE,
     "muon, offload": OFFLOAD | MUON_OFFLOAD,
 }
-QUICK = ["plain", "offload, accumulate", "recompute ops", "compiled", "mirror", "refit", "muon, offload", "everything"]
+QUICK = [
+    "plain",
+    "offload, accumulate",
+    "recompute ops",
+    "compiled",
+    "mirror",
+    "refit",
+    "muon, offload",
+    "float8, compiled",
+    "everything",
+]
+BFLOAT16 = {"bfloat16"}
+FLOAT8 = {"float8_e4m3fn", "float8_e5m2"}
 NAMES = list(ARRANGEMENTS) if SOAK else QUICK
 
 
-def problems(found: dict, allowed: dict[str, str]) -> set[str]:
-    """The kinds of findings of a run that are not as they should be."""
+def problems(found: dict, allowed: dict[str, str], products: set[str] = BFLOAT16) -> set[str]:
+    """The kinds of findings of a run that are not as they should be. products: the dtypes of its matrix products."""
     graphs = found["graphs"]
     good = {
         "waits": set(found["waits"]) <= set(allowed),
-        "products": set(found["products"]) == {"bfloat16"},
+        "products": set(found["products"]) == products,
         "breaks": not found["breaks"],
         "graphs": graphs[2] == graphs[-1],  # evaluation, probe and save have happened once before the third step
     }
@@ -67,7 +79,8 @@ def test_arrangement(found, name):
     one = found[name]
     assert one["error"] is None, one["output"][-4000:]
     print(f"{name}: waits {one['waits']}; graphs {one['graphs']}; processor time {one['seconds']} s")
-    assert not problems(one, ALLOWED | ALSO_ALLOWED.get(name, {})), one
+    products = BFLOAT16 | FLOAT8 if "float8" in name else BFLOAT16
+    assert not problems(one, ALLOWED | ALSO_ALLOWED.get(name, {}), products), one
     compiles = name == "everything" or "compiled" in name or "documents" in name
     assert (one["graphs"][-1] > 0) == compiles
 
@@ -83,3 +96,11 @@ def test_the_step_waits_for_nothing(found):
     assert found["plain"]["waits"] == dict.fromkeys(ALLOWED, 2)
     assert found["offload, accumulate"]["waits"]["optim.py:optimizer_step"] == 4
     assert found["muon, offload"]["waits"]["muon.py:_step_together"] == 2 * 4
+
+
+def test_products_in_float8_are_not_computed_again(found):
+    """Of each linear layer: one product forward, two backward. Their first operands are e4m3 and e5m2."""
+    layers, evaluations = 2 * 7, 2
+    counts = found["float8, compiled"]["products"]  # with activation checkpointing: ops
+    assert counts["float8_e4m3fn"] == layers * (STEPS + evaluations)
+    assert counts["float8_e5m2"] == 2 * layers * STEPS

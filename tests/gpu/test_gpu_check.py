@@ -1,6 +1,7 @@
 """Parts of tools/gpu_check.py on the fake device, in the sizes of a GPU. tests/test_bench.py rehearses all on the CPU.
 
-Not here: nan_skip and saves, which compare values; save_stall, which starts processes; the benchmarks, which take long.
+What a part finds means nothing here, because the device has no values. Only that it runs to its end is tested.
+Not here: save_stall, which starts processes of its own; the benchmarks, which take many minutes.
 """
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from tests.conftest import SOAK
 from tests.gpu.conftest import FakeDevice
 
-NAMES = ["device", "attention", *(["graphs", "sync_free", "sync_free, item"] if SOAK else [])]
+SLOW = ["graphs", "sync_free", "sync_free, item", "nan_skip", "saves"]
+NAMES = ["device", "attention", *(SLOW if SOAK else [])]
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +32,19 @@ def test_the_device_is_described(found):
 def test_a_wait_is_found(found):
     assert found["sync_free"]["checks"]["16 steps"]["good"]
     assert "the host waits for the device in train.py:take_steps" in found["sync_free, item"]["error"]
+
+
+@pytest.mark.skipif(not SOAK, reason="two runs of 12 steps on the fake device: MDMTRAIN_SOAK=1")
+def test_a_run_on_the_device_is_saved_and_resumed(found):
+    """Real files are written from the copies in host memory, and read back. All losses are zero, in both runs."""
+    checks = found["saves"]["checks"]
+    assert list(checks) == ["complete", "its own step", "same losses"]
+    assert all(check["good"] for check in checks.values()), checks
+
+
+@pytest.mark.skipif(not SOAK, reason="a run of 12 steps on the fake device: MDMTRAIN_SOAK=1")
+def test_a_poisoned_step_is_compared_with_its_neighbours(found):
+    """NaN is a value, so no step is skipped here."""
+    checks = found["nan_skip"]["checks"]
+    assert list(checks) == ["counted", "no weight moved", "the next step learns", "finite after it"]
+    assert checks["counted"]["detail"] == "skipped: [], poisoned: [6]"

@@ -7,9 +7,9 @@ from tests.gpu.conftest import FakeDevice
 
 SHARED = 232448  # bytes of shared memory that a block may have on an H100
 SPILLED = 64  # bytes of a thread's registers that may be spilled: flex attention's backward pass spills 24
-PARTS = ("block", "block, documents", "flex", "head", "newton-schulz")
+PARTS = ("block", "block, documents", "block, float8", "flex", "head", "newton-schulz")
 ALL = [f"{size} {part}" for size in ("170m", "1b", "8b") for part in PARTS]
-QUICK = ["170m block, documents", "170m head", "170m newton-schulz"]
+QUICK = ["170m block, documents", "170m head", "8b head", "170m newton-schulz"]
 FAULTS = {"too much shared memory": "shared", "too many registers": "spilled"}
 NAMES = [*(ALL if SOAK else QUICK), *FAULTS]
 

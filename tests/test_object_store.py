@@ -3,6 +3,7 @@
 With two sources, and weights that change on the way.
 """
 
+import json
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from mdmtrain.checkpoint import store
 from tests.conftest import read_metrics, write_config
 from tests.s3 import s3  # noqa: F401
 from tests.test_kill import disturb, start
+from tools.bench import read_ahead
 
 
 def trained(config, run_dir, killed_at: int | None = None) -> list[dict]:
@@ -45,3 +47,15 @@ def test_training_from_a_bucket_is_training_from_a_disk(s3, corpus, small_run, t
     sums = [store.read_meta(folder)["crc32"] for folder in folders]
     tensors = [{name: crc for name, crc in one.items() if name.endswith(".safetensors")} for one in sums]
     assert tensors[0] == tensors[1] and len(tensors[0]) == 2
+
+
+def test_the_wait_for_data_is_measured(s3, corpus, small_run, tmp_path):  # noqa: F811
+    """tools/bench/read_ahead.py, with runs of a few steps."""
+    config = write_config(small_run({"run": {"steps": 12}}), tmp_path / "config.yaml")
+    out = tmp_path / "waits.json"
+    arguments = [str(config), "--folder", str(corpus), "--url", f"{s3.url}/copy", "--rounds", "1", "--json", str(out)]
+    read_ahead.main(arguments)
+    waits = json.loads(out.read_text())
+    assert waits.keys() == {"disk", "object store"}
+    assert all(0 <= share < 1 for shares in waits.values() for share in shares)
+    assert s3.read(f"{s3.url}/copy/manifest.json") == (corpus / "manifest.json").read_bytes()

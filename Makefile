@@ -1,4 +1,4 @@
-# make quickstart | test | soak | study | study-muon | study-medium | finetune-study | slurm-demo | lint | docs | configuration
+# make quickstart | test | soak | study | study-muon | study-recipe | study-medium | finetune-study | slurm-demo | lint | docs | configuration
 # Each target installs what it needs. If a command is repeated, it keeps finished results and resumes what was interrupted.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,7 +12,7 @@ FINETUNE_ARMS := standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,
 FINETUNE_SEEDS ?= 0,1,2,3,4
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup corpus quickstart test soak study study-muon study-medium finetune-study slurm-demo lint docs configuration
+.PHONY: setup corpus quickstart test soak study study-muon study-recipe study-medium finetune-study slurm-demo lint docs configuration
 
 setup: .venv/.installed
 
@@ -80,6 +80,18 @@ study-muon: corpus
 	$(PY) -m launchers.sweep configs/study.yaml --arms standard,counted-ppots,bell-counted,best,clipped,window,ar \
 		--seeds 0,1,2,3,4 --vary optim.lr=6e-3,1.2e-2 --dir runs/study-muon --workers 2 \
 		--json runs/study-muon.json --figure runs/study-muon.png optim.name=muon model.qk_norm=true
+
+# What objective and optimizer save together: Muon with QK-norm against AdamW without, each at its better learning rate.
+RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
+study-recipe: setup
+	@mkdir -p runs
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best \
+		--vary optim.name=adamw --vary optim.lr=6e-3 --vary model.qk_norm=false
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar \
+		--vary optim.name=muon --vary optim.lr=1.2e-2 --vary model.qk_norm=true
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --report --json runs/study-recipe.json \
+		--vary optim.name=adamw,muon --vary optim.lr=6e-3,1.2e-2 --vary model.qk_norm=false,true \
+		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
 
 # The same comparison at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source
 # of installed packages (torch, sympy, numpy). Choose the learning rates first, with runs of a quarter of the length:

@@ -91,8 +91,19 @@ def interval(values: np.ndarray) -> list[float] | None:
     return [float(values.mean() - half), float(values.mean() + half)]
 
 
+def reference_of(cell: Cell, reference: str) -> Cell:
+    """The cell that a cell is compared with.
+
+    reference: an arm, which means its cell with the same variation; or an arm and `key=value`s, which name one cell.
+    """
+    arm, *variation = reference.split()
+    return Cell(arm, tuple(variation) or cell.variation)
+
+
 def compare(runs: list[Run], reference: str) -> list[dict]:
-    """A row for each cell: its final NELBO, and its difference to the reference arm with the same variation and seeds.
+    """A row for each cell: its final NELBO, and its difference to the reference with the same seeds.
+
+    reference: see `reference_of`.
 
     `tokens_ratio`: the tokens to reach the NELBO that the reference has at the end of its constant learning rate,
     divided by the reference's tokens. None if a seed does not reach it before its own decay.
@@ -109,7 +120,7 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
             "nelbo_sd": float(final.std(ddof=1)) if len(final) > 1 else None,
             "tokens": float(min(curve.tokens[-1] for curve in of_seed.values())),
         }  # fmt: skip
-        base = curves.get(Cell(reference, cell.variation), {})
+        base = curves.get(reference_of(cell, reference), {})
         shared = [seed for seed in of_seed if seed in base]
         if shared:
             difference = np.array([of_seed[seed].nelbo[-1] - base[seed].nelbo[-1] for seed in shared])

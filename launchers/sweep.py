@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launchers.comparison import Cell, Run, compare, draw, show
+from launchers.comparison import Cell, Run, compare, draw, reference_of, show
 from launchers.launch import live_job, parse
 from launchers.lifecycle import read_state
 from launchers.slurm import prepare, slurm_parser, submit
@@ -188,7 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--dir", type=Path, required=True, help="folder that will hold the run folders")
     parser.add_argument(
-        "--reference", default="standard", help="arm that the others are compared with (default: standard)"
+        "--reference",
+        metavar="'ARM [KEY=A ...]'",
+        help="arm that the others are compared with, at the same values of --vary; with values, this one is the "
+        "reference of all (default: standard)",
     )
     parser.add_argument(
         "--workers", type=int, help="number of runs that train at the same time (default: 1, or all with --slurm)"
@@ -203,18 +206,22 @@ def main(arguments: list[str] | None = None) -> None:
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
     runs = planned_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
+    cells = {run.cell for run in runs}
+    if args.reference is not None and not cells & {reference_of(cell, args.reference) for cell in cells}:
+        raise ValueError(f"--reference {args.reference}: not one of {', '.join(sorted(cell.name for cell in cells))}")
+    reference = args.reference or "standard"
     if args.report:
         failed = []
     elif args.slurm is not None:
         failed = train_on_slurm(runs, args.slurm, args.workers, args.dir, console)
     else:
         failed = train_all(runs, args.workers or 1, console)
-    rows = compare(runs, args.reference)
-    show(rows, args.reference, console)
+    rows = compare(runs, reference)
+    show(rows, reference, console)
     if args.json:
-        write_json(args.json, {"reference": args.reference, "cells": rows})
+        write_json(args.json, {"reference": reference, "cells": rows})
     if args.figure and rows:
-        draw(rows, args.reference, args.figure)
+        draw(rows, reference, args.figure)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: see above; the same command retries them")
 

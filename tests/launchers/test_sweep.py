@@ -68,6 +68,14 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     assert second["tokens_ratio"] == pytest.approx((3 + 1 / 3) / 4)
     assert first["tokens_ratio"] == 1.0
     assert all(row["variation"] == ["optim.lr=1e-3"] for row in (first, second))  # nothing ran at the other rate
+    # One cell as the reference of all, also of those with other values.
+    for run, end in zip(runs[4:], (2.0, 2.4, 4.0, 4.4), strict=True):
+        write_run(run, [7.0, 6.0, 5.5, 5.0, end])
+    rows = compare(runs, "strats optim.lr=1e-3")
+    assert [row["difference"] for row in rows] == pytest.approx([0.1, 0.0, -0.9, -0.5])
+    named = [base, "--arms", "standard", "--vary", "optim.lr=1e-3", "--dir", str(tmp_path / "sweep"), "--report"]
+    with pytest.raises(ValueError, match=r"--reference best: not one of standard optim\.lr=1e-3"):
+        main([*named, "--reference", "best"])
 
 
 def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):

@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import stats
 
 from launchers.comparison import Run, around, interval, number
-from launchers.sweep import planned_runs, seed_list, train_all
+from launchers.sweep import all_runs, seed_list, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score
 from mdmtrain.checkpoint import store
@@ -40,29 +40,29 @@ ANSWERS = "answers.json"  # in a run folder
 
 
 @dataclass(frozen=True)
-class Planned:
+class StudyRun:
     """A run of the study, and the rule by which it is compared with the others."""
 
     rule: str  # EQUAL_COMPUTE or EQUAL_STEPS
     run: Run
 
 
-def plan(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folder: Path) -> list[Planned]:
+def study_runs(base: list[str], arms: list[str], seeds: list[int], ar_base: str, folder: Path) -> list[StudyRun]:
     """All runs of the study, ordered by seed, so that all arms of the first seed are finished first.
 
-    Raises ValueError as planned_runs does.
+    Raises ValueError as all_runs does.
     """
-    planned = []
+    study = []
     for arm in arms:
-        runs = planned_runs(base, [arm], seeds, [], folder)
+        runs = all_runs(base, [arm], seeds, [], folder)
         if runs[0].config.model.causal:  # an autoregressive arm needs the autoregressive base
-            runs = planned_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [], folder)
-        planned += [Planned(EQUAL_COMPUTE, run) for run in runs]
+            runs = all_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [], folder)
+        study += [StudyRun(EQUAL_COMPUTE, run) for run in runs]
         if runs[0].config.diffusion.rows_per_slot > 1:
             rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
-            twice = planned_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
-            planned += [Planned(EQUAL_STEPS, run) for run in twice]
-    return sorted(planned, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
+            twice = all_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
+            study += [StudyRun(EQUAL_STEPS, run) for run in twice]
+    return sorted(study, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
 
 
 # ---- scoring
@@ -134,20 +134,20 @@ def flips(right: list[str]) -> float | None:
     return float(np.sqrt(table.var(axis=0, ddof=1).sum()) / table.shape[1])
 
 
-def compare(planned: list[Planned], scores: dict[Path, Score]) -> list[dict]:
+def compare(study: list[StudyRun], scores: dict[Path, Score]) -> list[dict]:
     """A row for each rule and arm of the plan. scores: the scores of the finished runs, by run folder.
 
     Differences are taken to the standard arm and paired by seed. Ratios of standard deviations are taken to the
     standard and to the autoregressive arm. A row without a finished run has an empty list of seeds and no values.
     """
     cells: dict[tuple[str, str], dict[int, Score]] = {}
-    for one in planned:
+    for one in study:
         cell = cells.setdefault((one.rule, one.run.cell.arm), {})
         if one.run.dir in scores:
             cell[one.run.seed] = scores[one.run.dir]
     rows = []
     for (rule, arm), of_seed in cells.items():
-        missing = sorted({p.run.seed for p in planned if (p.rule, p.run.cell.arm) == (rule, arm)} - set(of_seed))
+        missing = sorted({p.run.seed for p in study if (p.rule, p.run.cell.arm) == (rule, arm)} - set(of_seed))
         row: dict[str, Any] = {"rule": rule, "arm": arm, "seeds": sorted(of_seed), "missing_seeds": missing}
         rows.append(row)
         if not of_seed:
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     arms = list(dict.fromkeys(args.arms.split(",")))
     tasks = answers.read_tasks(args.tasks)
     base = [*args.config, f"checkpoint.init_from={args.base}"]
-    planned = plan(base, arms, seeds, args.ar_base, args.dir)
+    study = study_runs(base, arms, seeds, args.ar_base, args.dir)
     bases = {"base": Path(args.base), "base-ar": Path(args.ar_base)}
     for run in bases.values():
         store.find(run)  # a missing base model is an error before the first run starts
@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     scores: dict[Path, Score] = {}
     failed: list[Run] = []
     for seed in seeds:
-        runs = [one.run for one in planned if one.run.seed == seed]
+        runs = [one.run for one in study if one.run.seed == seed]
         if not args.report:
             failed += train_all(runs, args.workers, console)
         for run in runs:
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
                 scores[run.dir] = found
         if args.report and seed != seeds[-1]:
             continue
-        rows = compare(planned, scores)
+        rows = compare(study, scores)
         show(rows, before, console)
         if args.json:
             bare = {name: asdict(score) for name, score in before.items()}
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.figure:
             draw(rows, args.figure)
     if failed:
-        raise ValueError(f"{len(failed)} of {len(planned)} runs failed: see above; the same command retries them")
+        raise ValueError(f"{len(failed)} of {len(study)} runs failed: see above; the same command retries them")
 
 
 if __name__ == "__main__":

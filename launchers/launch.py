@@ -164,9 +164,9 @@ def write(launch: Launch, kind: str) -> State:
         folder.mkdir(exist_ok=True)
         copy_code(folder / "code")
     write_atomically(folder / "config.yaml", launch.config.to_yaml())
-    told = {"options": vars(launch.options), "steps": launch.config.run.steps, "revision": git_revision(),
+    record = {"options": vars(launch.options), "steps": launch.config.run.steps, "revision": git_revision(),
             "directory": os.getcwd(), "kind": kind}  # fmt: skip
-    write_atomically(folder / "launch.json", json.dumps(told, indent=1) + "\n")
+    write_atomically(folder / "launch.json", json.dumps(record, indent=1) + "\n")
     state = State(kind, starts=before.starts if before else 0)  # a new launch counts crashes from 0
     write_state(launch.run_dir, state)
     return state

@@ -23,7 +23,7 @@ from launchers.lifecycle import Ended, ErrorLines, State, begin, conclude, newes
 from launchers.supervise import free_port, pass_on, rank_command
 from mdmtrain.checkpoint.run_folder import git_revision
 from mdmtrain.command import survive_terminal, user_errors
-from mdmtrain.parallel.stop import AgreedStop, heard
+from mdmtrain.parallel.stop import AgreedStop, handled_signals
 
 KILL_WAIT = 10.0  # seconds after a rank has crashed in which the others may end by themselves; then SIGKILL
 
@@ -94,7 +94,7 @@ def supervise(launch: Launch) -> State:
         if ranks is not None:
             ranks.signal(number)
 
-    for number in heard(AgreedStop.SIGNALS):
+    for number in handled_signals(AgreedStop.SIGNALS):
         signal.signal(number, handle)
     while True:
         state = begin(state, newest_step(launch.run_dir), max_crashes)

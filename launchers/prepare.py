@@ -47,9 +47,9 @@ from mdmtrain.command import CommandParser, survive_terminal, user_errors
 from mdmtrain.data.division import Division, digest
 from mdmtrain.data.options import add_options, read_options
 from mdmtrain.data.parts import JOB, Preparation, Stage, work_folder
-from mdmtrain.data.prepare import PHASES, Summary, finished, preparation
+from mdmtrain.data.prepare import STAGE_NAMES, Summary, finished, preparation
 from mdmtrain.files import replacing
-from mdmtrain.parallel.stop import heard
+from mdmtrain.parallel.stop import handled_signals
 
 POLL = 2.0  # seconds between two checks of the progress
 MANY = ("tasks", "give fewer --tasks")
@@ -99,10 +99,10 @@ class Processes:
                 process.stdin.flush()
 
     def left(self) -> int:
-        running = sum(process.poll() is None for process in self._processes)
-        if not running:
+        left = sum(process.poll() is None for process in self._processes)
+        if not left:
             self.stop()
-        return running
+        return left
 
     def ended(self, stage: Stage) -> list[list[int]]:
         deals = self._deals
@@ -140,7 +140,7 @@ class JobArray:
             needed.mkdir(parents=True, exist_ok=True)
         count = len(deals)
         record = {"cluster": self._cluster, "stage": stage, "deals": deals}
-        self._tell({**record, "job": None})
+        self._write_record({**record, "job": None})
         try:
             with slurm_client.outside_allocations(), no_files_if_refused(made.folder):
                 jobs = made.map_array(work_on, [self._work] * count, [stage] * count, deals, [self._workers] * count)
@@ -148,25 +148,25 @@ class JobArray:
             (self._work / JOB).unlink()
             raise
         job = jobs[0].job_id.partition("_")[0]
-        self._tell({**record, "job": job})
-        print(f"submitted job {job}: {PHASES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
+        self._write_record({**record, "job": job})
+        print(f"submitted job {job}: {STAGE_NAMES[stage]}, {count} tasks; logs in {self._work}/logs", flush=True)
 
     def left(self) -> int:
-        told = self._told()
+        record = self._read_record()
         name = job_name(self._work)
-        cluster = told["cluster"] if told else self._cluster
+        cluster = record["cluster"] if record else self._cluster
         return slurm_client.patiently(lambda: slurm_client.tasks_left(name, cluster))
 
     def ended(self, stage: Stage) -> list[list[int]]:
-        told = self._told()
+        record = self._read_record()
         (self._work / JOB).unlink(missing_ok=True)
-        return told["deals"] if told and told["job"] and told["stage"] == stage else []
+        return record["deals"] if record and record["job"] and record["stage"] == stage else []
 
-    def _tell(self, record: dict) -> None:
+    def _write_record(self, record: dict) -> None:
         with replacing(self._work / JOB) as file:
             json.dump(record, file)
 
-    def _told(self) -> dict | None:
+    def _read_record(self) -> dict | None:
         """The job that was submitted last, also by an earlier launcher; None if there is none.
 
         Its number is None if that launcher was killed before it knew whether Slurm had accepted the job.
@@ -227,9 +227,9 @@ class Show:
         speed = (done - self.first) / max(1e-9, time.monotonic() - self.begin)
         seconds = (total - done) / speed if speed > 0 else None
         eta = "" if seconds is None else f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
-        made = Table("step", "done", "tasks", "failures", "MB/s", "ETA", box=None)
+        made = Table("stage", "done", "tasks", "failures", "MB/s", "ETA", box=None)
         rate = f"{speed / 1e6:,.1f}" if stage != "duplicates" else ""
-        made.add_row(PHASES[stage], f"{units_done:,}/{units:,}", str(tasks), str(failures), rate, eta)
+        made.add_row(STAGE_NAMES[stage], f"{units_done:,}/{units:,}", str(tasks), str(failures), rate, eta)
         return made
 
 
@@ -274,7 +274,7 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
                     failures[unit] += 1
                     errors[unit] = _why(making.work, stage, unit)
                     again = "trying again" if failures[unit] < attempts else "no attempts left"
-                    line = f"failed: {PHASES[stage]}, part {unit}: {escape(errors[unit])}; {again}"
+                    line = f"failed: {STAGE_NAMES[stage]}, unit {unit}: {escape(errors[unit])}; {again}"
                     show.console.print(line, soft_wrap=True)
             todo = sorted(unit for unit in pending if failures[unit] < attempts)
             if not todo:
@@ -285,8 +285,8 @@ def run_stage(making: Preparation, stage: Stage, tasks: Tasks, count: int, attem
         if pending:
             first = min(pending)
             raise ValueError(
-                f"{PHASES[stage]}: {len(pending)} of {making.units(stage)} parts failed {attempts} times; "
-                f"part {first}: {errors[first]}"
+                f"{STAGE_NAMES[stage]}: {len(pending)} of {making.units(stage)} units failed {attempts} times; "
+                f"unit {first}: {errors[first]}"
             )
     show.console.print(show.table(stage, 0, failures.total()))
 
@@ -347,7 +347,7 @@ def explain(division: Division, making: Preparation, tasks: int) -> list[str]:
         f"inputs  {len(division.inputs):,} files, {sum(division.sizes) / 1e6:,.1f} MB",
         f"parts   {parts:,}, the largest {largest / 1e6:,.1f} MB, for {min(tasks, parts):,} tasks",
         *(idle if parts < tasks else []),
-        f"steps   {', '.join(PHASES[stage] for stage in stages)}",
+        f"stages  {', '.join(STAGE_NAMES[stage] for stage in stages)}",
     ]
 
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
     if slurm:
         refuse_what_the_cluster_lacks(slurm, args.tasks, MANY)
     survive_terminal()
-    for number in heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+    for number in handled_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
         signal.signal(number, _stop)
     try:
         with preparation(division, out) as making:
@@ -386,16 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
                         run_stage(making, stage, tasks, args.tasks, args.max_attempts, show)
             finally:
                 tasks.stop()
-            summary = Summary(out, *_merged(making, out))
+            manifest, reading = making.finish(out)
     except KeyboardInterrupt:
         jobs = "the jobs continue; the same command waits for them again" if slurm else "the same command resumes"
         raise ValueError(f"interrupted: {jobs}") from None
-    print(*summary.lines(time.monotonic() - begin), sep="\n")
-
-
-def _merged(making: Preparation, out: Path) -> tuple:
-    manifest, reading = making.finish(out)
-    return manifest, False, reading
+    print(*Summary(out, manifest, False, reading).lines(time.monotonic() - begin), sep="\n")
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -322,7 +322,7 @@ def submit(launches: list[Launch], folder: Path, at_once: int | None = None) -> 
     return jobs
 
 
-def planned(launch: Launch) -> list[str]:
+def estimates(launch: Launch) -> list[str]:
     """The estimates of tools/plan_run.py for this run on the kind of GPU that --gpu names."""
     gpu = launch.options.gpu
     one = cost(launch.config, launch.shape, launch.plan.world_size, GPUS[gpu], Assumptions())
@@ -336,7 +336,7 @@ def launch(arguments: Sequence[str], defaults: dict | None = None) -> None:
     """Submit with the options of the command line. `defaults`: the options of an earlier launch. Raises ValueError."""
     options = parse(slurm_parser(), arguments, defaults)
     one = prepare(options)
-    print(*one.explanation, *(planned(one) if options.gpu else ()), sep="\n")
+    print(*one.explanation, *(estimates(one) if options.gpu else ()), sep="\n")
     if options.dry_run:
         print(f"\n{executor([one], one.run_dir).script(1)}\nnothing submitted (--dry-run)")
     else:

@@ -189,10 +189,10 @@ def resume(run_dir: Path, changes: list[str]) -> None:
         raise ValueError(f"{run_dir}: has not been launched: start it with launchers.slurm or launchers.local")
     from launchers import local, slurm
 
-    told = json.loads(path.read_text(encoding="utf-8"))
-    os.chdir(told["directory"])
-    module = slurm if told["kind"] == "slurm" else local
-    module.launch([str(job_folder(run_dir) / "config.yaml"), *changes], told["options"])
+    launched = json.loads(path.read_text(encoding="utf-8"))
+    os.chdir(launched["directory"])
+    module = slurm if launched["kind"] == "slurm" else local
+    module.launch([str(job_folder(run_dir) / "config.yaml"), *changes], launched["options"])
 
 
 def main(arguments: list[str]) -> None:

@@ -32,14 +32,14 @@ from mdmtrain import config as configuration
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
 from mdmtrain.config import resolve
 from mdmtrain.evaluate import write_json
-from mdmtrain.parallel.stop import heard
+from mdmtrain.parallel.stop import handled_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ROOT / "configs/arms"
 POLL = 5.0  # seconds between two queries of the state of an array's jobs
 
 
-def planned_runs(
+def all_runs(
     base: list[str], arms: list[str], seeds: list[int], variations: list[list[str]], folder: Path, alone: bool = True
 ) -> list[Run]:
     """All runs of the sweep, validated. Ordered by variation, then seed, so that all arms of a seed finish early.
@@ -86,7 +86,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
         for process in list(live):
             process.terminate()
 
-    for number in heard((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
+    for number in handled_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)):
         signal.signal(number, stop)
 
     def train(run: Run) -> bool:
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError("--workers must be at least 1")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
-    runs = planned_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
+    runs = all_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
     cells = {run.cell for run in runs}
     if args.reference is not None and not cells & {reference_of(cell, args.reference) for cell in cells}:
         raise ValueError(f"--reference {args.reference}: not one of {', '.join(sorted(cell.name for cell in cells))}")

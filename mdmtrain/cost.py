@@ -169,8 +169,12 @@ def saved_per_token(
             return d + budget * (saved_per_token(shape, "none") - d)
     # Inputs and outputs of both norms; q, k, v (with qk_norm before and after it); the output of attention; the four
     # values of SwiGLU.
-    norms = 2 * d + 6 if composed_norms else 0
-    return 4 * d + (q + 2 * kv) + (q + kv if shape.qk_norm else 0) + q + (3 if compiled else 4) * ff + norms
+    values = 4 * d + (q + 2 * kv) + q + (3 if compiled else 4) * ff
+    if shape.qk_norm:
+        values += q + kv
+    if composed_norms:
+        values += 2 * d + 6
+    return values
 
 
 def activations(shape: ModelShape, config: Config, composed_norms: bool = False) -> tuple[float, float]:

@@ -138,7 +138,7 @@ class Passes:
     slot: np.ndarray  # int64 [T], slot number of the positions' noise
 
 
-def planned_passes(estimator: Estimator, tokens: np.ndarray) -> Passes:
+def passes_of(estimator: Estimator, tokens: np.ndarray) -> Passes:
     """The forward passes for R rows. tokens: int64 [R], eligible positions of each row."""
     rows = np.arange(len(tokens))
     draws = estimator.draws
@@ -207,7 +207,7 @@ def estimate(
     if model.shape.causal:  # a row in which only the first position is eligible does not count
         tokens = tokens * rows.eligible[:, 1:].any(dim=1).numpy()
     each = np.arange(len(tokens))
-    passes = Passes(each, each, each * 0.0, each) if model.shape.causal else planned_passes(estimator, tokens)
+    passes = Passes(each, each, each * 0.0, each) if model.shape.causal else passes_of(estimator, tokens)
 
     def values(chosen: np.ndarray) -> Tensor:
         if model.shape.causal:

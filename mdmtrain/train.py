@@ -104,7 +104,7 @@ class State:
     home: Path  # the folder of the checkpoints
     resumed: Path | None  # the checkpoint that the run was resumed from
     origin: str  # where the weights come from, as text for the terminal
-    owes_evaluation: bool  # the evaluation after `step` is still to be done, because the run was stopped before it
+    evaluation_pending: bool  # the evaluation after `step` is still to be done, because the run was stopped before it
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,12 @@ def open_inputs(config: Config, world: World, watch: Watchdog) -> Inputs:
     world.agree(lambda: check_splits(splits, (config.data.verify, "size"), (world.rank, world.size)))
     watch.at("preparation")  # that may have taken long, and so may what follows
     sources, validation = splits
-    wanted = (config.eval.rows, config.data.sequence_length, config.data.document_mask)
-    world.agree(lambda: [validation_rows(split, *wanted) for split in validation])  # refused now, not after hours
+    rows = config.eval.rows
+    data = config.data
+    # Refused now, not after hours.
+    world.agree(
+        lambda: [validation_rows(split, rows, data.sequence_length, data.document_mask) for split in validation]
+    )
     tokenizer = world.agree(lambda: sources[0].tokenizer())
     return Inputs(plan, lock, sources, validation, tokenizer)
 
@@ -177,9 +181,21 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
         recorder.restore(meta["recorder"], cursor, same_batch=not changes(meta, identity))
         origin = describe_resume(resumed, meta, identity, config)
     evaluates = config.evaluates(step) and step <= config.run.steps
-    owes = world.agree(lambda: evaluates and not evaluated(Path(config.run.dir), step), main_only=True)
+    evaluation_pending = world.agree(lambda: evaluates and not evaluated(Path(config.run.dir), step), main_only=True)
     return State(
-        shape, model, optimizer, average, sampler, recorder, step, cursor, identity, home, resumed, origin, owes
+        shape=shape,
+        model=model,
+        optimizer=optimizer,
+        average=average,
+        sampler=sampler,
+        recorder=recorder,
+        step=step,
+        cursor=cursor,
+        identity=identity,
+        home=home,
+        resumed=resumed,
+        origin=origin,
+        evaluation_pending=evaluation_pending,
     )
 
 
@@ -229,7 +245,7 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
     Raises ValueError. Raises Interrupted if the run was stopped before the evaluation after the last step.
     """
     steps = config.run.steps
-    if state.step >= steps and not state.owes_evaluation:
+    if state.step >= steps and not state.evaluation_pending:
         SideExports(config, state.resumed, world.is_main).finish()  # an export that was interrupted earlier
         say(world, nothing_to_do(config.run.dir, state.step, steps))
         return
@@ -276,7 +292,7 @@ def take_steps(run: Run) -> int:
         fit_rates(run)
 
     batches = iter(run.loader)
-    stopped = evaluation(run) if state.owes_evaluation else 0
+    stopped = evaluation(run) if state.evaluation_pending else 0
     model.train()
     recorder.resume_clock()
     run.outputs.log.start_clock()
@@ -346,8 +362,8 @@ def take_steps(run: Run) -> int:
 def log_steps(run: Run, process: ForwardProcess, due: Due) -> int:
     """Write the records of the steps since the last call, with a probe if it is due. A collective.
 
-    The only place where the host waits for the device in steady training. Returns 0, or the number of a stop that was
-    requested during the probe.
+    The host waits for the device here; docs/DESIGN.md, law 5, lists the other places. Returns 0, or the number of a
+    stop that was requested during the probe.
     """
     run_log = run.outputs.log
     step = run.state.step

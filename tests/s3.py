@@ -13,8 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-
-from launchers.supervise import free_port
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Bucket:
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Bucket]:
     """An empty bucket; AWS_* variables tell clients of the server."""
-    port = free_port()
+    port = get_free_port()
     command = [sys.executable, "-c", "import sys; from moto.server import main; main(sys.argv[1:])", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from launchers.supervise import free_port
 from mdmtrain.parallel.world import World, init_world
 
 
@@ -29,7 +29,7 @@ def run_world(function: Callable, size: int, *arguments) -> list:
     rank's traceback.
     """
     context = mp.get_context("spawn")
-    results, port = context.SimpleQueue(), free_port()
+    results, port = context.SimpleQueue(), get_free_port()
     processes = [
         context.Process(target=_rank, args=(function, rank, size, port, arguments, results)) for rank in range(size)
     ]

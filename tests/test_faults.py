@@ -21,9 +21,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from launchers import lifecycle
-from launchers.supervise import free_port
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint import store
 from mdmtrain.config import RunConfig
@@ -377,7 +377,7 @@ def broken(server, corpus, tmp_path_factory) -> Callable[[str], tuple[Path, list
             shutil.copytree(corpus, folder / "corpus")
             wanted["data"] |= {"sources": [{"path": str(folder / "corpus")}], "workers": 1, "prefetch": 1}
         config = str(write_config(wanted, folder / f"{name}.yaml"))
-        arguments = (size, free_port(), config, fault, str(folder / f"{name}-rank"))
+        arguments = (size, get_free_port(), config, fault, str(folder / f"{name}-rank"))
         processes = [WARM.Process(target=rank, args=(number, *arguments)) for number in range(size)]
         for process in processes:
             process.start()

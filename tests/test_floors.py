@@ -20,7 +20,6 @@ FLOORS = {
     **dict.fromkeys(["yaml12", "files", "exit_status"], -1),
 }
 ARROWS = {
-    ("train", "evaluate"),
     ("answers", "generate"),
     ("evaluate", "likelihood"),
     ("search", "cost"),

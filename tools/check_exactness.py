@@ -28,8 +28,8 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from launchers.supervise import free_port
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.checkpoint.weights import open_checkpoint
@@ -131,7 +131,7 @@ def tree_of(world: str, arrangement: Arrangement, steps: int, data: Path, run_di
 
 def train_all(ranks: int, trees: list[dict]) -> None:
     """Train all configurations one after the other, in the same new processes."""
-    mp.start_processes(_rank, (ranks, free_port(), trees), ranks, start_method="spawn")
+    mp.start_processes(_rank, (ranks, get_free_port(), trees), ranks, start_method="spawn")
 
 
 def _rank(rank: int, ranks: int, port: int, trees: list[dict]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 # Worker processes import this file, so modules that they do not need are imported in main.
 from mdmtrain.data.chat import PLAIN
 from mdmtrain.data.options import add_options, read_options
-from mdmtrain.data.parts import kept_steps, work_folder
+from mdmtrain.data.parts import kept_units, work_folder
 from mdmtrain.data.prepare import prepare
 
 
@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
 def _stop(work: Path, number: int, _frame: object) -> None:
     for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(again, signal.SIG_IGN)  # a second signal does not interrupt the clean-up
-    kept = kept_steps(work)
-    left = f"finished steps kept: {kept}; the same command resumes" if kept else "nothing was written"
+    kept = kept_units(work)
+    left = f"finished units kept: {kept}; the same command resumes" if kept else "nothing was written"
     print(f"stopped: {left}", file=sys.stderr)
     sys.exit(128 + number)
 

@@ -229,7 +229,7 @@ class SideExports:
         try:
             held = storage_of(checkpoint).hold(checkpoint)  # held from now on, because the process starts later
             pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=follow_parent)
-            self._running.append((checkpoint, pool.submit(_export_beside, checkpoint, out), held))
+            self._running.append((checkpoint, pool.submit(_export_in_process, checkpoint, out), held))
             pool.shutdown(wait=False)
         except OSError as error:
             log.warning("export of %s could not start, training continues: %s", checkpoint, describe_error(error))
@@ -248,7 +248,7 @@ class SideExports:
             self._running.remove((checkpoint, future, held))
 
 
-def _export_beside(checkpoint: Path, out: Path) -> None:
+def _export_in_process(checkpoint: Path, out: Path) -> None:
     os.nice(10)
     torch.set_num_threads(1)
     weights = open_checkpoint(checkpoint)

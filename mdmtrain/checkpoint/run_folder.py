@@ -116,8 +116,8 @@ def abandon(folder: Path, step: int) -> list[Path]:
 
 def git_revision() -> str | None:
     """The git revision of this code, or None. A launcher that copies the code sets MDMTRAIN_REVISION."""
-    if told := os.environ.get("MDMTRAIN_REVISION"):
-        return told
+    if revision := os.environ.get("MDMTRAIN_REVISION"):
+        return revision
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -35,7 +35,7 @@ class CheckpointWriter:
         self._tokenizer = tokenizer
         self._config = config
         self._world = world
-        self._beside = replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=patience)))
+        self._own_world = replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(minutes=patience)))
         self._copies: dict[str, Tensor] = {}  # reused by each save, because pinning memory takes long
         self._saving: Future[Path] | None = None
 
@@ -57,7 +57,7 @@ class CheckpointWriter:
 
         def write() -> None:
             try:
-                saving.set_result(store.save(*arguments, self._beside, self._copies, scores))
+                saving.set_result(store.save(*arguments, self._own_world, self._copies, scores))
             except BaseException as error:  # the main thread raises it
                 saving.set_exception(error)
 

@@ -56,10 +56,10 @@ class Preparation:
         self._file = cache(self._file_of)
 
     def refuse_other_options(self) -> None:
-        """Raise ValueError if the folder contains finished steps that were made with other options."""
+        """Raise ValueError if the folder contains finished units that were made with other options."""
         if in_use(self.work) and (self.work / "settings").read_text() != digest(self.division.settings):
             raise ValueError(
-                f"{self.work} holds finished steps that were made with other options: give the same options to resume, "
+                f"{self.work} holds finished units that were made with other options: give the same options to resume, "
                 "or remove it to start again"
             )
 
@@ -322,14 +322,14 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.parts"
 
 
-def kept_steps(work: Path) -> int:
+def kept_units(work: Path) -> int:
     """The number of finished units in a work folder; a tokenizer does not count."""
     return sum(not file.name.startswith("tokenizer") for file in work.glob("done/*"))
 
 
 def in_use(work: Path) -> bool:
     """Whether a work folder must be kept: it has finished units, or Slurm jobs may still write some."""
-    return kept_steps(work) > 0 or (work / JOB).exists()
+    return kept_units(work) > 0 or (work / JOB).exists()
 
 
 # ---- tokens

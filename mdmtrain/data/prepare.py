@@ -16,12 +16,12 @@ from typing import Any
 from mdmtrain.data.division import Division
 from mdmtrain.data.inputs import Input, open_name
 from mdmtrain.data.options import Options
-from mdmtrain.data.parts import JOB, Preparation, Stage, in_use, kept_steps, work_folder
+from mdmtrain.data.parts import JOB, Preparation, Stage, in_use, kept_units, work_folder
 from mdmtrain.data.records import Reading, check_inputs
 from mdmtrain.data.shards import MANIFEST, PreparedSplit, read_manifest
 from mdmtrain.data.staging import locked
 
-PHASES: dict[Stage, str] = {  # as shown to the user
+STAGE_NAMES: dict[Stage, str] = {  # as shown to the user
     "tokenizer": "reading for the tokenizer",
     "hashes": "hashing documents",
     "duplicates": "finding duplicates",
@@ -90,7 +90,7 @@ def _do_stage(making: Preparation, stage: Stage, workers: int, progress: Progres
     before = total - sum(making.size(stage, unit) for unit in todo)
 
     def report(done: int) -> None:
-        progress(PHASES[stage], before + done, total)
+        progress(STAGE_NAMES[stage], before + done, total)
 
     with making.doing(stage, workers) as do:
         for unit in todo:
@@ -122,7 +122,7 @@ def preparation(division: Division, out: Path) -> Iterator[Preparation]:
     """Begin or resume the preparation of `out` in a locked work folder next to it, which is removed at the end.
 
     The work folder is kept if the block fails and units are finished, and after SIGKILL; the next call resumes from it.
-    Raises ValueError if another process prepares `out`, or if the block fails; the message says which steps are kept.
+    Raises ValueError if another process prepares `out`, or if the block fails; the message says which units are kept.
     """
     work = work_folder(out)
     making = Preparation(division, work)
@@ -150,5 +150,5 @@ def preparation(division: Division, out: Path) -> Iterator[Preparation]:
 
 
 def _kept(work: Path) -> str:
-    kept = kept_steps(work)
-    return f"; finished steps kept: {kept}; the same command resumes" if kept else ""
+    kept = kept_units(work)
+    return f"; finished units kept: {kept}; the same command resumes" if kept else ""

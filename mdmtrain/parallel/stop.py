@@ -35,7 +35,7 @@ class AgreedStop:
         self._requested = 0
         self._deadline = float("inf") if time_limit is None else time.monotonic() + 60 * time_limit
         self._in_flight: tuple | None = None
-        for number in heard(self.SIGNALS):
+        for number in handled_signals(self.SIGNALS):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame) -> None:
@@ -51,7 +51,7 @@ class AgreedStop:
     def poll(self) -> int:
         """The stop requested on any rank by the previous call: a signal's number, TIME_LIMIT, or 0.
 
-        Every rank calls it once per step.
+        A collective. All ranks call it once per step, and once per batch of an evaluation or a probe.
         """
         if self._world.size == 1:
             return self.requested
@@ -65,7 +65,7 @@ class AgreedStop:
         return agreed
 
     def check(self) -> None:
-        """The same inside a longer operation, such as an evaluation. Raises Interrupted if a stop was requested."""
+        """Raise Interrupted if `poll` finds a stop. For operations of several batches, such as an evaluation."""
         if number := self.poll():
             raise Interrupted(number)
 
@@ -83,6 +83,6 @@ def reason(number: int) -> str:
     return "the time limit (run.time_limit)" if number == AgreedStop.TIME_LIMIT else signal.Signals(number).name
 
 
-def heard(numbers: Iterable[int]) -> list[int]:
+def handled_signals(numbers: Iterable[int]) -> list[int]:
     """The signals among these that the process may handle: all of them, except SIGHUP if it is ignored (nohup)."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]

@@ -56,7 +56,7 @@ class Watchdog:
         self._place = ("preparation", 0, True, time.monotonic())
         self._closed = threading.Event()
         self._lost = ""
-        self._deaf = False
+        self._store_closed = False
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Record that the main thread begins `phase`. step: the step, from 0, if a new one begins."""
@@ -89,7 +89,7 @@ class Watchdog:
         lost = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
         if lost and self._world.size > 1:
             log.debug("a collective failed", exc_info=error)
-            self._tell("news", "a connection broke")
+            self._write_key("news", "a connection broke")
             self._thread.join()  # usually does not return, because the thread ends this process
         self._closed.set()
         signal.set_wakeup_fd(-1)
@@ -104,12 +104,12 @@ class Watchdog:
             faulthandler.dump_traceback_later(FROZEN, exit=True, file=sys.__stderr__ or 2)
             signals = self._signals.recv(64) if select.select([self._signals], [], [], POLL)[0] else b""
             phase, _, slow, since = self._place
-            told = next((number for number in signals if number in AgreedStop.SIGNALS), self.stop.requested)
-            if phase == "preparation" and told:
-                self._tell("news", f"stop {told}")
+            requested = next((number for number in signals if number in AgreedStop.SIGNALS), self.stop.requested)
+            if phase == "preparation" and requested:
+                self._write_key("news", f"stop {requested}")
             if time.monotonic() - since > self._timeouts[slow]:
-                self._tell("news", f"no progress for {self._timeouts[slow] / 60:g} minutes")
-            news = self._told("news")
+                self._write_key("news", f"no progress for {self._timeouts[slow] / 60:g} minutes")
+            news = self._read_key("news")
             if news.startswith("stop"):
                 self._leave_early(int(news.split()[1]))
             elif (news or self._lost) and not self._closed.is_set():
@@ -123,20 +123,20 @@ class Watchdog:
                     exit_at_once(1)
         faulthandler.cancel_dump_traceback_later()
 
-    def _tell(self, key: str, text: str) -> None:
+    def _write_key(self, key: str, text: str) -> None:
         """Write a key of the store, unless it has a value already."""
         try:
             self._store.compare_set(key, "", text)
         except RuntimeError:  # the rank or launcher that hosted the store has died
             self._lost = self._lost or text
 
-    def _told(self, key: str) -> str:
+    def _read_key(self, key: str) -> str:
         """The value of a key of the store, or "" if it has none."""
         try:
-            if not self._deaf and self._store.check([key]):
+            if not self._store_closed and self._store.check([key]):
                 return self._store.get(key).decode()
         except RuntimeError:  # the store's host has ended, which is normal at the end of a run
-            self._deaf = True
+            self._store_closed = True
         return ""
 
     # ---- the end
@@ -163,13 +163,15 @@ class Watchdog:
         elif rank % DEPUTIES == 1:
             wait = 2 * PATIENCE
         deadline = time.monotonic() + wait
-        while not (verdict := self._told("verdict")) and time.monotonic() < deadline:
+        while not (verdict := self._read_key("verdict")) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not verdict:
-            named, line = judge(why, self._answers(), size) if not self._lost else ([0], f"{why}: rank 0 has died")
+            named, line = [0], f"{why}: rank 0 has died"
+            if not self._lost:
+                named, line = judge(why, self._answers(), size)
             mine = verdict = json.dumps([named, line, rank])
-            self._tell("verdict", mine)
-            verdict = self._told("verdict") or mine
+            self._write_key("verdict", mine)
+            verdict = self._read_key("verdict") or mine
         named, line, by = json.loads(verdict)
         log.info("%s", line or f"ranks {named} ended with an error of their own")
         if line:
@@ -196,7 +198,7 @@ class Watchdog:
         deadline = time.monotonic() + PATIENCE
         while len(answers) < self._world.size and time.monotonic() < deadline:
             time.sleep(0.1)
-            lines = [json.loads(line) for line in self._told("answers").splitlines()]
+            lines = [json.loads(line) for line in self._read_key("answers").splitlines()]
             answers = {line.pop("rank"): line for line in sorted(lines, key=lambda line: "left" in line)}
         return answers
 

@@ -144,10 +144,10 @@ def test_a_file_that_is_repaired_costs_its_part_alone(corpus, options, tmp_path,
     bad = corpus[Division.of(corpus, options).parts[3][0]].name
     good = Path(bad).read_text()
     Path(bad).write_text(good[:-1] + " ")
-    with pytest.raises(ValueError, match=rf"{bad}:\d+: not JSON.*; finished steps kept: 3; the same command resumes"):
+    with pytest.raises(ValueError, match=rf"{bad}:\d+: not JSON.*; finished units kept: 3; the same command resumes"):
         prepare(corpus, out, options, 1)
     assert done == [0, 1, 2, 3] and not out.exists()
-    with pytest.raises(ValueError, match=r"\.out\.parts holds finished steps that were made with other options"):
+    with pytest.raises(ValueError, match=r"\.out\.parts holds finished units that were made with other options"):
         prepare(corpus, out, replace(options, validation_fraction=0.3), 1)
     Path(bad).write_text(good)
     prepare(corpus, out, options, 1)

@@ -171,7 +171,7 @@ def test_a_failing_write_leaves_what_was_there(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_manifest", full)
     (tmp_path / "out").mkdir()
     inputs = find_inputs([str(texts)], *PATTERNS, tmp_path)
-    with pytest.raises(ValueError, match="No space left on device; finished steps kept: 1; the same command resumes"):
+    with pytest.raises(ValueError, match="No space left on device; finished units kept: 1; the same command resumes"):
         prepare(inputs, tmp_path / "out", OPTIONS, 1)
     assert not tree(tmp_path / "out")
     monkeypatch.undo()

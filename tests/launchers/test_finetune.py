@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launchers.finetune import EQUAL_COMPUTE, EQUAL_STEPS, compare, flips, main, plan, sd_ratio, show, spread
+from launchers.finetune import EQUAL_COMPUTE, EQUAL_STEPS, compare, flips, main, sd_ratio, show, spread, study_runs
 from mdmtrain.answers import Score
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import ROOT, write_config
@@ -57,12 +57,14 @@ def configuration_of(folder: Path) -> str:
     return str(write_config(tree, folder / "config.yaml"))
 
 
-def planned(folder: Path, arms: list[str]):
-    return plan([configuration_of(folder), "checkpoint.init_from=base"], arms, [0, 1], "causal-base", folder / "study")
+def runs_of(folder: Path, arms: list[str]):
+    return study_runs(
+        [configuration_of(folder), "checkpoint.init_from=base"], arms, [0, 1], "causal-base", folder / "study"
+    )
 
 
 def test_paired_arms_are_planned_by_both_rules_and_causal_ones_from_their_base(tmp_path):
-    runs = planned(tmp_path, ["standard", "paper-mirror", "ar"])
+    runs = runs_of(tmp_path, ["standard", "paper-mirror", "ar"])
     assert [(p.run.seed, p.rule, p.run.cell.arm) for p in runs[:4]] == [
         (0, EQUAL_COMPUTE, "standard"), (0, EQUAL_COMPUTE, "paper-mirror"), (0, EQUAL_STEPS, "paper-mirror"),
         (0, EQUAL_COMPUTE, "ar"),
@@ -74,7 +76,7 @@ def test_paired_arms_are_planned_by_both_rules_and_causal_ones_from_their_base(t
 
 
 def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
-    runs = planned(tmp_path, ["standard", "paper-mirror", "ar"])
+    runs = runs_of(tmp_path, ["standard", "paper-mirror", "ar"])
     at = {(p.rule, p.run.cell.arm, p.run.seed): p.run.dir for p in runs}
     # Seeds differ a lot, arms by .1 within a seed: paired, the difference has no spread at all.
     scores = {

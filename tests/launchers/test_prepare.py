@@ -190,7 +190,7 @@ def test_a_part_that_fails_is_tried_again_and_named(corpus, calm, tmp_path, monk
     tokenizer = tmp_path / "calm"
     command = [str(corpus), "--tokenizer", str(tokenizer), *ARGUMENTS[2:-1], "--out", str(out), "--tasks", "2"]
     with pytest.raises(
-        ValueError, match=r"1 of 8 parts failed 2 times; part 5: .*5.jsonl:31: not JSON.*kept: 7; the same"
+        ValueError, match=r"1 of 8 units failed 2 times; unit 5: .*5.jsonl:31: not JSON.*kept: 7; the same"
     ):
         launcher.main([*command, "--max-attempts", "2"])
     said = " ".join(capsys.readouterr().out.split())

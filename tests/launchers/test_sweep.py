@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launchers.comparison import Curve, Run, compare, interval, read_curve, tokens_to_reach
-from launchers.sweep import main, planned_runs
+from launchers.sweep import all_runs, main
 from mdmtrain import config as configuration
 from tests.conftest import ROOT, write_config
 
@@ -51,9 +51,7 @@ def write_run(run: Run, nelbo: list[float]) -> Run:
 def test_comparison_is_paired_by_seed(small_run, tmp_path):
     tree = small_run({"optim": {"lr": 1e-3, "schedule": "wsd", "decay_fraction": 0.2}, "eval": {"every": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
-    runs = planned_runs(
-        [base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep"
-    )
+    runs = all_runs([base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep")
     assert [(run.cell.arm, run.seed) for run in runs[:4]] == [
         ("standard", 0), ("strats", 0), ("standard", 1), ("strats", 1)
     ]  # fmt: skip
@@ -80,7 +78,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
 
 def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):
     base = str(write_config(small_run(), tmp_path / "config.yaml"))
-    run = planned_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0]
+    run = all_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0]
     write_run(run, [])
     values = [("a", 4, 5.0), ("b", 4, 3.0), ("a", 8, 4.0), ("b", 8, None)]
     lines = [json.dumps({"step": s, "split": f"validation/{k}", "nelbo": v}) + "\n" for k, s, v in values]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how long training waits for data: shards of an object store that are read ahead, and shards on a disk.
+"""Compare how long training waits for data from an object store, with read-ahead, and from a disk.
 
 Example, with a server on this machine:
   moto_server -p 5000 &
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: list[str], place: str, work: Path) -> list[dict]:
-    """The records of a run's steps that reads the prepared data at `place`. Raises ValueError if the run fails."""
+    """Train on the prepared data at `place`. Returns the records of its steps. Raises ValueError if the run fails."""
     data = {
         "sources": [{"path": place}], "cache_dir": str(work / "cache"), "cache_gb": 4, "shuffle_shards": 2, "workers": 2
     }  # fmt: skip

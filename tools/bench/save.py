@@ -51,10 +51,10 @@ def measure_saves(
         act()
         return max(world.gather(time.monotonic() - start))
 
-    kinds = {"waited_for": False, "beside": True}
+    kinds = {"synchronous": False, "asynchronous": True}
     writers = {
-        kind: CheckpointWriter(out / kind, tokenizer, CheckpointConfig(keep_last=1, asynchronous=beside), world, 60.0)
-        for kind, beside in kinds.items()
+        kind: CheckpointWriter(out / kind, tokenizer, CheckpointConfig(keep_last=1, asynchronous=value), world, 60.0)
+        for kind, value in kinds.items()
     }
     stalls: dict = {kind: [] for kind in kinds}
     alone = []
@@ -68,7 +68,7 @@ def measure_saves(
             writer.finish()
             start = time.monotonic()
             stalls[kind].append(slowest(partial(writer.save, number, tensors, META, {})))
-            if kind == "beside":
+            if kind == "asynchronous":
                 times = []
                 while writer.poll() is None:
                     times.append(slowest(step))
@@ -76,20 +76,20 @@ def measure_saves(
                 shared += times
                 extra.append(sum(times) - len(times) * statistics.median(alone))
     first = {kind: values[0] for kind, values in stalls.items()}
-    waited, beside = (statistics.median(values[1:]) for values in stalls.values())
-    cost = statistics.median(stall + more for stall, more in zip(stalls["beside"][1:], extra[1:], strict=True))
-    newest = store.newest(out / "beside")
+    synchronous, asynchronous = (statistics.median(values[1:]) for values in stalls.values())
+    cost = statistics.median(stall + more for stall, more in zip(stalls["asynchronous"][1:], extra[1:], strict=True))
+    newest = store.newest(out / "asynchronous")
     assert newest is not None, "nothing was saved"
     return {
         "bytes": sum(file.stat().st_size for file in newest.iterdir()),
-        "stall_waited_for": waited,
-        "stall_beside": beside,
-        "stall_ratio": beside / waited,
+        "stall_synchronous": synchronous,
+        "stall_asynchronous": asynchronous,
+        "stall_ratio": asynchronous / synchronous,
         "first_stalls": first,
         "step_alone": statistics.median(alone),
-        "step_beside_a_save": statistics.median(shared) if shared else None,
-        "cost_beside": cost,
-        "cost_ratio": cost / waited,
+        "step_during_save": statistics.median(shared) if shared else None,
+        "cost_asynchronous": cost,
+        "cost_ratio": cost / synchronous,
         "committed_after": statistics.median(commits[1:]),
         "verifying": slowest(lambda: store.damage(newest, world)),
     }
@@ -139,12 +139,12 @@ def main(arguments: list[str]) -> None:
         return
     table = Table("", "seconds", "ratio to synchronous", title=f"{describe_shape(shape)}; {world.size} ranks")
     for label, name, ratio in (
-        ("stall, synchronous", "stall_waited_for", None),
-        ("stall, asynchronous", "stall_beside", "stall_ratio"),
-        ("whole cost, asynchronous", "cost_beside", "cost_ratio"),
+        ("stall, synchronous", "stall_synchronous", None),
+        ("stall, asynchronous", "stall_asynchronous", "stall_ratio"),
+        ("whole cost, asynchronous", "cost_asynchronous", "cost_ratio"),
         ("committed after", "committed_after", None),
         ("step without a save", "step_alone", None),
-        ("step during a save", "step_beside_a_save", None),
+        ("step during a save", "step_during_save", None),
         ("verification", "verifying", None),
     ):
         seconds = "-" if found[name] is None else f"{found[name]:.3f}"

@@ -35,10 +35,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from launchers.supervise import free_port
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.formats import tensor_shapes
 from mdmtrain.checkpoint.layout import Layout, chunk
@@ -128,7 +128,7 @@ def measure_groups(ranks: int) -> dict[str, float]:
     """Create three groups one after the other. A run now has two; earlier versions had three."""
     context = multiprocessing.get_context("fork")  # torch is imported once
     found = context.SimpleQueue()
-    port = free_port()
+    port = get_free_port()
     processes = [context.Process(target=open_groups, args=(n, ranks, port, found)) for n in range(ranks)]
     for process in processes:
         process.start()

@@ -13,11 +13,10 @@ FSDP = "torch/distributed/fsdp/_fully_shard"
 # Where the host may wait for the device, and why.
 ALLOWED = {
     "monitor/recorder.py:flush": "the log interval: the host reads the records of the steps",
-    "likelihood.py:dealt_batch": "an evaluation reads the losses of each batch",
+    "parallel/forward_passes.py:dealt_batch": "an evaluation or a probe reads the losses of each batch",
     "checkpoint/writer.py:_copy": "a save: the loop may change the tensors only after their copies are complete",
 }
 PROBE = {
-    "variance/probe.py:values": "a probe reads the losses of each batch",
     "diffusion/sampler.py:_sums_and_counts": "a probe records the statistics of the bins",
 }
 REFIT = {

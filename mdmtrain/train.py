@@ -202,8 +202,9 @@ def build_state(inputs: Inputs, config: Config, world: World) -> State:
 def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> Outputs:
     """Open what the run writes, and print the notes that precede the first step. A collective. Raises AgreedError."""
     run_dir = Path(config.run.dir)
-    data = (inputs.sources, inputs.validation)
-    facts = world.agree(lambda: describe_data(config, *data, state.cursor), main_only=True)
+    sources = inputs.sources
+    validation = inputs.validation
+    facts = world.agree(lambda: describe_data(config, sources, validation, state.cursor), main_only=True)
     moved = world.agree(lambda: leave_behind(config, state.home, state.step), main_only=True)
     world.agree(lambda: record_start(run_dir, config, state.step, state.origin, world.size), main_only=True)
     run_log = RunLog(config, state.step, world, bits_per_nat(inputs.validation))
@@ -212,7 +213,7 @@ def open_outputs(state: State, inputs: Inputs, config: Config, world: World) -> 
     writer = CheckpointWriter(state.home, inputs.tokenizer.model, config.checkpoint, world, patience)
     saver = Saver(config, inputs.plan, writer, world, state.resumed, state.identity, state.cursor, scores)
 
-    for line in world.agree(lambda: shared_documents(*data), main_only=True):
+    for line in world.agree(lambda: shared_documents(sources, validation), main_only=True):
         log.warning(line)  # on the terminal of rank 0
     notes = [f"run folder {run_dir}", state.origin, *moved, *run_log.notes, describe_shape(state.shape)]
     notes += facts
@@ -249,8 +250,18 @@ def train_from(state: State, inputs: Inputs, config: Config, world: World, watch
         SideExports(config, state.resumed, world.is_main).finish()  # an export that was interrupted earlier
         say(world, nothing_to_do(config.run.dir, state.step, steps))
         return
-    where = (state.step, world.device.type == "cuda", state.cursor, inputs.validation)
-    loader = world.agree(lambda: train_loader(config, inputs.plan, world.rank, inputs.sources, *where))
+    loader = world.agree(
+        lambda: train_loader(
+            config,
+            inputs.plan,
+            world.rank,
+            inputs.sources,
+            first_step=state.step,
+            pin_memory=world.device.type == "cuda",
+            cursor=state.cursor,
+            validation=inputs.validation,
+        )
+    )
     outputs = open_outputs(state, inputs, config, world)
     probe = Probe(state.model, config, inputs.tokenizer.mask_id, world)
     graphs = GraphCount(config.parallel.compile)

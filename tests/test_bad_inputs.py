@@ -712,6 +712,8 @@ def test_one_clear_line(tried, name):
         lines = [line for line in outcome.err.splitlines() if line.startswith("error:")]
         assert outcome.status != 0 and len(lines) == 1, outcome.err
         line = lines[0]
+        *_, last, frame = outcome.err.splitlines()  # the last thing on the screen is the same line
+        assert last.endswith(line) and frame.startswith("====="), outcome.err
     else:
         line = outcome.refusal()
     for word in CASES[name].words:

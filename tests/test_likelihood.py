@@ -11,7 +11,7 @@ import torch
 from mdmtrain import likelihood
 from mdmtrain.data.text import Rows
 from mdmtrain.diffusion.objective import corrupt_counted
-from mdmtrain.likelihood import ESTIMATORS, Comparison, Estimate, Estimator, compare, estimate, planned_passes
+from mdmtrain.likelihood import ESTIMATORS, Comparison, Estimate, Estimator, compare, estimate, passes_of
 from tests.spawn import fake_world
 
 L, MASK, EPS = 5, 9, 0.3
@@ -159,14 +159,14 @@ def test_the_stated_noise_is_the_noise(name, draws):
 
 def test_systematic_sweeps_hit_every_count_alike():
     """Ten draws of five counts: each twice, whatever the start; draws of one sweep spread evenly if there are fewer."""
-    passes = planned_passes(Estimator("systematic", 20, 0, EPS), np.array([5, 5, 5]))
+    passes = passes_of(Estimator("systematic", 20, 0, EPS), np.array([5, 5, 5]))
     k = np.floor(passes.u * 5).astype(int) + 1
     assert [np.bincount(k[passes.group == sweep]).tolist() for sweep in range(6)] == [[0, 2, 2, 2, 2, 2]] * 6
-    passes = planned_passes(Estimator("systematic", 8, 0, EPS), np.full(2, 1000))
+    passes = passes_of(Estimator("systematic", 8, 0, EPS), np.full(2, 1000))
     for sweep in range(4):
         assert np.ptp(np.sort(passes.u[passes.group == sweep]) - np.arange(4) / 4) < 1e-12
     assert [
-        len(np.unique(planned_passes(Estimator("systematic", n, 0, EPS), np.full(1, 9)).group)) for n in (2, 32, 48)
+        len(np.unique(passes_of(Estimator("systematic", n, 0, EPS), np.full(1, 9)).group)) for n in (2, 32, 48)
     ] == [
         2,
         2,
@@ -175,7 +175,7 @@ def test_systematic_sweeps_hit_every_count_alike():
     for draws in (7, 40):
         with pytest.raises(ValueError, match=f"--mc-num {draws}: the systematic estimator needs"):
             Estimator("systematic", draws, 0, EPS)
-    starts = np.array([planned_passes(Estimator("systematic", 2, seed, EPS), np.full(1, 7)).u[0] for seed in range(60)])
+    starts = np.array([passes_of(Estimator("systematic", 2, seed, EPS), np.full(1, 7)).u[0] for seed in range(60)])
     assert np.bincount(np.floor(starts * 7).astype(int), minlength=7).min() > 0
 
 

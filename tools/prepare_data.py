@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn text into a prepared folder that mdmtrain trains on: a tokenizer, memory-mapped token shards and a manifest.
+"""Turn text into a prepared folder that mdmtrain trains on: a tokenizer, token shards and a manifest.
 
 Examples:
   tools/prepare_data.py corpus/ --include '*.txt' --vocab-size 32768 --out data/corpus

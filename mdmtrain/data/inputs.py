@@ -11,7 +11,6 @@ import bz2
 import glob
 import gzip
 import io
-import json
 import lzma
 import os
 import re
@@ -29,6 +28,7 @@ from urllib.parse import urlsplit
 
 from mdmtrain.data.remote import exists, is_url
 from mdmtrain.data.remote_inputs import Remote, remote_file, remote_files
+from mdmtrain.data.saved_dataset import data_files, is_dataset
 from mdmtrain.data.tokenized import LLM_C, MEGATRON
 from mdmtrain.files import sha256
 
@@ -214,24 +214,13 @@ def _files(root: str, include: Sequence[str], exclude: Sequence[str], out: Path)
 def _of_dataset(folder: str, files: list[str]) -> list[str]:
     """The files of a folder that have data, in order: all files, except in a folder written by `datasets.save_to_disk`.
 
-    There, state.json lists the files that have data; other files may be caches of the same data. Raises ValueError if
-    state.json is damaged.
+    Raises ValueError as `data_files` does.
     """
     if "dataset_dict.json" in files:  # lists the folders of the splits
         files = [name for name in files if name != "dataset_dict.json"]
-    if not {"state.json", "dataset_info.json"} <= set(files):
+    if not is_dataset(files):
         return files
-    state = os.path.join(folder, "state.json")
-    try:
-        with open(state, encoding="utf-8") as stream:
-            content = json.load(stream)
-        named = [file["filename"] for file in content["_data_files"]]
-        mapped = content.get("_indices_data_files") or content.get("_indices_files")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{state}: damaged, or not of datasets.save_to_disk: replace it, or exclude it") from None
-    if mapped:
-        raise ValueError(f"{folder}: its rows are selected by an index: call flatten_indices() and save it again")
-    return named
+    return data_files(folder, lambda: Path(folder, "state.json").read_bytes())
 
 
 def _folders(root: str, exclude: Sequence[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:

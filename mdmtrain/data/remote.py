@@ -65,6 +65,8 @@ def ask(url: str, timeout: float, method: str, **arguments: Any) -> Any:
 
     def call() -> Any:
         filesystem_, path = filesystem(url)
+        if method not in ("cat_file", "get_file"):
+            filesystem_.invalidate_cache()  # that of hf:// ignores use_listings_cache
         if isinstance(filesystem_, AsyncFileSystem):
             return sync(filesystem_.loop, getattr(filesystem_, f"_{method}"), path, timeout=timeout, **arguments)
         return getattr(filesystem_, method)(path, **arguments)  # a filesystem on disk or in memory
@@ -80,10 +82,11 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
             raise
         except Exception as error:  # each library has its own types
             error = _reason(error)
-            if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
-                raise ValueError(f"{url}: no such file or folder") from None
-            if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+            status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, PermissionError) or status in (401, 403):
                 raise ValueError(f"{url}: access denied ({_one_line(error)}): check the credentials") from None
+            if isinstance(error, FileNotFoundError) or status in (404, 410):
+                raise ValueError(f"{url}: no such file or folder") from None
             if pause is None:
                 no_answer = f"no answer within {timeout:g} s" if isinstance(error, TimeoutError) else ""
                 problem = no_answer or _one_line(error)
@@ -93,11 +96,11 @@ def _persistently(call: Callable[[], T], url: str, timeout: float) -> T:
 
 
 def _reason(error: Exception) -> Exception:
-    """The actual error of a failed request: for every failure over HTTP, fsspec raises FileNotFoundError."""
+    """The actual error of a request. For other failures too, fsspec over HTTP and hf:// raise FileNotFoundError."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error
-    return cause if type(cause).__module__.startswith("aiohttp") else error
+    return cause if type(cause).__module__.startswith("aiohttp") or hasattr(cause, "response") else error
 
 
 def _one_line(error: Exception) -> str:

@@ -9,9 +9,11 @@ import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 from mdmtrain.data import remote
+from mdmtrain.data.saved_dataset import data_files, is_dataset
 
 LEAST, MOST = 1 << 16, 1 << 23  # bytes of a request; requests grow while a file is read sequentially
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_commit", "mtime", "updated", "created")
@@ -105,10 +107,37 @@ def remote_files(
             yield url, _file(url, info)
             continue
         inside = remote.ask(url, remote.LIST_TIMEOUT, "find", detail=True)
-        for path, entry in sorted(inside.items()):
-            file = path if remote.is_url(path) else filesystem.unstrip_protocol(path)
+        entries = {
+            path if remote.is_url(path) else filesystem.unstrip_protocol(path): entry
+            for path, entry in sorted(inside.items())
+        }
+        for file in _with_data(list(entries)):
+            entry = entries[file]
             *folders, last = file.removeprefix(url).strip("/").split("/")
             hidden = any(part.startswith(".") for part in (*folders, last))
             left_out = any(fnmatch.fnmatchcase(part, pattern) for part in (*folders, last) for pattern in exclude)
             if not hidden and not left_out and any(fnmatch.fnmatchcase(last, one) for one in include or ["*"]):
                 yield file, _file(file, entry)
+
+
+def _with_data(files: list[str]) -> Iterator[str]:
+    """The URLs of the files that have data: all, except in folders written by `datasets.save_to_disk`.
+
+    Of such a folder, they are those that its state.json names, in its order. Raises ValueError as `data_files` does.
+    """
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    datasets = {folder for folder, names in folders.items() if is_dataset(names)}
+    seen: set[str] = set()
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if folder not in datasets and name != "dataset_dict.json":  # that one lists the folders of the splits
+            yield file
+        elif folder in datasets and folder not in seen:
+            seen.add(folder)
+            for named in data_files(folder, partial(remote.read, f"{folder}/state.json")):
+                if named not in folders[folder]:
+                    raise ValueError(f"{folder}/{named}: no such file, but state.json names it: copy the folder again")
+                yield f"{folder}/{named}"

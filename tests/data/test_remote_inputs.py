@@ -7,16 +7,19 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mdmtrain.data import remote, remote_inputs
 from mdmtrain.data.inputs import find_inputs, named_in, open_name, zstd
 from mdmtrain.data.prepare import Options, prepare
 from mdmtrain.data.records import Reading, read_documents
 from mdmtrain.data.tokenizer import Tokenizer
+from tests.data.test_formats import saved_dataset
 from tests.s3 import s3  # noqa: F401
 
 TEXTS = [f"{i} caf\u00e9 {'word ' * (i % 7)}\r\n" for i in range(60)]
@@ -75,6 +78,48 @@ def test_a_folder_in_a_bucket_is_prepared_like_one_on_disk(bucket, files, tmp_pa
     assert made[0]["fingerprint"] == made[1]["fingerprint"] and made[0]["made_from"] != made[1]["made_from"]
     again = prepare(find_inputs([bucket], [], [], tmp_path), tmp_path / "0", options, 1)
     assert again.already
+
+
+def test_a_saved_dataset_in_a_bucket_is_read_as_one_on_disk(s3, tmp_path):  # noqa: F811
+    """The files that state.json names, in its order; the cache beside them is not data."""
+    saved = saved_dataset(TEXTS, tmp_path)
+    url = f"{s3.url}/saved"
+    for file in saved.rglob("*"):
+        if file.is_file():
+            s3.write(f"{url}/{file.relative_to(saved)}", file.read_bytes())
+    assert documents(url) == documents(str(saved)) == TEXTS == documents(f"{url}/train")
+    assert found(url, include=["data-00000*"]) == [f"{url}/train/data-00000-of-00002.arrow"]
+    state = json.loads((saved / "train/state.json").read_text())
+    for change, said in [
+        ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "selected by an index"),
+        ({"_data_files": [{"filename": "x.arrow"}]}, r"train/x\.arrow: no such file, but state\.json names it"),
+        ({"_data_files": 1}, r"train/state\.json: damaged"),
+    ]:
+        s3.write(f"{url}/train/state.json", json.dumps(state | change).encode())
+        with pytest.raises(ValueError, match=said):
+            documents(url)
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "access denied"), (401, "access denied"), (404, "no such file")])
+def test_refusals_of_a_hub_are_not_repeated(monkeypatch, status, said):
+    """huggingface_hub's errors have a response, and some are the cause of a FileNotFoundError."""
+
+    attempts: list[int] = []
+
+    class HubError(Exception):
+        response = SimpleNamespace(status_code=status)
+
+    def refused(*_, **__):
+        attempts.append(1)
+        try:
+            raise HubError("you must be logged in")
+        except HubError as error:
+            raise FileNotFoundError("data (repository not found)") from error
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refused)
+    with pytest.raises(ValueError, match=said):
+        remote.size_of("memory://hub/a")
+    assert len(attempts) == 1
 
 
 def test_another_version_of_a_file_is_another_input(s3):  # noqa: F811

@@ -83,7 +83,7 @@ study-muon: corpus
 
 # What objective and optimizer save together: Muon with QK-norm against AdamW without, each at its better learning rate.
 RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
-study-recipe: setup
+study-recipe: corpus
 	@mkdir -p runs
 	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best \
 		--vary optim.name=adamw --vary optim.lr=6e-3 --vary model.qk_norm=false

@@ -135,7 +135,7 @@ def flips(right: list[str]) -> float | None:
 
 
 def compare(study: list[StudyRun], scores: dict[Path, Score]) -> list[dict]:
-    """A row for each rule and arm of the plan. scores: the scores of the finished runs, by run folder.
+    """A row for each rule and arm of the study. scores: the scores of the finished runs, by run folder.
 
     Differences are taken to the standard arm and paired by seed. Ratios of standard deviations are taken to the
     standard and to the autoregressive arm. A row without a finished run has an empty list of seeds and no values.

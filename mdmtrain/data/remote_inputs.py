@@ -95,6 +95,10 @@ def remote_files(
 
     include, exclude: patterns for names in folders, as for `find_inputs`. Raises ValueError.
     """
+
+    def left_out(name: str) -> bool:
+        return name.startswith(".") or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+
     web = argument.startswith(("http://", "https://"))  # a question mark begins the query of such a URL
     if "*" in argument or (not web and glob.has_magic(argument)):
         found = remote.ask(argument, remote.LIST_TIMEOUT, "glob", detail=True)
@@ -111,13 +115,11 @@ def remote_files(
             path if remote.is_url(path) else filesystem.unstrip_protocol(path): entry
             for path, entry in sorted(inside.items())
         }
-        for file in _with_data(list(entries)):
-            entry = entries[file]
-            *folders, last = file.removeprefix(url).strip("/").split("/")
-            hidden = any(part.startswith(".") for part in (*folders, last))
-            left_out = any(fnmatch.fnmatchcase(part, pattern) for part in (*folders, last) for pattern in exclude)
-            if not hidden and not left_out and any(fnmatch.fnmatchcase(last, one) for one in include or ["*"]):
-                yield file, _file(file, entry)
+        folders = {file: file.removeprefix(url).strip("/").split("/")[:-1] for file in entries}
+        for file in _with_data([file for file in entries if not any(map(left_out, folders[file]))]):
+            last = file.rsplit("/", 1)[-1]
+            if not left_out(last) and any(fnmatch.fnmatchcase(last, one) for one in include or ["*"]):
+                yield file, _file(file, entries[file])
 
 
 def _with_data(files: list[str]) -> Iterator[str]:

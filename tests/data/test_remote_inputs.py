@@ -98,6 +98,8 @@ def test_a_saved_dataset_in_a_bucket_is_read_as_one_on_disk(s3, tmp_path):  # no
         s3.write(f"{url}/train/state.json", json.dumps(state | change).encode())
         with pytest.raises(ValueError, match=said):
             documents(url)
+        with pytest.raises(ValueError, match="no file behind"):  # excluded, as the error advises: it is not read
+            found(url, exclude=["train"])
 
 
 @pytest.mark.parametrize(("status", "said"), [(403, "access denied"), (401, "access denied"), (404, "no such file")])

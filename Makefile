@@ -81,7 +81,7 @@ study-muon: corpus
 		--seeds 0,1,2,3,4 --vary optim.lr=6e-3,1.2e-2 --dir runs/study-muon --workers 2 \
 		--json runs/study-muon.json --figure runs/study-muon.png optim.name=muon model.qk_norm=true
 
-# What objective and optimizer save together: Muon with QK-norm against AdamW without, each at its better learning rate.
+# What objective and optimizer save together: Muon with QK-norm at 1.2e-2 against AdamW without at 6e-3.
 RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
 study-recipe: corpus
 	@mkdir -p runs

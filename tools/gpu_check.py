@@ -175,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     results = {}
     with tempfile.TemporaryDirectory(prefix="mdmtrain-gpu-check-") as folder:
-        place = Place(Path(folder), args.data or Path(folder) / "corpus", args.cpu_rehearsal)
+        repeat = 1 if args.cpu_rehearsal else 10
+        place = Place(Path(folder), args.data or Path(folder) / "corpus", args.cpu_rehearsal, repeat)
         for name in args.only:
             left = args.budget - (time.monotonic() - start)
             if left < LEAST:

@@ -2,6 +2,7 @@
 
 python -m tests.gpu train DATA SCRATCH NAME...       see arrangements.py
 python -m tests.gpu check DATA SCRATCH PART...       see checks.py
+python -m tests.gpu memory DATA SCRATCH NAME...      see memory.py
 python -m tests.gpu compile TRITON SCRATCH NAME...   see kernels.py; TRITON: a folder that has triton
 """
 
@@ -25,6 +26,10 @@ def act_of(what: str, where: str, scratch: str) -> Callable[[str], dict]:
         from tests.gpu import checks
 
         return partial(checks.check, where, scratch)
+    if what == "memory":
+        from tests.gpu import memory
+
+        return memory.compare
     os.environ["TRITON_CACHE_DIR"] = scratch
     sys.path.insert(0, where)
     from tests.gpu import h100, kernels

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from tests.conftest import ROOT
@@ -20,13 +21,21 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
 import gpu_bench
 import gpu_check
 import gpu_parts
+import save
+
+
+def saves_here(command: list[str], check: bool) -> None:
+    """tools/bench/save.py, which save_stall starts: here and not in a process of its own, which would have no fake
+    device. Small, because its files are real.
+    """
+    save.main([*command[2:], "--layers", "1", "--saves", "1"])
 
 
 def check(data: str, scratch: str, part: str) -> dict:
     """Run a part. Returns its checks and numbers, and the exception that ended it, or None."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     report = gpu_parts.Report(folder / "report.json")
-    place = gpu_parts.Place(folder, Path(data), rehearsal=False)
+    place = gpu_parts.Place(folder, Path(data), rehearsal=False, repeat=1)
     error = None
     STEP[0] = 1
     with ExitStack() as stack:
@@ -35,6 +44,8 @@ def check(data: str, scratch: str, part: str) -> dict:
         world = stack.enter_context(fake_ranks(1))
         for module in (gpu_parts, gpu_bench):
             stack.enter_context(patch.object(module, "the_world", lambda: world))
+        stack.enter_context(patch.object(save, "init_world", lambda: world))
+        stack.enter_context(patch.object(gpu_parts, "subprocess", SimpleNamespace(run=saves_here)))
         if part.endswith(", item"):
             stack.enter_context(item_in_the_step())
         try:

@@ -2,14 +2,16 @@
 
 Tensors on "cuda" are torch's fake tensors: they have a shape, a dtype and a device, but no values. Everything on the
 host is real. So the code of a GPU run runs on a CPU, and operations that mix devices or dtypes fail as on a GPU. The
-device notes what a GPU run would show only in a profile: where the host waits for the device, and the dtypes of the
-matrix products. What the host reads from the device is zero.
+device notes what a GPU run would show only in a profile: where the host waits for the device, the dtypes of the matrix
+products, and the bytes of the tensors that exist. What the host reads from the device is zero.
 
-It cannot see numerics, races between streams, NCCL, the allocator, or whether the source of a copy is pinned memory.
+It cannot see numerics, races between streams, NCCL, what kernels and the allocator need beyond the tensors, or whether
+the source of a copy is pinned memory.
 """
 
 import sys
 import types
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +38,7 @@ PRODUCTS = (
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 )
+RESIZE = torch.UntypedStorage.resize_
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -97,6 +100,56 @@ class Generator(torch.Generator):
     def graphsafe_set_state(self, _state): ...
 
 
+# Where a build of torch for CPUs has no kernel for CUDA, it composes the operation of smaller ones. With these kernels,
+# autograd uses the same operations as on a GPU.
+KERNELS = torch.library.Library("aten", "IMPL", "CUDA")
+KERNELS.impl(
+    "_fused_rms_norm",
+    lambda x, shape, _weight, _eps: (
+        torch.empty_like(x),
+        x.new_empty((*x.shape[: x.ndim - len(shape)], *[1] * len(shape)), dtype=torch.float32),
+    ),
+)
+KERNELS.impl(
+    "_fused_rms_norm_backward",
+    lambda _gradient, x, _shape, _rstd, weight, _wanted: (torch.empty_like(x), torch.empty_like(weight)),
+)
+KERNELS.impl("silu_backward", lambda _gradient, x: torch.empty_like(x))
+
+
+class Memory:
+    """The bytes of the device's tensors: now, and the most since reset()."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.most = 0
+        self._sizes: dict[int, int] = {}  # by the id of the storage
+
+    def reset(self) -> None:
+        self.most = self.now
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor from now on until it is freed."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._sizes:
+            weakref.finalize(storage, self._free, id(storage)).atexit = False
+            self._set(id(storage), storage.nbytes())
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Storage.resize_, by which FSDP frees gathered parameters and allocates them again."""
+        RESIZE(storage, size)
+        if id(storage) in self._sizes:
+            self._set(id(storage), size)
+
+    def _set(self, key: int, size: int) -> None:
+        self.now += size - self._sizes.get(key, 0)
+        self.most = max(self.most, self.now)
+        self._sizes[key] = size
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
 def place() -> str:
     """The innermost function of the package that is running, as file:function; without one, that of torch.
 
@@ -120,6 +173,7 @@ class FakeCuda(TorchDispatchMode):
     supports_higher_order_operators = True  # flex_attention
     waits: ClassVar[Counter[str]] = Counter()  # how often the host waited for the device, by place
     products: ClassVar[Counter[str]] = Counter()  # how many matrix products the device did, by dtype
+    memory: ClassVar[Memory]  # of the device that is in use
     forbidden = False  # whether a wait is an error: torch.cuda.set_sync_debug_mode("error")
 
     @classmethod
@@ -146,6 +200,8 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.stack = ExitStack()
         self.forget()
+        FakeCuda.memory = Memory()  # not that of an earlier device, some of whose tensors may still exist
+        self.set_sync_debug_mode("default")
         stream = Stream()
         replaced = {
             "Stream": Stream,
@@ -165,9 +221,9 @@ class FakeCuda(TorchDispatchMode):
             "default_generators": (Generator(),),
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,
-            "memory_allocated": lambda *_: 1 << 30,
-            "max_memory_allocated": lambda *_: 2 << 30,
-            "reset_peak_memory_stats": lambda *_: None,
+            "memory_allocated": lambda *_: self.memory.now,
+            "max_memory_allocated": lambda *_: self.memory.most,
+            "reset_peak_memory_stats": lambda *_: self.memory.reset(),
             "empty_cache": lambda: None,
             "set_sync_debug_mode": self.set_sync_debug_mode,
         }
@@ -175,6 +231,7 @@ class FakeCuda(TorchDispatchMode):
             self.stack.enter_context(patch.object(torch.cuda, name, value))
         for name, value in {"pin_memory": lambda tensor, *_: tensor, "is_pinned": lambda *_: False}.items():
             self.stack.enter_context(patch.object(torch.Tensor, name, value))
+        self.stack.enter_context(patch.object(torch.UntypedStorage, "resize_", lambda s, n: self.memory.resize(s, n)))
         torch._C._ensureCUDADeviceGuardSet()
         return super().__enter__()
 
@@ -211,7 +268,11 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             if not on_device:
                 args, kwargs = tree_map(self._from_host, (args, kwargs))
-            return func(*args, **kwargs)  # a shape that depends on values is an error here
+            out = func(*args, **kwargs)  # a shape that depends on values is an error here
+        for tensor in tree_iter(out):
+            if isinstance(tensor, FakeTensor):
+                self.memory.hold(tensor)
+        return out
 
     def _copies(self, non_blocking: bool) -> None:
         """A copy between host and device, either way. The host waits until it is complete, if it is blocking."""

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mdmtrain.config import Config
+from mdmtrain.cost import WORK, peak
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.muon import local, local_gradient
 from mdmtrain.optim import build_optimizer
@@ -114,3 +115,15 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         **{kind: spans[kind][1] for kind in ("head at work", "block at work")},
         "optimizer at work": after["optimizer at work"][1],
     }
+
+
+def planned_and_measured(planned: dict[str, float], measured: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """The bytes of a plan (cost.memory) beside those of `measured_memory`, by kind, with the peak of a step.
+
+    The measurement has neither a gradient pair nor an average. Its kinds of WORK include what the blocks keep.
+    """
+    kept = planned["gathered"] + planned["activations"]
+    both = {kind: (planned[kind] + (kept if kind in WORK else 0), held) for kind, held in measured.items()}
+    states = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
+    most = states + max(measured[kind] for kind in (*WORK, "optimizer at work"))
+    return {**both, "peak": (peak(planned) - planned["gradient pair"] - planned["average"], most)}

@@ -4,7 +4,7 @@ import gc
 
 import numpy as np
 import torch
-from allocator import measured_memory
+from allocator import measured_memory, planned_and_measured
 from gpu_parts import Place, Report, example, the_world
 from meter import (
     BUDGET,
@@ -24,7 +24,7 @@ from meter import (
 from step import compare_heads
 
 from mdmtrain.config import Config
-from mdmtrain.cost import WORK, Assumptions, memory, peak, step_flops
+from mdmtrain.cost import Assumptions, memory, step_flops
 from mdmtrain.diffusion.objective import row_losses
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.optim import build_optimizer, optimizer_step
@@ -34,14 +34,13 @@ from mdmtrain.parallel.world import World
 def bench_170m(report: Report, place: Place) -> None:
     """Time and memory of a step at 170M compared with the plan, and the effect of each setting."""
     config, shape, world = benchmark(report, place, "170m")
-    repeat = place.pick(10, 1)
-    report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, repeat))
+    report.note(recompute=compare_settings(config, shape, world, RECOMPUTE, place.repeat))
     free()
-    report.note(budget=compare_settings(config, shape, world, BUDGET, repeat))
+    report.note(budget=compare_settings(config, shape, world, BUDGET, place.repeat))
     free()
-    report.note(heads=compare_heads(config, shape, world, repeat))
+    report.note(heads=compare_heads(config, shape, world, place.repeat))
     free()
-    documents(report, config, shape, world, repeat)
+    documents(report, config, shape, world, place.repeat)
 
 
 def bench_1b(report: Report, place: Place) -> None:
@@ -54,24 +53,19 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     world = the_world()
     config = example(place, name)
     shape = model_shape(config.model, 0)
-    repeat = place.pick(10, 1)
     planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
-    states = planned["gradient pair"] + planned["average"]  # this measurement does not include them
-    measured = measured_memory(config, shape, world, Assumptions().masked)
-    there = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))
-    most_kept = planned["gathered"] + planned["activations"]
-    most = there + max(measured[kind] for kind in (*WORK, "optimizer at work"))
-    ratio = most / (peak(planned) - states)
-    both = {kind: [planned[kind] + (kind in WORK) * most_kept, measured[kind]] for kind in measured}
+    both = planned_and_measured(planned, measured_memory(config, shape, world, Assumptions().masked))
     report.note(memory_planned_and_measured=both)
+    expected, most = both["peak"]
+    ratio = most / expected
     # Above 1.1 the measured memory exceeds the plan's reserve. Below 0.75 the plan rejects runs that would fit.
     report.check("memory", 0.75 < ratio < 1.1, f"{most / 2**30:.2f} GiB, {ratio:.3f} of the plan")
     free()
-    compared = compare_settings(config, shape, world, COMPILE, repeat)
+    compared = compare_settings(config, shape, world, COMPILE, place.repeat)
     report.note(compile=compared)
     free()
     faster = compared["compiled"]["seconds"] < compared["eager"]["seconds"]
-    whole_step(report, changed(config, "parallel", compile=faster), shape, world, repeat)
+    whole_step(report, changed(config, "parallel", compile=faster), shape, world, place.repeat)
     free()
     return config, shape, world
 

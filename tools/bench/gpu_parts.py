@@ -44,6 +44,7 @@ class Place:
     folder: Path  # scratch folder of this invocation
     data: Path  # the prepared corpus
     rehearsal: bool  # run on a CPU with tiny sizes
+    repeat: int  # rounds of each benchmark
 
     def pick(self, there, here):
         """The first value on a GPU, the second one in a rehearsal."""

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocator import measured_memory
+from allocator import measured_memory, planned_and_measured
 from loop_watch import MODEL, watch
 from machinery import (
     SIMULATED_BATCH,
@@ -67,7 +67,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config, resolve
-from mdmtrain.cost import WORK, Assumptions, memory, shape_of, step_flops
+from mdmtrain.cost import Assumptions, memory, shape_of, step_flops
 from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.optim import build_optimizer, local
@@ -127,18 +127,15 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
-    """{mode: {kind: [planned, measured]}} in bytes on rank 0. The peaks include everything except the states."""
+    """{mode: {kind: (planned, measured)}} in bytes on rank 0. Only "peak" includes the states."""
     assumed = Assumptions()
     compared = {}
     on_cpu = world.device.type == "cpu"
     for mode, settings in RECOMPUTE.items():
         one = changed(config, "parallel", **settings)
-        measured = measured_memory(one, shape, world, assumed.masked)
         shard = world.size // config.parallel.replicate
         planned = memory(shape, one, shard, config.run.micro_batch, assumed, on_cpu)
-        for kind in WORK:
-            planned[kind] += planned["gathered"] + planned["activations"]
-        compared[mode] = {kind: [planned[kind], value] for kind, value in measured.items()}
+        compared[mode] = planned_and_measured(planned, measured_memory(one, shape, world, assumed.masked))
     return compared
 
 
@@ -251,7 +248,7 @@ def show_heads(console: Console, heads: dict) -> None:
 
 def show_memory(console: Console, compared: dict) -> None:
     kinds = list(next(iter(compared.values())))
-    table = Table("planned / measured, MiB", *kinds, title="memory of a rank (peaks: without the states)")
+    table = Table("planned / measured, MiB", *kinds, title="memory of a rank (at work: without the states)")
     for mode, row in compared.items():
         cells = [f"{p / 2**20:,.2f} / {m / 2**20:,.2f}" + (f" = {p / m:.3f}" if p else "") for p, m in row.values()]
         table.add_row(mode, *cells)

@@ -1,14 +1,16 @@
-"""The parts of tools/gpu_check.py on the fake device: that they run, in the sizes of a GPU.
+"""The parts of tools/gpu_check.py on the fake device, in the sizes of a GPU, but for save_stall.
 
     python -m tests.gpu check DATA SCRATCH PART...       one line of JSON for each part
 
-What they measure means nothing here. "PART, item" is the part with a fault in the step (see arrangements.py).
+Times and values mean nothing here; memory, waits and graphs do. "PART, item" is the part with a fault in the step (see
+arrangements.py).
 """
 
 import sys
 import tempfile
 import traceback
 from contextlib import ExitStack
+from itertools import accumulate, count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -21,10 +23,11 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
 import gpu_bench
 import gpu_check
 import gpu_parts
+import meter
 import save
 
 
-def saves_here(command: list[str], check: bool) -> None:
+def run_save_here(command: list[str], check: bool) -> None:
     """tools/bench/save.py, which save_stall starts: here and not in a process of its own, which would have no fake
     device. Small, because its files are real.
     """
@@ -45,7 +48,10 @@ def check(data: str, scratch: str, part: str) -> dict:
         for module in (gpu_parts, gpu_bench):
             stack.enter_context(patch.object(module, "the_world", lambda: world))
         stack.enter_context(patch.object(save, "init_world", lambda: world))
-        stack.enter_context(patch.object(gpu_parts, "subprocess", SimpleNamespace(run=saves_here)))
+        stack.enter_context(patch.object(gpu_parts, "subprocess", SimpleNamespace(run=run_save_here)))
+        # Which of two settings is faster must not depend on the load of this machine: here it is the later one.
+        clock = accumulate(1 / number for number in count(1))
+        stack.enter_context(patch.object(meter, "wait_for", lambda device, _: next(clock)))
         if part.endswith(", item"):
             stack.enter_context(item_in_the_step())
         try:

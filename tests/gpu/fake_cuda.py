@@ -3,7 +3,7 @@
 Tensors on "cuda" are torch's fake tensors: they have a shape, a dtype and a device, but no values. Everything on the
 host is real. So the code of a GPU run runs on a CPU, and operations that mix devices or dtypes fail as on a GPU. The
 device notes what a GPU run would show only in a profile: where the host waits for the device, the dtypes of the matrix
-products, and the bytes of the tensors that exist. What the host reads from the device is zero.
+products, and the bytes of the tensors that exist. What the host reads from the device is zero, and tensors are equal.
 
 It cannot see numerics, races between streams, NCCL, what kernels and the allocator need beyond the tensors, or whether
 the source of a copy is pinned memory.
@@ -118,22 +118,22 @@ KERNELS.impl("silu_backward", lambda _gradient, x: torch.empty_like(x))
 
 
 class Memory:
-    """The bytes of the device's tensors: now, and the most since reset()."""
+    """The bytes of the device's tensors: now, and the peak since reset_peak()."""
 
     def __init__(self) -> None:
         self.now = 0
-        self.most = 0
+        self.peak = 0
         self._sizes: dict[int, int] = {}  # by the id of the storage
 
-    def reset(self) -> None:
-        self.most = self.now
+    def reset_peak(self) -> None:
+        self.peak = self.now
 
     def hold(self, tensor: torch.Tensor) -> None:
-        """Count the storage of a tensor from now on until it is freed."""
+        """Count the storage of a tensor until it is freed, or its new size if it is counted already."""
         storage = tensor.untyped_storage()
         if id(storage) not in self._sizes:
             weakref.finalize(storage, self._free, id(storage)).atexit = False
-            self._set(id(storage), storage.nbytes())
+        self._set(id(storage), storage.nbytes())
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Storage.resize_, by which FSDP frees gathered parameters and allocates them again."""
@@ -143,7 +143,7 @@ class Memory:
 
     def _set(self, key: int, size: int) -> None:
         self.now += size - self._sizes.get(key, 0)
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
         self._sizes[key] = size
 
     def _free(self, key: int) -> None:
@@ -222,8 +222,8 @@ class FakeCuda(TorchDispatchMode):
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,
             "memory_allocated": lambda *_: self.memory.now,
-            "max_memory_allocated": lambda *_: self.memory.most,
-            "reset_peak_memory_stats": lambda *_: self.memory.reset(),
+            "max_memory_allocated": lambda *_: self.memory.peak,
+            "reset_peak_memory_stats": lambda *_: self.memory.reset_peak(),
             "empty_cache": lambda: None,
             "set_sync_debug_mode": self.set_sync_debug_mode,
         }
@@ -263,6 +263,8 @@ class FakeCuda(TorchDispatchMode):
             return True
         if not on_device and device != "cuda":
             return func(*args, **kwargs)
+        if on_device and device == "cpu":
+            raise NotImplementedError(f"{func} makes a tensor on the host from one on the device")
         if on_device and getattr(func, "overloadpacket", None) in PRODUCTS:
             self.products[str(args[0].dtype).removeprefix("torch.")] += 1
         with self.fake:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mdmtrain.config import Config
-from mdmtrain.cost import WORK, peak
+from mdmtrain.cost import WORK, Assumptions, memory, peak
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.muon import local, local_gradient
 from mdmtrain.optim import build_optimizer
@@ -107,21 +107,28 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         mark("end")
     parameters = list(model.parameters())
     first, last = (spans[name][0] - gathered[name] for name in ("blocks", "head at work"))
+    there = 0 if config.parallel.offload else 1  # offloaded states are in host memory
     return {
-        "parameters": sum(local(p).nbytes for p in parameters),
-        "gradients": sum(local_gradient(p).nbytes for p in parameters),
-        "optimizer": sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
+        "parameters": there * sum(local(p).nbytes for p in parameters),
+        "gradients": there * sum(local_gradient(p).nbytes for p in parameters),
+        "optimizer": there * sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
         "activations": last - first,
         **{kind: spans[kind][1] for kind in ("head at work", "block at work")},
         "optimizer at work": after["optimizer at work"][1],
     }
 
 
-def planned_and_measured(planned: dict[str, float], measured: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """The bytes of a plan (cost.memory) beside those of `measured_memory`, by kind, with the peak of a step.
+def compare_with_plan(config: Config, shape: ModelShape, world: World) -> dict[str, tuple[float, float]]:
+    """(planned, measured) bytes by kind, and "peak", the peak of a step. A collective.
 
-    The measurement has neither a gradient pair nor an average. Its kinds of WORK include what the blocks keep.
+    The peaks "head at work" and "block at work" do not include the states. Nothing includes the batch, and the plan is
+    taken without the gradient pair and the average, which the measurement does not have.
     """
+    assumed = Assumptions()
+    shard = world.size // config.parallel.replicate
+    on_cpu = world.device.type == "cpu"
+    planned = memory(shape, config, shard, config.run.micro_batch, assumed, on_cpu)
+    measured = measured_memory(config, shape, world, assumed.masked)
     kept = planned["gathered"] + planned["activations"]
     both = {kind: (planned[kind] + (kept if kind in WORK else 0), held) for kind, held in measured.items()}
     states = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))

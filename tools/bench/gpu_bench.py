@@ -4,7 +4,7 @@ import gc
 
 import numpy as np
 import torch
-from allocator import measured_memory, planned_and_measured
+from allocator import compare_with_plan
 from gpu_parts import Place, Report, example, the_world
 from meter import (
     BUDGET,
@@ -24,7 +24,7 @@ from meter import (
 from step import compare_heads
 
 from mdmtrain.config import Config
-from mdmtrain.cost import Assumptions, memory, step_flops
+from mdmtrain.cost import step_flops
 from mdmtrain.diffusion.objective import row_losses
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.optim import build_optimizer, optimizer_step
@@ -53,8 +53,7 @@ def benchmark(report: Report, place: Place, name: str) -> tuple[Config, ModelSha
     world = the_world()
     config = example(place, name)
     shape = model_shape(config.model, 0)
-    planned = memory(shape, config, 1, config.run.micro_batch, Assumptions(), on_cpu=place.rehearsal)
-    both = planned_and_measured(planned, measured_memory(config, shape, world, Assumptions().masked))
+    both = compare_with_plan(config, shape, world)
     report.note(memory_planned_and_measured=both)
     expected, most = both["peak"]
     ratio = most / expected

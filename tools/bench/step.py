@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocator import measured_memory, planned_and_measured
+from allocator import compare_with_plan
 from loop_watch import MODEL, watch
 from machinery import (
     SIMULATED_BATCH,
@@ -67,7 +67,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config, resolve
-from mdmtrain.cost import Assumptions, memory, shape_of, step_flops
+from mdmtrain.cost import Assumptions, shape_of, step_flops
 from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.optim import build_optimizer, local
@@ -128,15 +128,8 @@ def compare_chunks(config: Config, shape: ModelShape, world: World, repeat: int)
 
 def compare_memory(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:
     """{mode: {kind: (planned, measured)}} in bytes on rank 0. Only "peak" includes the states."""
-    assumed = Assumptions()
-    compared = {}
-    on_cpu = world.device.type == "cpu"
-    for mode, settings in RECOMPUTE.items():
-        one = changed(config, "parallel", **settings)
-        shard = world.size // config.parallel.replicate
-        planned = memory(shape, one, shard, config.run.micro_batch, assumed, on_cpu)
-        compared[mode] = planned_and_measured(planned, measured_memory(one, shape, world, assumed.masked))
-    return compared
+    modes = {mode: changed(config, "parallel", **settings) for mode, settings in RECOMPUTE.items()}
+    return {mode: compare_with_plan(one, shape, world) for mode, one in modes.items()}
 
 
 def compare_optimizers(config: Config, shape: ModelShape, world: World, repeat: int) -> dict:

@@ -93,17 +93,17 @@ study-recipe: corpus
 		--vary optim.name=adamw,muon --vary optim.lr=6e-3,1.2e-2 --vary model.qk_norm=false,true \
 		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
 
-# The same comparison at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source
-# of installed packages (torch, sympy, numpy). Choose the learning rates first, with runs of a quarter of the length:
-# add run.steps=500 and another --dir.
+# The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
+# packages (torch, sympy, numpy). The learning rate is that of docs/variance.md, chosen with runs of a quarter of the length.
 PACKAGES := data/packages
 study-medium: setup
 	@mkdir -p runs
 	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
 	$(PY) tools/prepare_data.py $$site/torch $$site/sympy $$site/numpy --include '*.py' \
 		--exclude tests test testing _vendor --vocab-size 2048 --validation-fraction 0.02 --out $(PACKAGES)
-	$(PY) -m launchers.sweep configs/study-medium.yaml --arms standard,best --seeds 0,1 --vary optim.name=adamw,muon \
-		--vary optim.lr=2e-3,4e-3 --dir runs/study-medium --workers 2 --json runs/study-medium.json
+	$(PY) -m launchers.sweep configs/study-medium.yaml --arms standard,best,clipped,ar --seeds 0,1 \
+		--vary optim.name=adamw,muon --vary optim.lr=4e-3 --reference 'standard optim.name=adamw optim.lr=4e-3' \
+		--dir runs/study-medium --workers 2 --json runs/study-medium.json
 
 # Start a Slurm cluster of two nodes on this machine, a run on both, and preempt it (needs Debian's slurm-wlm and munge,
 # and root).

@@ -392,7 +392,7 @@ def test_the_standard_arm_is_the_standard_objective_with_adamw():
     over = config.load(["configs/quickstart.yaml", "configs/arms/standard.yaml"])
     plain = config.DiffusionConfig(strata="none")
     assert over.diffusion == plain and over.optim.name == "adamw"
-    assert config.load(["configs/quickstart.yaml"]).diffusion.objective == "bell", "the preset trains with the recipe"
+    assert config.load(["configs/quickstart.yaml"]).diffusion.rate_low == 0.3, "the preset trains with the recipe"
 
 
 def test_there_are_configurations_to_ship():

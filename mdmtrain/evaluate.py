@@ -264,6 +264,8 @@ def report(material: Material, estimates: dict[Estimator, Estimate], comparisons
         own = {"estimator": estimator.name, "target": estimator.target, "seed": estimator.seed}
         if estimator.name == "continuous":
             own["eps"] = estimator.eps
+        if found.by_rate is not None:
+            own["nelbo_by_rate"] = [None if math.isnan(value) else value for value in found.by_rate.tolist()]
         results.append({**own, **evaluation, "noise_se": found.noise_error, "passes": found.passes})
     first = next(iter(estimates.values()))
     scored = int(first.tokens.sum())
@@ -314,6 +316,10 @@ def _show(numbers: dict, base: Baselines | None, console: Console) -> None:
         better = 1 - numbers["nelbo"] / base.unigram_nats_per_token
         found = f"{better:.1%} below the unigram baseline" if better > 0 else "not better than the unigram baseline"
         console.print(found, highlight=False)
+    if "nelbo_by_rate" in numbers:
+        shares = ["-" if value is None else f"{value:.3f}" for value in numbers["nelbo_by_rate"]]
+        line = f"nats/token by masking rate, in {len(shares)} steps from 0 to 1: {' '.join(shares)}"
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{numbers['policy']}; scored {numbers['tokens_scored']:,} of {numbers['tokens']:,} tokens "
         f"({numbers['bytes_scored']:,} of {numbers['bytes']:,} bytes), seed {numbers['seed']}",

@@ -34,6 +34,7 @@ ESTIMATORS = ("counted", "systematic", "orders", "continuous")
 NEXT_TOKEN = "next_token"  # the exact value of a causal model
 SWEEP = 16  # draws in a sweep of `systematic`; at least two sweeps are needed, because its error is estimated from them
 FEW_ROWS = 30  # with fewer rows, the spread over rows is a poor estimate of the error
+RATES = 8  # intervals of the masking rate in Estimate.by_rate
 MOST_ERRORS = 4.0  # estimators that differ by more than this many standard errors disagree
 
 
@@ -69,6 +70,9 @@ class Estimate:
     noise: np.ndarray  # float64 [R], variance of nats over the draws for the given text; nan for a single draw
     tokens: np.ndarray  # int64 [R], eligible positions
     passes: int  # number of rows in all forward passes
+    # float64 [RATES], nats: the cross-entropy of a masked token at masking rates between i / RATES and (i + 1) / RATES.
+    # nan: no pass had such a rate. The mean of all is the NELBO. None for a causal model, and for `orders`.
+    by_rate: np.ndarray | None = None
 
     @property
     def nelbo(self) -> float:
@@ -218,10 +222,19 @@ def estimate(
         visible = None if rows.segments is None else rows.segments[passes.row[chosen]]
         return row_losses(masked_cross_entropy(model, masked_batch, visible, 1), masked_batch)
 
-    return _by_row(deal(len(passes.row), batch, values, model, world, watch), passes, tokens)
+    found = deal(len(passes.row), batch, values, model, world, watch)
+    rated = not model.shape.causal and estimator.name != "orders"  # whose rates are those of whole numbers of tokens
+    return _by_row(found, passes, tokens, _by_rate(found, passes, tokens) if rated else None)
 
 
-def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
+def _by_rate(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> np.ndarray:
+    """Estimate.by_rate. values: float64 [T], nats of a row by each pass."""
+    interval = (passes.u * RATES).astype(int)
+    with np.errstate(invalid="ignore"):
+        return np.bincount(interval, values, RATES) / np.bincount(interval, tokens[passes.row], RATES)
+
+
+def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray, by_rate: np.ndarray | None) -> Estimate:
     """The mean of each row's passes, and its variance from the independent groups. values: float64 [T]."""
     nats = np.bincount(passes.row, values) / np.bincount(passes.row)
     group = np.bincount(passes.group, values) / np.bincount(passes.group)
@@ -229,4 +242,4 @@ def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
     groups = np.bincount(row)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.bincount(row, (group - nats[row]) ** 2) / (groups - 1) / groups
-    return Estimate(nats, variance, tokens, len(values))
+    return Estimate(nats, variance, tokens, len(values), by_rate)

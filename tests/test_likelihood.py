@@ -102,6 +102,26 @@ def test_each_estimator_has_its_exact_expectation(name):
     assert np.abs(z_scores(found, other)).max() > 6, "the two targets cannot be told apart here"
 
 
+@pytest.mark.parametrize("name", ["counted", "systematic"])
+def test_the_nelbo_by_rate_has_its_exact_expectation(name):
+    """In eighths of the rate. Without the weights of the longer rows, it would be wrong where the kinds differ."""
+
+    def by_count(eligible):
+        P = len(eligible)
+        return [np.mean([summed(s) / len(s) for s in sets(eligible) if len(s) == k]) for k in range(1, P + 1)]
+
+    rates = (np.arange(8 * 15) + 0.5) / (8 * 15)  # 15 has 3 and 5 as factors: k is constant around each of these rates
+    costs = [np.array(by_count(kind))[(rates * len(kind)).astype(int)].reshape(8, -1).mean(1) for kind in KINDS]
+    sizes = [len(kind) for kind in KINDS]
+    exact, unweighted = np.average(costs, axis=0, weights=sizes), np.mean(costs, axis=0)
+    found = [run(name, copies=40, seed=seed) for seed in range(20)]
+    values = np.array([one.by_rate for one in found])
+    error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    assert (np.abs(values.mean(0) - exact) < 4.5 * error + 1e-6).all()  # all is masked in the last eighth: no noise
+    assert (np.abs(values.mean(0) - unweighted) > 6 * error).any()
+    assert values.mean() == pytest.approx(np.mean([one.nelbo for one in found]), rel=0.01)
+
+
 WRONG = {
     "counts of the whole row, not of what is eligible": lambda ids, eligible, uniforms, u, mask_id: corrupt_counted(
         ids, eligible, uniforms, np.floor(u * L) / L, mask_id

@@ -7,7 +7,7 @@ from tests.gpu.conftest import FakeDevice
 from tests.gpu.memory import CASES, FAULT
 
 STATES = ("parameters", "gradients", "optimizer")
-NAMES = list(CASES) if SOAK else ["one rank", "reshard", "recompute ops"]
+NAMES = list(CASES) if SOAK else ["reshard", "recompute ops"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ estimator: its likelihood is exact.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -71,7 +71,7 @@ class Estimate:
     tokens: np.ndarray  # int64 [R], eligible positions
     passes: int  # number of rows in all forward passes
     # float64 [RATES], nats: the cross-entropy of a masked token at masking rates between i / RATES and (i + 1) / RATES.
-    # nan: no pass had such a rate. The mean of all is the NELBO. None for a causal model, and for `orders`.
+    # nan: no pass had such a rate. Their mean estimates the NELBO. None for a causal model, and for `orders`.
     by_rate: np.ndarray | None = None
 
     @property
@@ -223,8 +223,10 @@ def estimate(
         return row_losses(masked_cross_entropy(model, masked_batch, visible, 1), masked_batch)
 
     found = deal(len(passes.row), batch, values, model, world, watch)
-    rated = not model.shape.causal and estimator.name != "orders"  # whose rates are those of whole numbers of tokens
-    return _by_row(found, passes, tokens, _by_rate(found, passes, tokens) if rated else None)
+    whole = _by_row(found, passes, tokens)
+    if model.shape.causal or estimator.name == "orders":  # `orders` has no rates between whole numbers of tokens
+        return whole
+    return replace(whole, by_rate=_by_rate(found, passes, tokens))
 
 
 def _by_rate(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> np.ndarray:
@@ -234,7 +236,7 @@ def _by_rate(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> np.ndarr
         return np.bincount(interval, values, RATES) / np.bincount(interval, tokens[passes.row], RATES)
 
 
-def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray, by_rate: np.ndarray | None) -> Estimate:
+def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray) -> Estimate:
     """The mean of each row's passes, and its variance from the independent groups. values: float64 [T]."""
     nats = np.bincount(passes.row, values) / np.bincount(passes.row)
     group = np.bincount(passes.group, values) / np.bincount(passes.group)
@@ -242,4 +244,4 @@ def _by_row(values: np.ndarray, passes: Passes, tokens: np.ndarray, by_rate: np.
     groups = np.bincount(row)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.bincount(row, (group - nats[row]) ** 2) / (groups - 1) / groups
-    return Estimate(nats, variance, tokens, len(values), by_rate)
+    return Estimate(nats, variance, tokens, len(values))

@@ -6,7 +6,6 @@ Times and values mean nothing here; memory, waits and graphs do. "PART, item" is
 arrangements.py).
 """
 
-import sys
 import tempfile
 import traceback
 from contextlib import ExitStack
@@ -14,16 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from tests.conftest import ROOT
-from tests.gpu.arrangements import STEP, compiled_by, fake_ranks, item_in_the_step
-from tests.gpu.fake_cuda import FakeCuda
-
-sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
 import gpu_bench
 import gpu_check
 import gpu_parts
 import meter
 import save
+
+from tests.gpu.arrangements import STEP, compiled_by, fake_ranks, item_in_the_step
+from tests.gpu.fake_cuda import FakeCuda
 
 
 def run_save_here(command: list[str], check: bool) -> None:

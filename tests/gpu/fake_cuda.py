@@ -135,11 +135,12 @@ class Memory:
             weakref.finalize(storage, self._free, id(storage)).atexit = False
         self._set(id(storage), storage.nbytes())
 
-    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+    def resize(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
         """Storage.resize_, by which FSDP frees gathered parameters and allocates them again."""
         RESIZE(storage, size)
         if id(storage) in self._sizes:
             self._set(id(storage), size)
+        return storage
 
     def _set(self, key: int, size: int) -> None:
         self.now += size - self._sizes.get(key, 0)
@@ -264,7 +265,7 @@ class FakeCuda(TorchDispatchMode):
         if not on_device and device != "cuda":
             return func(*args, **kwargs)
         if on_device and device == "cpu":
-            raise NotImplementedError(f"{func} makes a tensor on the host from one on the device")
+            raise RuntimeError(f"{func} makes a tensor on the host from one on the device: the fake device only copies")
         if on_device and getattr(func, "overloadpacket", None) in PRODUCTS:
             self.products[str(args[0].dtype).removeprefix("torch.")] += 1
         with self.fake:

@@ -4,18 +4,15 @@ device, in the sizes of a GPU.
     python -m tests.gpu memory DATA SCRATCH NAME...      one line of JSON for each name (DATA is not used)
 """
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from mdmtrain.model.presets import model_shape
-from tests.conftest import ROOT
-from tests.gpu.arrangements import CHECKPOINTING, COMPILE, OFFLOAD, compiled_by, fake_ranks, wide_products
-from tests.gpu.fake_cuda import FakeCuda
-
-sys.path += [str(ROOT / "tools"), str(ROOT / "tools/bench")]
 import allocator
 import gpu_parts
+
+from mdmtrain.model.presets import model_shape
+from tests.gpu.arrangements import CHECKPOINTING, COMPILE, OFFLOAD, compiled_by, fake_ranks, wide_products
+from tests.gpu.fake_cuda import FakeCuda
 
 FEW = "model.n_layers=3"
 RESHARD = "parallel.reshard_after_forward=true"

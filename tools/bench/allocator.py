@@ -107,11 +107,15 @@ def measured_memory(config: Config, shape: ModelShape, world: World, masked: flo
         mark("end")
     parameters = list(model.parameters())
     first, last = (spans[name][0] - gathered[name] for name in ("blocks", "head at work"))
-    there = 0 if config.parallel.offload else 1  # offloaded states are in host memory
+    states = {
+        "parameters": sum(local(p).nbytes for p in parameters),
+        "gradients": sum(local_gradient(p).nbytes for p in parameters),
+        "optimizer": sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
+    }
+    if config.parallel.offload:  # they are in host memory
+        states = dict.fromkeys(states, 0)
     return {
-        "parameters": there * sum(local(p).nbytes for p in parameters),
-        "gradients": there * sum(local_gradient(p).nbytes for p in parameters),
-        "optimizer": there * sum(local(s).nbytes for p in parameters for s in optimizer.state[p].values() if s.ndim),
+        **states,
         "activations": last - first,
         **{kind: spans[kind][1] for kind in ("head at work", "block at work")},
         "optimizer at work": after["optimizer at work"][1],

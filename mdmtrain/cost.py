@@ -8,14 +8,16 @@ tools compare this with the prediction.
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from mdmtrain.config import Config, resolve
 from mdmtrain.data.shards import location, read_manifest
+from mdmtrain.diffusion.objective import plain_process, rate_range
 from mdmtrain.files import on_disk
 from mdmtrain.model.presets import ModelShape, model_shape
 from mdmtrain.model.transformer import Transformer
@@ -49,7 +51,7 @@ GPUS = {
 }
 
 
-def _assumed(value: float, meaning: str) -> Any:
+def _assumed(value: float | None, meaning: str) -> Any:
     return field(default=value, metadata={"meaning": meaning})
 
 
@@ -64,7 +66,9 @@ class Assumptions:
     collective: float = _assumed(20e-6, "seconds before the first byte of each collective")
     near_hop: float = _assumed(2e-6, "seconds for each step of a ring from one GPU to the next in the same node")
     far_hop: float = _assumed(6e-6, "seconds for each step of a ring from one node to the next")
-    masked: float = _assumed(0.5, "mean share of the positions that are masked, and so computed by the head")
+    masked: float | None = _assumed(
+        None, "mean share of the positions that are masked, for the cost of the head (default: the mean masking rate)"
+    )
     memory_reserve: float = _assumed(0.1, "share of the GPU's memory left for the allocator and the libraries")
     disk: float = _assumed(1e9, "bytes/s at which one rank writes a checkpoint")
     host_link: float = _assumed(25e9, "bytes/s in each direction between a GPU and host memory (saves, offload)")
@@ -203,13 +207,13 @@ def peak(kinds: dict[str, float]) -> float:
 
 
 def memory(
-    shape: ModelShape, config: Config, shard: int, micro_batch: int, assumed: Assumptions, on_cpu: bool = False
+    shape: ModelShape, config: Config, shard: int, micro_batch: int, masked: float, on_cpu: bool = False
 ) -> dict[str, float]:
     """Peak bytes on one rank by kind, in the backward pass of a micro-batch and after it. `peak` combines the kinds.
 
     The backward pass begins with the head while all activations are in memory. The last block follows, while most
-    activations are in memory and the gradient of the head is being reduced. on_cpu: norms are composed, and Muon
-    computes in float32.
+    activations are in memory and the gradient of the head is being reduced. masked: the share of the positions that
+    are masked. on_cpu: norms are composed, and Muon computes in float32.
     """
     parts = sizes(shape)
     width = compute_width(config)
@@ -217,7 +221,7 @@ def memory(
     matrix = shape.vocab_size * shape.d_model
     stay = 0 if config.parallel.reshard_after_forward else parts.blocks
     gathered_blocks = 0 if stay else min(2, parts.blocks)  # the block in use, and the prefetched one
-    rows = min(tokens * assumed.masked, config.parallel.head_chunk)
+    rows = min(tokens * masked, config.parallel.head_chunk)
     kept, again = activations(shape, config, on_cpu)
     # Bytes for each logit of a chunk, in float32: the log-probabilities and two gradients.
     logit = 12
@@ -242,7 +246,7 @@ def memory(
         "activations": width * tokens * kept,
         # The weight of the head and its gradient; the rows before and after the norm, and their gradient; the logits.
         "head at work": width * (parts.head + matrix)
-        + 3 * width * tokens * assumed.masked * shape.d_model
+        + 3 * width * tokens * masked * shape.d_model
         + logit * rows * shape.vocab_size,
         # Gathered parameters; recomputed activations, or later the gradients before and during their reduction;
         # gradients of the residual stream and inside SwiGLU; the gradient of the head during its reduction, or that of
@@ -394,16 +398,30 @@ def recomputed_products(shape: ModelShape, config: Config) -> float:
 def head_at_once(config: Config, masked: float) -> bool:
     """Whether one chunk holds the masked positions of nearly every micro-batch. The head then recomputes nothing."""
     rows = min(config.run.micro_batch, config.run.global_batch)
-    return rows * config.data.sequence_length * most_masked(masked, rows) <= config.parallel.head_chunk
+    return rows * config.data.sequence_length * most_masked(config, masked) <= config.parallel.head_chunk
 
 
-def most_masked(masked: float, rows: int) -> float:
+def most_masked(config: Config, masked: float) -> float:
     """The share of masked positions that 98% of the micro-batches do not exceed: its mean and two standard deviations.
 
-    masked: the mean. The rows have independent rates. The variance of a rate is taken as m (1 - m) / 3 for a mean of m.
-    That is 1/12 for rates that are uniform between 0 and 1.
+    masked: the mean. The rows have independent rates. Their density is taken as uniform.
     """
-    return min(1.0, masked + 2 * math.sqrt(masked * (1 - masked) / (3 * rows)))
+    low, high = rate_range(config.diffusion)
+    rows = min(config.run.micro_batch, config.run.global_batch)
+    return min(1.0, masked + 2 * (high - low) / math.sqrt(12 * rows))
+
+
+def mean_masked(config: Config, assumed: Assumptions) -> float:
+    """The mean share of the positions of a row that the head computes: the mean masking rate, and 1 for next tokens.
+
+    The density that P-POTS fits during training is not known here, and prompts count as masked. `assumed.masked`
+    replaces the result.
+    """
+    if assumed.masked is not None:
+        return assumed.masked
+    if config.diffusion.objective == "ar":
+        return 1.0
+    return float(plain_process(config.diffusion).rates_at((np.arange(1000) + 0.5) / 1000).rates.mean())
 
 
 # Bytes that the operations of a block, except matrix products and attention, read and write in the forward and backward
@@ -528,7 +546,7 @@ def mfu_per_speed(shape: ModelShape, config: Config, ranks: int, device: torch.d
     gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if gpu is None:
         return None
-    counted, *_ = step_flops(shape, config, Assumptions().masked)
+    counted, *_ = step_flops(shape, config, mean_masked(config, Assumptions()))
     return counted / (config.run.global_batch * config.data.sequence_length) / (ranks * gpu.peak)
 
 
@@ -548,7 +566,7 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     shard = gpus // config.parallel.replicate
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
     # The number of masked positions changes with every micro-batch. In one of a few rows it can be nearly all of them.
-    kinds = memory(shape, config, shard, plan.micro_batch, replace(assumed, masked=1.0))
+    kinds = memory(shape, config, shard, plan.micro_batch, masked=1.0)
     sent = traffic(shape, config, gpus, shard, plan.accumulation)
     calls = collectives(shape, config, copies, shard, plan.accumulation)
     within = ring(shard, gpu.per_node, gpu, assumed)
@@ -557,11 +575,12 @@ def cost(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: Assump
     latency = sum(calls[kind] * (assumed.collective + rounds * one.latency) for kind, (one, rounds) in rings.items())
     communication = latency + sum(sent[kind] / one.rate for kind, (one, _) in rings.items())
     communication = max(communication, sent["host"] / assumed.host_link)  # these use separate links
-    counted, products, attention = step_flops(shape, config, assumed.masked)
+    masked = mean_masked(config, assumed)
+    counted, products, attention = step_flops(shape, config, masked)
     flops = gpu.peak * assumed.compute_efficiency
     moving = gpu.bandwidth * assumed.memory_efficiency
     compute = products / gpus / flops + attention / gpus / (gpu.peak * assumed.attention_efficiency)
-    compute += plan.accumulation * moved_bytes(shape, config, shard, assumed.masked) / moving
+    compute += plan.accumulation * moved_bytes(shape, config, shard, masked) / moving
     muon = config.optim.name == "muon"
     host = config.parallel.offload
     matrices = muon_parameters(shape) if muon else 0

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdmtrain import config as configuration
 from mdmtrain import cost, muon
 from mdmtrain.config import ParallelConfig
+from mdmtrain.diffusion.objective import plain_process
 from mdmtrain.model.presets import PRESETS, ModelShape
 from mdmtrain.model.transformer import Block, Transformer
 from mdmtrain.parallel.parallelize import recompute_options, set_up_compiler
@@ -191,14 +192,33 @@ def test_float8_is_priced():
 def test_a_chunk_of_the_mean_is_exceeded():
     """The number of masked positions varies. A chunk that holds only their mean is planned to recompute its logits."""
     positions = 4 * 32
-    most = cost.most_masked(0.5, rows=4)
-    assert most == pytest.approx(0.5 + 2 * (1 / 12 / 4) ** 0.5)  # the rate of a row is uniform
-    assert cost.most_masked(0.5, rows=1) == cost.most_masked(1.0, rows=4) == 1
+    most = cost.most_masked(config_of({}), 0.5)
+    assert most == pytest.approx(0.5 + 2 * 0.999 * (1 / 12 / 4) ** 0.5)  # the rate of a row is uniform
+    assert cost.most_masked(config_of({}), 1.0) == 1
     for share, at_once in ((0.5, False), (most - 0.01, False), (most + 0.01, True)):
         config = config_of({"head_chunk": int(share * positions)})
         assert cost.head_at_once(config, masked=0.5) is at_once
     averages = torch.rand(100_000, 4, generator=torch.Generator().manual_seed(0)).mean(1)
     assert (averages <= most).float().mean() == pytest.approx(0.977, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "diffusion",
+    [{}, {"rate_low": 0.3, "rate_high": 0.8}, {"schedule": "cosine"}, {"masks": "counted"}, {"objective": "ar"}],
+)
+def test_the_mean_share_of_masks(diffusion):
+    """As many as a forward pass really masks. A half for all would be off by .05, .14 and .5."""
+    model = {**SHAPE, "causal": diffusion.get("objective") == "ar"}
+    config = configuration.validate({**config_of({}).model_dump(), "model": model, "diffusion": diffusion}, "test")
+    process = plain_process(config.diffusion)
+    ids = torch.ones(1000, 512, dtype=torch.int64)
+    uniforms = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+    eligible = torch.ones_like(ids, dtype=torch.bool)
+    batch = process.corrupt(ids, eligible, uniforms, process.draw(0, 0, len(ids)), 0)
+    ends = len(ids) if config.diffusion.objective == "ar" else 0  # the last token of a row predicts none
+    planned = cost.mean_masked(config, cost.Assumptions())
+    assert len(batch.positions) + ends == pytest.approx(planned * ids.numel(), abs=0.005 * ids.numel())
+    assert cost.mean_masked(config, cost.Assumptions(masked=0.2)) == 0.2
 
 
 MEMORY_CASES = [
@@ -231,7 +251,7 @@ def test_memory_is_what_the_allocator_hands_out(ranks):
     worst = 0.0
     for case, measured in zip(MEMORY_CASES, run_world(measure_memory, ranks)[0], strict=True):
         config, shape = memory_case(ranks, *case)
-        planned = cost.memory(shape, config, ranks, 8, cost.Assumptions(), on_cpu=True)
+        planned = cost.memory(shape, config, ranks, 8, 0.5, on_cpu=True)
         for kind in ("parameters", "gradients", "optimizer"):
             assert planned[kind] == measured[kind], (case, kind)
         assert planned["activations"] == pytest.approx(measured["activations"], rel=0.01), case

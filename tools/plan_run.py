@@ -14,7 +14,7 @@ runs one micro-step of the real model on many fake ranks, and compares the bytes
 import json
 import shlex
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from observed import traced_traffic
@@ -26,7 +26,7 @@ from mdmtrain import yaml12
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config
-from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, Gpu, cost, muon_traffic, shape_of, traffic
+from mdmtrain.cost import GIB, GPUS, Assumptions, Cost, Gpu, cost, mean_masked, muon_traffic, shape_of, traffic
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.search import Arrangement, divisible_batch, search
 
@@ -148,16 +148,17 @@ def main(arguments: list[str] | None = None) -> None:
             flag,
             type=float,
             default=assumed.default,
-            help=f"{assumed.metadata['meaning']} (default: {assumed.default:g})",
+            help=assumed.metadata["meaning"] + ("" if assumed.default is None else f" (default: {assumed.default:g})"),
         )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan to this file too")
     args = parser.parse_intermixed_args(arguments)
     assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
-    if min(asdict(assumed).values()) <= 0:
+    if min(value for value in asdict(assumed).values() if value is not None) <= 0:
         raise ValueError("all assumptions must be greater than 0: see --help")
     if not all(part.isdecimal() and int(part) for part in args.gpus.split(",")):
         raise ValueError(f"--gpus {args.gpus}: expected numbers of GPUs, such as 64,256")
     config = configuration.load(args.config)
+    assumed = replace(assumed, masked=mean_masked(config, assumed))
     gpu = GPUS[args.gpu]
     shape = shape_of(config)
     counts = [int(part) for part in args.gpus.split(",")]

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from mdmtrain.config import Config, resolve
-from mdmtrain.cost import Assumptions, Gpu, copied_bytes, cost
+from mdmtrain.cost import Assumptions, Gpu, copied_bytes, cost, mean_masked
 from mdmtrain.model.attention import rotary_angles
 from mdmtrain.model.head import cross_entropy
 from mdmtrain.model.presets import ModelShape
@@ -120,7 +120,7 @@ def roofline(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, assumed: As
     plan = resolve(config, gpus)
     price = cost(config, shape, gpus, gpu, assumed)
     config = config.model_copy(update={"run": config.run.model_copy(update={"micro_batch": plan.micro_batch})})
-    kinds = traced(config, shape, assumed.masked)
+    kinds = traced(config, shape, mean_masked(config, assumed))
     kinds["FSDP's copies"] = Work(bytes=copied_bytes(shape, config, gpus // config.parallel.replicate))
     moving = gpu.bandwidth * assumed.memory_efficiency
     times = {}

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mdmtrain.config import Config
-from mdmtrain.cost import WORK, Assumptions, memory, peak
+from mdmtrain.cost import WORK, Assumptions, mean_masked, memory, peak
 from mdmtrain.model.presets import ModelShape
 from mdmtrain.muon import local, local_gradient
 from mdmtrain.optim import build_optimizer
@@ -128,11 +128,11 @@ def compare_with_plan(config: Config, shape: ModelShape, world: World) -> dict[s
     The peaks "head at work" and "block at work" do not include the states. Nothing includes the batch, and the plan is
     taken without the gradient pair and the average, which the measurement does not have.
     """
-    assumed = Assumptions()
+    masked = mean_masked(config, Assumptions())
     shard = world.size // config.parallel.replicate
     on_cpu = world.device.type == "cpu"
-    planned = memory(shape, config, shard, config.run.micro_batch, assumed, on_cpu)
-    measured = measured_memory(config, shape, world, assumed.masked)
+    planned = memory(shape, config, shard, config.run.micro_batch, masked, on_cpu)
+    measured = measured_memory(config, shape, world, masked)
     kept = planned["gathered"] + planned["activations"]
     both = {kind: (planned[kind] + (kept if kind in WORK else 0), held) for kind, held in measured.items()}
     states = sum(measured[kind] for kind in ("parameters", "gradients", "optimizer"))

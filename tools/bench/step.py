@@ -67,7 +67,7 @@ from mdmtrain import config as configuration
 from mdmtrain.checkpoint.store import write_atomically
 from mdmtrain.command import CommandParser, output_file, user_errors
 from mdmtrain.config import Config, resolve
-from mdmtrain.cost import Assumptions, shape_of, step_flops
+from mdmtrain.cost import Assumptions, mean_masked, shape_of, step_flops
 from mdmtrain.diffusion.objective import MaskedBatch, row_losses
 from mdmtrain.model.presets import ModelShape, describe_shape
 from mdmtrain.optim import build_optimizer, local
@@ -169,7 +169,7 @@ def watch_loop(config: Config, shape: ModelShape, world: World, repeat: int) -> 
     dtype = getattr(torch, config.parallel.compute_dtype)
     tokens = config.run.micro_batch * config.data.sequence_length
     ceiling = product_ceiling(world, dtype, shape, tokens)
-    counted, *_ = step_flops(shape, one, Assumptions().masked)
+    counted, *_ = step_flops(shape, one, mean_masked(one, Assumptions()))
     step = float(np.median(total))
     return {
         "steps": len(total),

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--pretrain", type=int, default=60_000, help="tasks for pretraining (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=12_000, help="tasks for fine-tuning (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=30_000, help="tasks for fine-tuning (default: %(default)s)")
     parser.add_argument("--test", type=int, default=900, help="tasks for scoring (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tasks (default: %(default)s)")
     args = parser.parse_args(arguments)

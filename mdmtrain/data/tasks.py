@@ -1,7 +1,7 @@
 """Generate prompts with one exact answer from a seed: arithmetic in words, table look-up, string transformation.
 
 They measure fine-tuning (docs/finetune-study.md). An answer is right or wrong, nothing has to be downloaded, and there
-are enough prompts for large data sets. Tables and strings range from small to large, so that accuracy rises gradually.
+are enough prompts for large data sets. Tasks of a kind have different sizes, so that accuracy rises gradually.
 The length of an answer follows from its prompt, so the number of masked positions reveals nothing about the answer.
 """
 
@@ -18,22 +18,18 @@ from mdmtrain.diffusion import noise
 Split = Literal["pretrain", "train", "test"]  # train: fine-tuning; test: scoring
 SHARES: dict[Split, float] = {"pretrain": 0.4, "train": 0.5, "test": 0.1}  # the share of each split in all prompts
 
-# fmt: off
-UNITS = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]
-# fmt: on
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-TABLE = range(2, 7)  # number of pairs (key, value) in a table
-ASKED = 3  # maximum number of keys that are looked up in a table
-LETTERS = range(3, 9)  # number of letters of a string that is transformed
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TERMS = range(3, 7)  # number of terms of a sum
+# The values of the keys from a0 to j9, chosen at random.
+TABLE = "2914177763170669074391500080636083778353374068124158683449786907366258517812865707049996228303883685"
+ASKED = range(2, 5)  # number of keys that are looked up in the table
+LETTERS = range(4, 10)  # number of letters of a string that is transformed
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "reverse": lambda letters: letters[::-1],
     "sort": lambda letters: "".join(sorted(letters)),
     "rotate": lambda letters: letters[1:] + letters[:1],
 }
-DRAWS = 26 + 2 * TABLE[-1] + 2  # maximum number of uniforms that a kind needs
+DRAWS = 28  # maximum number of uniforms that a kind needs
 FUTILE = 10_000  # consecutive draws without a new task, after which it raises ValueError
 
 
@@ -46,31 +42,17 @@ class Task:
     response: str
 
 
-def in_words(number: int) -> str:
-    """A whole number from 0 to 99 in English: 47 -> "forty seven"."""
-    if number < len(UNITS):
-        return UNITS[number]
-    tens, unit = divmod(number, 10)
-    return TENS[tens - 2] + (f" {UNITS[unit]}" if unit else "")
-
-
 def arithmetic(u: np.ndarray) -> Task:
-    """The sum or the difference of two numbers below 100, the larger one first. The answer has three digits."""
-    smaller, larger = sorted((u[:2] * 100).astype(int).tolist())
-    word, result = ("plus", larger + smaller) if u[2] < 0.5 else ("minus", larger - smaller)
-    return Task("arithmetic", f"({in_words(larger)} {word} {in_words(smaller)}):\n", f"({result:03d})")
+    """A sum of numbers from 0 to 9 in words. The answer has two digits."""
+    numbers = (u[: TERMS[int(u[-1] * len(TERMS))]] * 10).astype(int).tolist()
+    return Task("arithmetic", f"({' plus '.join(WORDS[number] for number in numbers)}):\n", f"({sum(numbers):02d})")
 
 
 def lookup(u: np.ndarray) -> Task:
-    """A table that maps letters to digits, and some of its letters. The answer is their digits, in the same order."""
-    pairs = TABLE[int(u[-1] * len(TABLE))]
-    asked = 1 + int(u[-2] * min(ASKED, pairs))
-    keys = some_letters(u[:26], pairs)
-    values = (u[26 : 26 + pairs] * 10).astype(int).tolist()
-    chosen = np.argsort(u[26 + pairs : 26 + 2 * pairs], kind="stable")[:asked].tolist()
-    table = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
-    prompt = f"({table}: {' '.join(keys[i] for i in chosen)}):\n"
-    return Task("lookup", prompt, f"({''.join(str(values[i]) for i in chosen)})")
+    """Keys whose values are looked up in a table. A prompt never shows the table, so a model must learn it."""
+    keys = (u[: ASKED[int(u[-1] * len(ASKED))]] * len(TABLE)).astype(int).tolist()
+    prompt = f"(codes {' '.join(ascii_lowercase[key // 10] + str(key % 10) for key in keys)}):\n"
+    return Task("lookup", prompt, f"({''.join(TABLE[key] for key in keys)})")
 
 
 def transformation(u: np.ndarray) -> Task:

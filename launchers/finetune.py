@@ -177,16 +177,18 @@ def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
 
 
 def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
-    """Print two Markdown tables: accuracy, then the NELBO of the responses."""
+    """Print two Markdown tables: accuracy, also by kind of task, then the NELBO of the responses."""
+    kinds = sorted({kind for row in rows if row["seeds"] for kind in row["by_kind"]})
     for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
         unit = "%" if measure == "accuracy" else ", nats/token"
         table = Table(
             "rule", "arm", "seeds", measure + unit, "sd (95%)", "lowest..highest", f"minus {REFERENCE} (95%)",
-            f"sd / sd of {AUTOREGRESSIVE}", *(["sd by chance"] if measure == "accuracy" else []),
+            f"sd / sd of {AUTOREGRESSIVE}", *(["sd by chance", ", ".join(kinds)] if measure == "accuracy" else []),
             box=box.MARKDOWN,
         )  # fmt: skip
         for name, base in before.items():
-            table.add_row("before", name, "", number(scale * getattr(base, measure), digits))
+            cells = ["before", name, "", number(scale * getattr(base, measure), digits)]
+            table.add_row(*cells, *([""] * 5 + [percents(base.by_kind, kinds)] if measure == "accuracy" else []))
         for row in rows:
             if not row["seeds"]:
                 table.add_row(row["rule"], row["arm"], "missing")
@@ -208,9 +210,14 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
                 around(ratio and ratio["ratio"], ratio and ratio["ci"], 2),
             ]  # fmt: skip
             if measure == "accuracy":
-                cells.append(number(row["flips_sd"] and scale * row["flips_sd"], digits + 1))
+                chance = number(row["flips_sd"] and scale * row["flips_sd"], digits + 1)
+                cells += [chance, percents(row["by_kind"], kinds)]
             table.add_row(*cells)
         console.print(table)
+
+
+def percents(by_kind: dict[str, float], kinds: list[str]) -> str:
+    return ", ".join(f"{100 * by_kind[kind]:.1f}%" for kind in kinds)
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -95,8 +95,9 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
     assert (ar["seeds"], ar["missing_seeds"]) == ([1], [0])
     assert ar["accuracy"]["difference"] == pytest.approx(0.2), "against the same seed of standard"
     written = io.StringIO()
-    show([standard, mirror, steps, ar], {"base": score(0.1, 3.0)}, Console(width=160, file=written))
+    show([standard, mirror, steps, ar], {"base": score(0.1, 3.0)}, Console(width=200, file=written))
     text = written.getvalue()
+    assert "| a, b " in text and "| 10.0%, 0.0% |" in text and "| 60.0%, 0.0% |" in text, "by kind of task"
     assert text.count("missing") == 4 and "1, 1 missing" in text and "-0.100 (-0.100..-0.100)" in text
 
 

@@ -5,8 +5,9 @@
 All runs of an arm start from the same base weights. Their seeds differ, and with them the data order and the noise.
 After training, each run answers the tasks (mdmtrain/answers.py); the score is stored in RUN/answers.json. An arm with
 two views of a sequence is trained twice: at equal compute, with half as many sequences in a step, and at equal steps,
-with all sequences and twice the compute. The same command resumes a study that was stopped. --report only compares the
-runs that are finished.
+with all sequences and twice the compute. What twice the compute does by itself is shown by the standard arm, which is
+then also trained with twice the sequences. The same command resumes a study that was stopped. --report only compares
+the runs that are finished.
 """
 
 import json
@@ -34,6 +35,7 @@ from mdmtrain.parallel.world import World, init_world
 
 EQUAL_COMPUTE = "equal compute"
 EQUAL_STEPS = "equal steps"
+TWICE = "twice the compute"
 REFERENCE = "standard"
 AUTOREGRESSIVE = "ar"
 ANSWERS = "answers.json"  # in a run folder
@@ -43,7 +45,7 @@ ANSWERS = "answers.json"  # in a run folder
 class StudyRun:
     """A run of the study, and the rule by which it is compared with the others."""
 
-    rule: str  # EQUAL_COMPUTE or EQUAL_STEPS
+    rule: str  # EQUAL_COMPUTE, EQUAL_STEPS or TWICE
     run: Run
 
 
@@ -62,6 +64,11 @@ def study_runs(base: list[str], arms: list[str], seeds: list[int], ar_base: str,
             rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
             twice = all_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
             study += [StudyRun(EQUAL_STEPS, run) for run in twice]
+    larger = {one.run.config.run.global_batch for one in study if one.rule == EQUAL_STEPS}
+    if REFERENCE in arms:
+        for rows in larger:
+            twice = all_runs(base, [REFERENCE], seeds, [[f"run.global_batch={rows}"]], folder)
+            study += [StudyRun(TWICE, run) for run in twice]
     return sorted(study, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
 
 
@@ -222,7 +229,7 @@ def percents(by_kind: dict[str, float], kinds: list[str]) -> str:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Draw each run as a point and each mean as a line: accuracy on the left, the NELBO on the right."""
-    labels = [row["arm"] + (" (equal steps)" if row["rule"] == EQUAL_STEPS else "") for row in rows]
+    labels = [row["arm"] + ("" if row["rule"] == EQUAL_COMPUTE else f" ({row['rule']})") for row in rows]
     figure = Figure(figsize=(11, 0.36 * len(rows) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     measures = (("accuracy", 100, "exact answers, %"), ("nelbo", 1, "NELBO of the responses, nats/token"))

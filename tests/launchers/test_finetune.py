@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launchers.finetune import EQUAL_COMPUTE, EQUAL_STEPS, compare, flips, main, sd_ratio, show, spread, study_runs
+from launchers.finetune import (
+    EQUAL_COMPUTE,
+    EQUAL_STEPS,
+    TWICE,
+    compare,
+    flips,
+    main,
+    sd_ratio,
+    show,
+    spread,
+    study_runs,
+)
 from mdmtrain.answers import Score
 from mdmtrain.data.prepare import Options, prepare
 from tests.conftest import ROOT, write_config
@@ -65,14 +76,15 @@ def runs_of(folder: Path, arms: list[str]):
 
 def test_paired_arms_are_planned_by_both_rules_and_causal_ones_from_their_base(tmp_path):
     runs = runs_of(tmp_path, ["standard", "paper-mirror", "ar"])
-    assert [(p.run.seed, p.rule, p.run.cell.arm) for p in runs[:4]] == [
+    assert [(p.run.seed, p.rule, p.run.cell.arm) for p in runs[:5]] == [
         (0, EQUAL_COMPUTE, "standard"), (0, EQUAL_COMPUTE, "paper-mirror"), (0, EQUAL_STEPS, "paper-mirror"),
-        (0, EQUAL_COMPUTE, "ar"),
+        (0, EQUAL_COMPUTE, "ar"), (0, TWICE, "standard"),
     ]  # fmt: skip
-    assert [p.run.config.run.global_batch for p in runs[:4]] == [8, 8, 16, 8]
-    assert [p.run.config.slots_per_step for p in runs[:4]] == [8, 4, 8, 8]
-    assert [p.run.config.checkpoint.init_from for p in runs[:4]] == ["base", "base", "base", "causal-base"]
-    assert len({p.run.dir for p in runs}) == 8
+    assert [p.run.config.run.global_batch for p in runs[:5]] == [8, 8, 16, 8, 16]
+    assert [p.run.config.slots_per_step for p in runs[:5]] == [8, 4, 8, 8, 16]
+    assert [p.run.config.checkpoint.init_from for p in runs[:5]] == ["base", "base", "base", "causal-base", "base"]
+    assert len({p.run.dir for p in runs}) == 10
+    assert TWICE not in {p.rule for p in runs_of(tmp_path, ["standard", "ar"])}
 
 
 def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
@@ -84,7 +96,7 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
         at[EQUAL_COMPUTE, "paper-mirror", 0]: score(0.4, 0.9), at[EQUAL_COMPUTE, "paper-mirror", 1]: score(0.8, 1.9),
         at[EQUAL_COMPUTE, "ar", 1]: score(0.9, 0.5),
     }  # fmt: skip
-    standard, mirror, steps, ar = compare(runs, scores)
+    standard, mirror, steps, ar, twice = compare(runs, scores)
     assert standard["accuracy"]["mean"] == pytest.approx(0.5) and "difference" not in standard["accuracy"]
     assert mirror["accuracy"]["difference"] == pytest.approx(0.1)
     assert mirror["accuracy"]["difference_ci"] == pytest.approx([0.1, 0.1])
@@ -92,6 +104,7 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
     assert mirror["accuracy"]["sd_over_standard"]["ratio"] == pytest.approx(1.0)
     assert mirror["accuracy"]["sd_over_ar"] is None, "one run of ar has no spread"
     assert (steps["seeds"], steps["missing_seeds"]) == ([], [0, 1]) and "accuracy" not in steps
+    assert (twice["rule"], twice["seeds"]) == (TWICE, [])
     assert (ar["seeds"], ar["missing_seeds"]) == ([1], [0])
     assert ar["accuracy"]["difference"] == pytest.approx(0.2), "against the same seed of standard"
     written = io.StringIO()
@@ -140,7 +153,7 @@ def test_a_tiny_study_from_end_to_end(tiny):
     again = run(*command, "--arms", "standard,paper-mirror,ar", "--report")
     assert "missing" in again, "standard has not been trained"
     assert stamps == {path: path.stat().st_mtime_ns for path in (tiny / "study").rglob("*") if path.is_file()}
-    assert [c["seeds"] for c in json.loads((tiny / "table.json").read_text())["cells"]] == [[], [3], [3], [3]]
+    assert [c["seeds"] for c in json.loads((tiny / "table.json").read_text())["cells"]] == [[], [3], [3], [3], []]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ study-recipe: corpus
 		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
 
 # The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
-# packages (torch, sympy, numpy). The learning rate is that of docs/variance.md, chosen with runs of a quarter of the length.
+# packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs of a quarter of the length.
 PACKAGES := data/packages
 study-medium: setup
 	@mkdir -p runs

@@ -5,9 +5,9 @@
 All runs of an arm start from the same base weights. Their seeds differ, and with them the data order and the noise.
 After training, each run answers the tasks (mdmtrain/answers.py); the score is stored in RUN/answers.json. An arm with
 two views of a sequence is trained twice: at equal compute, with half as many sequences in a step, and at equal steps,
-with all sequences and twice the compute. What twice the compute does by itself is shown by the standard arm, which is
-then also trained with twice the sequences. The same command resumes a study that was stopped. --report only compares
-the runs that are finished.
+with all sequences and twice the compute. If there is such an arm, the standard arm is also trained with twice the
+sequences. This shows what twice the compute does by itself. The same command resumes a study that was stopped.
+--report only compares the runs that are finished.
 """
 
 import json
@@ -64,11 +64,10 @@ def study_runs(base: list[str], arms: list[str], seeds: list[int], ar_base: str,
             rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
             twice = all_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
             study += [StudyRun(EQUAL_STEPS, run) for run in twice]
-    larger = {one.run.config.run.global_batch for one in study if one.rule == EQUAL_STEPS}
-    if REFERENCE in arms:
-        for rows in larger:
-            twice = all_runs(base, [REFERENCE], seeds, [[f"run.global_batch={rows}"]], folder)
-            study += [StudyRun(TWICE, run) for run in twice]
+    if REFERENCE in arms and any(one.rule == EQUAL_STEPS for one in study):
+        rows = 2 * all_runs(base, [REFERENCE], seeds, [], folder)[0].config.run.global_batch
+        twice = all_runs(base, [REFERENCE], seeds, [[f"run.global_batch={rows}"]], folder)
+        study += [StudyRun(TWICE, run) for run in twice]
     return sorted(study, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
 
 
@@ -167,10 +166,11 @@ def compare(study: list[StudyRun], scores: dict[Path, Score]) -> list[dict]:
             row[measure] = spread(values)
             for name in (REFERENCE, AUTOREGRESSIVE):
                 others = cells.get((EQUAL_COMPUTE, name), {})
-                row[measure][f"sd_over_{name}"] = sd_ratio(values, _values(others, measure)) if arm != name else None
+                itself = (rule, arm) == (EQUAL_COMPUTE, name)
+                row[measure][f"sd_over_{name}"] = None if itself else sd_ratio(values, _values(others, measure))
             base = cells.get((EQUAL_COMPUTE, REFERENCE), {})
             shared = [seed for seed in of_seed if seed in base]
-            if shared and arm != REFERENCE:
+            if shared and (rule, arm) != (EQUAL_COMPUTE, REFERENCE):
                 pairs = [getattr(of_seed[seed], measure) - getattr(base[seed], measure) for seed in shared]
                 row[measure] |= {"difference": float(np.mean(pairs)), "difference_ci": interval(np.array(pairs))}
     return rows
@@ -185,7 +185,7 @@ def _values(of_seed: dict[int, Score], measure: str) -> np.ndarray:
 
 def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
     """Print two Markdown tables: accuracy, also by kind of task, then the NELBO of the responses."""
-    kinds = sorted({kind for row in rows if row["seeds"] for kind in row["by_kind"]})
+    kinds = sorted({*(k for s in before.values() for k in s.by_kind), *(k for r in rows for k in r.get("by_kind", {}))})
     for measure, scale, digits in (("accuracy", 100, 1), ("nelbo", 1, 3)):
         unit = "%" if measure == "accuracy" else ", nats/token"
         table = Table(
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     bases = {"base": Path(args.base), "base-ar": Path(args.ar_base)}
     for run in bases.values():
         store.find(run)  # a missing base model is an error before the first run starts
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
     scorer = Scorer(args.tasks, tasks, None if args.report else init_world())
     before = {name: scorer.score(run, args.dir / f"{name}.{ANSWERS}") for name, run in bases.items()}
     before = {name: found for name, found in before.items() if found is not None}

@@ -57,7 +57,7 @@ def _assumed(value: float | None, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The numbers that cannot be derived."""
+    """The numbers that cannot be derived. `masked` is derived unless it is given."""
 
     compute_efficiency: float = _assumed(0.6, "share of the peak that matrix products reach")
     attention_efficiency: float = _assumed(0.4, "share of the peak that fused attention reaches")
@@ -67,7 +67,9 @@ class Assumptions:
     near_hop: float = _assumed(2e-6, "seconds for each step of a ring from one GPU to the next in the same node")
     far_hop: float = _assumed(6e-6, "seconds for each step of a ring from one node to the next")
     masked: float | None = _assumed(
-        None, "mean share of the positions that are masked, for the cost of the head (default: the mean masking rate)"
+        None,
+        "mean share of the positions that are masked, for the cost of the head (default: the mean masking rate; 1 for "
+        "objective=ar)",
     )
     memory_reserve: float = _assumed(0.1, "share of the GPU's memory left for the allocator and the libraries")
     disk: float = _assumed(1e9, "bytes/s at which one rank writes a checkpoint")
@@ -414,8 +416,8 @@ def most_masked(config: Config, masked: float) -> float:
 def mean_masked(config: Config, assumed: Assumptions) -> float:
     """The mean share of the positions of a row that the head computes: the mean masking rate, and 1 for next tokens.
 
-    The density that P-POTS fits during training is not known here, and prompts count as masked. `assumed.masked`
-    replaces the result.
+    The density that P-POTS fits during training is not known here. Prompts, which are not masked, and the additional
+    masks of ISAD and SyRM are ignored. `assumed.masked` replaces the result.
     """
     if assumed.masked is not None:
         return assumed.masked

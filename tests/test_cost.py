@@ -195,6 +195,10 @@ def test_a_chunk_of_the_mean_is_exceeded():
     most = cost.most_masked(config_of({}), 0.5)
     assert most == pytest.approx(0.5 + 2 * 0.999 * (1 / 12 / 4) ** 0.5)  # the rate of a row is uniform
     assert cost.most_masked(config_of({}), 1.0) == 1
+    window = configuration.validate(
+        {**config_of({}).model_dump(), "diffusion": {"rate_low": 0.3, "rate_high": 0.8}}, "test"
+    )
+    assert cost.most_masked(window, 0.55) == pytest.approx(0.55 + 2 * 0.5 / 48**0.5)
     for share, at_once in ((0.5, False), (most - 0.01, False), (most + 0.01, True)):
         config = config_of({"head_chunk": int(share * positions)})
         assert cost.head_at_once(config, masked=0.5) is at_once
@@ -207,7 +211,7 @@ def test_a_chunk_of_the_mean_is_exceeded():
     [{}, {"rate_low": 0.3, "rate_high": 0.8}, {"schedule": "cosine"}, {"masks": "counted"}, {"objective": "ar"}],
 )
 def test_the_mean_share_of_masks(diffusion):
-    """As many as a forward pass really masks. A half for all would be off by .05, .14 and .5."""
+    """As many as a forward process really masks. A half for all would be off by .05, .14 and .5."""
     model = {**SHAPE, "causal": diffusion.get("objective") == "ar"}
     config = configuration.validate({**config_of({}).model_dump(), "model": model, "diffusion": diffusion}, "test")
     process = plain_process(config.diffusion)

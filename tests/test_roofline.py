@@ -72,6 +72,9 @@ def test_a_roofline_adds_up():
     assert line.mfu() < line.mfu(without="communication") < 1
     counted, *_ = cost.step_flops(SHAPE, config, cost.mean_masked(config, cost.Assumptions()))
     assert line.mfu() == pytest.approx(counted / 8 / 989e12 / (line.total / 1e3))
+    fewer = roofline.roofline(config, SHAPE, 8, cost.GPUS["h100"], cost.Assumptions(masked=0.25))
+    ratio = fewer.kinds["head, products"].flops / line.kinds["head, products"].flops
+    assert ratio == pytest.approx(0.5, abs=0.01)  # the mean masking rate is 0.5005
     assert torch.get_default_dtype() == torch.float32  # the trace changes it and sets it back
 
 

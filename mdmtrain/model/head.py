@@ -1,10 +1,10 @@
 """The output head, which computes logits only at masked positions.
 
-On average only half of the positions are masked. Their hidden states are gathered first and then processed in chunks of
-a fixed size. The backward pass recomputes each chunk, so memory holds only one chunk of [rows, vocabulary] logits. A
-compiled cross-entropy needs 4 bytes for each logit in bfloat16 instead of 12, so one chunk can often hold all rows. The
-loop over chunks is inside one forward call, because all ranks must call an FSDP module equally often, and the number of
-chunks differs between ranks.
+Only some of the positions are masked, about half on average for most objectives. Their hidden states are gathered first
+and then processed in chunks of a fixed size. The backward pass recomputes each chunk, so memory holds only one chunk of
+[rows, vocabulary] logits. A compiled cross-entropy needs 4 bytes for each logit in bfloat16 instead of 12, so one chunk
+can often hold all rows. The loop over chunks is inside one forward call, because all ranks must call an FSDP module
+equally often, and the number of chunks differs between ranks.
 """
 
 from collections.abc import Callable

@@ -70,7 +70,7 @@ def test_test_prompts_are_all_different_and_run_out(monkeypatch):
 def test_all_sizes_come_up():
     tasks = make_tasks("train", 600, 3)
     sizes = {kind: Counter(len(t.response) for t in tasks if t.kind == kind) for kind in KINDS}
-    assert set(sizes["arithmetic"]) == {4}
+    assert {t.prompt.count(" plus ") + 1 for t in tasks if t.kind == "arithmetic"} == set(TERMS)
     assert set(sizes["lookup"]) == {2 + asked for asked in ASKED}
     assert set(sizes["transformation"]) == {2 + 2 * letters for letters in LETTERS}
 

@@ -95,6 +95,7 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
         at[EQUAL_COMPUTE, "standard", 0]: score(0.3, 1.0), at[EQUAL_COMPUTE, "standard", 1]: score(0.7, 2.0),
         at[EQUAL_COMPUTE, "paper-mirror", 0]: score(0.4, 0.9), at[EQUAL_COMPUTE, "paper-mirror", 1]: score(0.8, 1.9),
         at[EQUAL_COMPUTE, "ar", 1]: score(0.9, 0.5),
+        at[TWICE, "standard", 0]: score(0.35, 0.8), at[TWICE, "standard", 1]: score(0.75, 1.8),
     }  # fmt: skip
     standard, mirror, steps, ar, twice = compare(runs, scores)
     assert standard["accuracy"]["mean"] == pytest.approx(0.5) and "difference" not in standard["accuracy"]
@@ -104,11 +105,13 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
     assert mirror["accuracy"]["sd_over_standard"]["ratio"] == pytest.approx(1.0)
     assert mirror["accuracy"]["sd_over_ar"] is None, "one run of ar has no spread"
     assert (steps["seeds"], steps["missing_seeds"]) == ([], [0, 1]) and "accuracy" not in steps
-    assert (twice["rule"], twice["seeds"]) == (TWICE, [])
+    assert (twice["rule"], twice["seeds"]) == (TWICE, [0, 1])
+    assert twice["accuracy"]["difference_ci"] == pytest.approx([0.05, 0.05]), "against standard at equal compute"
+    assert twice["accuracy"]["sd_over_standard"]["ratio"] == pytest.approx(1.0)
     assert (ar["seeds"], ar["missing_seeds"]) == ([1], [0])
     assert ar["accuracy"]["difference"] == pytest.approx(0.2), "against the same seed of standard"
     written = io.StringIO()
-    show([standard, mirror, steps, ar], {"base": score(0.1, 3.0)}, Console(width=200, file=written))
+    show([standard, mirror, steps, ar, twice], {"base": score(0.1, 3.0)}, Console(width=200, file=written))
     text = written.getvalue()
     assert "| a, b " in text and "| 10.0%, 0.0% |" in text and "| 60.0%, 0.0% |" in text, "by kind of task"
     assert text.count("missing") == 4 and "1, 1 missing" in text and "-0.100 (-0.100..-0.100)" in text

@@ -232,7 +232,7 @@ def draw(rows: list[dict], path: Path) -> None:
     labels = [row["arm"] + ("" if row["rule"] == EQUAL_COMPUTE else f" ({row['rule']})") for row in rows]
     figure = Figure(figsize=(11, 0.36 * len(rows) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    measures = (("accuracy", 100, "exact answers, %"), ("nelbo", 1, "NELBO of the responses, nats/token"))
+    measures = (("accuracy", 100, "exact answers, %"), ("nelbo", 1, "NELBO, nats/token"))
     for panel, (measure, scale, title) in zip(panels, measures, strict=True):
         for place, row in enumerate(rows):
             if row["seeds"]:

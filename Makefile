@@ -10,6 +10,8 @@ STDLIB = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib
 FINETUNE := runs/finetune
 FINETUNE_ARMS := standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,ema,paper-ppots-mirror,ppots-gradient,counted-ppots,best,clipped,ar
 FINETUNE_SEEDS ?= 0,1,2,3,4
+FINETUNE_LR ?= 6e-3
+FINETUNE_MUON_LR ?= 5e-3
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup corpus quickstart test soak study study-muon study-recipe study-medium finetune-study slurm-demo lint docs configuration
@@ -57,8 +59,8 @@ study: setup
 		--dir runs/study --workers 2 --json runs/study.json --figure runs/study.png optim.name=adamw
 
 # Repeat the paper's experiment (docs/finetune-study.md): make tasks, train two base models, and fine-tune every arm from
-# them, one run at a time. The optimizer of all arms is set on the command line. The same command
-# resumes it; FINETUNE_SEEDS=0,1,... chooses the seeds.
+# them, one run at a time. The optimizer of all arms is set on the command line. The same command resumes it;
+# FINETUNE_SEEDS=0,1,... chooses the seeds, FINETUNE_LR and FINETUNE_MUON_LR the learning rates.
 finetune-study: setup
 	@$(PY) tools/make_tasks.py --out $(TASKS)
 	@$(PY) tools/prepare_data.py $(TASKS)/text.jsonl $(addprefix $(STDLIB)/,asyncio email http json logging) \
@@ -69,10 +71,12 @@ finetune-study: setup
 		optim.name=muon optim.muon_lr=5e-3
 	@$(PY) -m mdmtrain.train configs/finetune-base.yaml configs/arms/ar.yaml run.dir=$(FINETUNE)/base-ar \
 		optim.name=muon optim.muon_lr=5e-3
-	@$(PY) -m launchers.finetune configs/finetune-base.yaml configs/finetune.yaml optim.name=muon optim.muon_lr=2.5e-3 \
+	@$(PY) -m launchers.finetune configs/finetune-base.yaml configs/finetune.yaml optim.name=muon \
+		optim.lr=$(FINETUNE_LR) optim.muon_lr=$(FINETUNE_MUON_LR) \
 		--tasks $(TASKS)/test.jsonl \
 		--base $(FINETUNE)/base-mdm --ar-base $(FINETUNE)/base-ar --arms $(FINETUNE_ARMS) --seeds $(FINETUNE_SEEDS) \
-		--dir $(FINETUNE)/runs --json $(FINETUNE)/finetune.json --figure $(FINETUNE)/finetune.png
+		--dir $(FINETUNE)/lr-$(FINETUNE_LR) --json $(FINETUNE)/finetune-$(FINETUNE_LR).json \
+		--figure $(FINETUNE)/finetune-$(FINETUNE_LR).png
 
 # Train arms with Muon and QK-norm, at the size of the study. Takes hours on two cores. The same command resumes it.
 study-muon: corpus

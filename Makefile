@@ -12,6 +12,7 @@ FINETUNE_ARMS := standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,
 FINETUNE_SEEDS ?= 0,1,2,3,4
 FINETUNE_LR ?= 6e-3
 FINETUNE_MUON_LR ?= 5e-3
+FINETUNE_RUNS = $(FINETUNE)/lr-$(FINETUNE_LR)-$(FINETUNE_MUON_LR)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup corpus quickstart test soak study study-muon study-recipe study-medium finetune-study slurm-demo lint docs configuration
@@ -75,8 +76,7 @@ finetune-study: setup
 		optim.lr=$(FINETUNE_LR) optim.muon_lr=$(FINETUNE_MUON_LR) \
 		--tasks $(TASKS)/test.jsonl \
 		--base $(FINETUNE)/base-mdm --ar-base $(FINETUNE)/base-ar --arms $(FINETUNE_ARMS) --seeds $(FINETUNE_SEEDS) \
-		--dir $(FINETUNE)/lr-$(FINETUNE_LR) --json $(FINETUNE)/finetune-$(FINETUNE_LR).json \
-		--figure $(FINETUNE)/finetune-$(FINETUNE_LR).png
+		--dir $(FINETUNE_RUNS) --json $(FINETUNE_RUNS).json --figure $(FINETUNE_RUNS).png
 
 # Train arms with Muon and QK-norm, at the size of the study. Takes hours on two cores. The same command resumes it.
 study-muon: corpus
@@ -98,7 +98,8 @@ study-recipe: corpus
 		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
 
 # The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
-# packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs of a quarter of the length.
+# packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs
+# of a quarter of the length.
 PACKAGES := data/packages
 study-medium: setup
 	@mkdir -p runs

@@ -64,8 +64,8 @@ def study_runs(base: list[str], arms: list[str], seeds: list[int], ar_base: str,
             rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
             twice = all_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
             study += [StudyRun(EQUAL_STEPS, run) for run in twice]
-    if REFERENCE in arms and any(one.rule == EQUAL_STEPS for one in study):
-        rows = 2 * all_runs(base, [REFERENCE], seeds, [], folder)[0].config.run.global_batch
+    rows = next((one.run.config.run.global_batch for one in study if one.rule == EQUAL_STEPS), None)
+    if rows and REFERENCE in arms:
         twice = all_runs(base, [REFERENCE], seeds, [[f"run.global_batch={rows}"]], folder)
         study += [StudyRun(TWICE, run) for run in twice]
     return sorted(study, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
@@ -224,6 +224,7 @@ def show(rows: list[dict], before: dict[str, Score], console: Console) -> None:
 
 
 def percents(by_kind: dict[str, float], kinds: list[str]) -> str:
+    """Accuracy by kind of task, in the order of `kinds`."""
     return ", ".join(f"{100 * by_kind[kind]:.1f}%" for kind in kinds)
 
 

@@ -34,6 +34,12 @@ def config_of(parallel: dict, optimizer: str = "adamw", **run):
     return configuration.validate(tree, "test")
 
 
+def config_with(diffusion: dict):
+    """The plain configuration with another section `diffusion`."""
+    model = {**SHAPE, "causal": diffusion.get("objective") == "ar"}
+    return configuration.validate({**config_of({}).model_dump(), "model": model, "diffusion": diffusion}, "test")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_groups_add_up_to_the_model(name):
     shape = ModelShape(vocab_size=1000, **PRESETS[name])
@@ -195,9 +201,7 @@ def test_a_chunk_of_the_mean_is_exceeded():
     most = cost.most_masked(config_of({}), 0.5)
     assert most == pytest.approx(0.5 + 2 * 0.999 * (1 / 12 / 4) ** 0.5)  # the rate of a row is uniform
     assert cost.most_masked(config_of({}), 1.0) == 1
-    window = configuration.validate(
-        {**config_of({}).model_dump(), "diffusion": {"rate_low": 0.3, "rate_high": 0.8}}, "test"
-    )
+    window = config_with({"rate_low": 0.3, "rate_high": 0.8})
     assert cost.most_masked(window, 0.55) == pytest.approx(0.55 + 2 * 0.5 / 48**0.5)
     for share, at_once in ((0.5, False), (most - 0.01, False), (most + 0.01, True)):
         config = config_of({"head_chunk": int(share * positions)})
@@ -212,8 +216,7 @@ def test_a_chunk_of_the_mean_is_exceeded():
 )
 def test_the_mean_share_of_masks(diffusion):
     """As many as a forward process really masks. A half for all would be off by .05, .14 and .5."""
-    model = {**SHAPE, "causal": diffusion.get("objective") == "ar"}
-    config = configuration.validate({**config_of({}).model_dump(), "model": model, "diffusion": diffusion}, "test")
+    config = config_with(diffusion)
     process = plain_process(config.diffusion)
     ids = torch.ones(1000, 512, dtype=torch.int64)
     uniforms = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))

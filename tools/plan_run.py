@@ -153,12 +153,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the plan to this file too")
     args = parser.parse_intermixed_args(arguments)
     assumed = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
-    if min(value for value in asdict(assumed).values() if value is not None) <= 0:
-        raise ValueError("all assumptions must be greater than 0: see --help")
     if not all(part.isdecimal() and int(part) for part in args.gpus.split(",")):
         raise ValueError(f"--gpus {args.gpus}: expected numbers of GPUs, such as 64,256")
     config = configuration.load(args.config)
     assumed = replace(assumed, masked=mean_masked(config, assumed))
+    if min(asdict(assumed).values()) <= 0:
+        raise ValueError("all assumptions must be greater than 0: see --help")
     gpu = GPUS[args.gpu]
     shape = shape_of(config)
     counts = [int(part) for part in args.gpus.split(",")]

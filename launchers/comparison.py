@@ -1,7 +1,5 @@
 """Compare finished runs at equal tokens: differences over paired seeds, tokens to a level, a table and a figure."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,64 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from mdmtrain.checkpoint import store
-from mdmtrain.config import Config
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A row of the comparison: one arm with one value of each varied key. Its runs differ only in their seeds."""
-
-    arm: str
-    variation: tuple[str, ...]  # key=value
-
-    @property
-    def name(self) -> str:
-        return " ".join([self.arm, *self.variation])
-
-    @property
-    def folder(self) -> str:
-        return ",".join([self.arm, *self.variation])
-
-
-@dataclass(frozen=True)
-class Run:
-    cell: Cell
-    seed: int
-    dir: Path
-    arguments: list[str]  # of mdmtrain.train
-    config: Config
-
-    def finished(self) -> bool:
-        newest = store.newest(self.dir) if self.dir.is_dir() else None
-        return newest is not None and store.read_meta(newest)["step"] >= self.config.run.steps
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The validation NELBO of one run as a function of its tokens."""
-
-    tokens: np.ndarray  # float64 [evaluations]
-    nelbo: np.ndarray  # float64 [evaluations], nats per token
-    constant: int  # evaluations before the learning rate decays; runs of different lengths are comparable there
-
-
-def read_curve(run: Run) -> Curve:
-    """Read the evaluations of a run from its metrics.jsonl: the mean over the validation sets at each step."""
-    records = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    at: dict[int, list[float]] = {}
-    for record in records:
-        if record.get("split", "").startswith("validation"):
-            nelbo = record["nelbo"]
-            at.setdefault(record["step"], []).append(np.inf if nelbo is None else nelbo)  # null: it was not finite
-    steps = np.array(list(at))
-    means = np.array([np.mean(values) for values in at.values()])
-    optim = run.config.optim
-    before = 0  # first step of the decay
-    if optim.schedule == "wsd":
-        before = run.config.run.steps - round(run.config.run.steps * optim.decay_fraction)
-    tokens = steps * float(run.config.run.global_batch * run.config.data.sequence_length)
-    return Curve(tokens, means, int((steps <= before).sum()))
+from launchers.results import Cell, Curve, Results
 
 
 def tokens_to_reach(curve: Curve, nelbo: float) -> float:
@@ -100,7 +41,7 @@ def reference_of(cell: Cell, reference: str) -> Cell:
     return Cell(arm, tuple(variation) or cell.variation)
 
 
-def compare(runs: list[Run], reference: str) -> list[dict]:
+def compare(results: Results, reference: str) -> list[dict]:
     """A row for each cell: its final NELBO, and its difference to the reference with the same seeds.
 
     reference: see `reference_of`.
@@ -109,9 +50,8 @@ def compare(runs: list[Run], reference: str) -> list[dict]:
     divided by the reference's tokens. None if a seed does not reach it before its own decay.
     """
     curves: dict[Cell, dict[int, Curve]] = {}
-    for run in runs:
-        if run.finished():
-            curves.setdefault(run.cell, {})[run.seed] = read_curve(run)
+    for (cell, seed), result in results.items():
+        curves.setdefault(cell, {})[seed] = result.curve
     rows = []
     for cell, of_seed in curves.items():
         final = np.array([curve.nelbo[-1] for curve in of_seed.values()])

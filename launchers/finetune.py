@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from launchers.comparison import Run, around, interval, number
+from launchers.comparison import around, interval, number
+from launchers.results import Run
 from launchers.sweep import all_runs, seed_list, train_all
 from mdmtrain import answers
 from mdmtrain.answers import Score

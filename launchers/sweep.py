@@ -5,8 +5,9 @@
 Each combination is a run with its own folder. An arm is a file of configs/arms that overrides the configuration. Runs
 with the same seed share initial weights and data order, so arms are compared by paired differences (comparison.py). The
 same command resumes a sweep that was stopped: it skips finished runs, and the others resume from their checkpoints.
-`--report` only compares finished runs. `--slurm '--time 2:00:00'` trains on a cluster, as a job array with one task for
-each run. These tasks save and requeue like the jobs of launchers.slurm.
+`--report` only compares finished runs. `--json FILE` stores the table and the curves of all runs. `--results FILE`
+reads such a file, so that a sweep can continue on another machine. `--slurm '--time 2:00:00'` trains on a cluster, as
+a job array with one task for each run. These tasks save and requeue like the jobs of launchers.slurm.
 """
 
 import itertools
@@ -24,9 +25,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launchers.comparison import Cell, Run, compare, draw, reference_of, show
+from launchers.comparison import compare, draw, reference_of, show
 from launchers.launch import live_job, parse
 from launchers.lifecycle import read_state
+from launchers.results import Cell, Results, Run, collect, read_stored, to_json
 from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
@@ -198,11 +200,24 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--slurm", metavar="OPTIONS", help="train as a job array with these options of launchers.slurm")
     parser.add_argument("--report", action="store_true", help="only compare the finished runs, without training")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the table to this file too")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="use the finished runs in this file, which --json wrote, instead of training them; may be given several "
+        "times",
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the table and the curves of the runs to this file too"
+    )
     parser.add_argument("--figure", type=output_file, metavar="FILE", help="draw the differences to this file (PNG)")
     args = parser.parse_intermixed_args(arguments)  # overrides may also follow the options
     if args.workers is not None and args.workers < 1:
         raise ValueError("--workers must be at least 1")
+    if args.slurm is not None and (settings := parse(slurm_parser(), shlex.split(args.slurm), None).config):
+        raise ValueError(f"--slurm has settings of the runs: give {' '.join(settings)} outside of --slurm")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
     runs = all_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
@@ -210,16 +225,27 @@ def main(arguments: list[str] | None = None) -> None:
     if args.reference is not None and not cells & {reference_of(cell, args.reference) for cell in cells}:
         raise ValueError(f"--reference {args.reference}: not one of {', '.join(sorted(cell.name for cell in cells))}")
     reference = args.reference or "standard"
+    stored: Results = {}
+    for file in args.results:
+        found, others = read_stored(file, runs)
+        stored |= found
+        if others and args.json is not None and args.json.resolve() == file.resolve():
+            raise ValueError(
+                f"--json {file} would lose {others} runs that are not part of this sweep: name another file"
+            )
+    collect(runs, stored)  # finds what cannot be compared before anything is trained
+    missing = [run for run in runs if run.key not in stored]
     if args.report:
         failed = []
     elif args.slurm is not None:
-        failed = train_on_slurm(runs, args.slurm, args.workers, args.dir, console)
+        failed = train_on_slurm(missing, args.slurm, args.workers, args.dir, console)
     else:
-        failed = train_all(runs, args.workers or 1, console)
-    rows = compare(runs, reference)
+        failed = train_all(missing, args.workers or 1, console)
+    results = collect(runs, stored)
+    rows = compare(results, reference)
     show(rows, reference, console)
     if args.json:
-        write_json(args.json, {"reference": reference, "cells": rows})
+        write_json(args.json, {"reference": reference, "cells": rows, "runs": to_json(results)})
     if args.figure and rows:
         draw(rows, reference, args.figure)
     if failed:

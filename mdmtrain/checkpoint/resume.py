@@ -148,14 +148,24 @@ def leave_behind(config: Config, home: Path, step: int) -> list[str]:
     return [f"renamed, because they are from after step {step} (remove what you do not need): {names}"]
 
 
+def checkpoint_config(meta: dict) -> Config:
+    """The configuration of a checkpoint. Raises ValueError if an older version wrote it and it is not valid now."""
+    return validate(meta["config"], "the checkpoint's configuration")
+
+
+def changed_settings(before: Config, after: Config) -> dict[str, str]:
+    """Every setting that differs: its key, and "key old -> new"."""
+    old, new = (flat(one.model_dump(mode="json")) for one in (before, after))
+    return {key: f"{key} {shown(old[key])} -> {shown(value)}" for key, value in new.items() if old[key] != value}
+
+
 def differences(meta: dict, config: Config) -> list[str]:
     """Every setting that differs from the checkpoint's, as "key old -> new", and the learning rate if it differs."""
     try:
-        before = validate(meta["config"], "the checkpoint's configuration")
-    except ValueError as error:  # an older version accepted this configuration; it does not prevent resuming
+        before = checkpoint_config(meta)
+    except ValueError as error:  # it does not prevent resuming
         return [f"cannot compare with the configuration of the checkpoint ({error})"]
-    old, new = (flat(one.model_dump(mode="json")) for one in (before, config))
-    found = [f"{key} {shown(old[key])} -> {shown(value)}" for key, value in new.items() if old[key] != value]
+    found = list(changed_settings(before, config).values())
     step = meta["step"]
     was, becomes = (learning_rate(one.optim, step, one.run.steps) for one in (before, config))
     if was != becomes:

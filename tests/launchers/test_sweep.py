@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.comparison import Curve, Run, compare, interval, read_curve, tokens_to_reach
+from launchers.comparison import compare, interval, tokens_to_reach
+from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
 from launchers.sweep import all_runs, main
 from mdmtrain import config as configuration
+from mdmtrain.checkpoint.resume import flat
 from tests.conftest import ROOT, write_config
 
 
@@ -43,7 +47,11 @@ def write_run(run: Run, nelbo: list[float]) -> Run:
     (run.dir / "metrics.jsonl").write_text("".join(lines))
     checkpoint = run.dir / "checkpoints/step-00000020"
     checkpoint.mkdir(parents=True)
-    meta = {"format_version": 1, "step": 20, "identity": {}, "has_average": False, "config": {}, "files": {}}
+    data = [[present_fingerprint(source.path), source.weight] for source in run.config.data.sources]
+    meta = {
+        "format_version": 1, "step": 20, "identity": {"data": data}, "has_average": False,
+        "config": run.config.model_dump(mode="json"), "files": {},
+    }  # fmt: skip
     (checkpoint / "meta.json").write_text(json.dumps(meta))
     return run
 
@@ -59,7 +67,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     # Seeds differ a lot, arms by 0.1 within a seed: paired, the difference has no spread at all.
     for run, end in zip(runs[:4], (3.0, 2.9, 5.0, 4.9), strict=True):
         write_run(run, [7.0, 6.0, 5.5, 5.0 - (run.cell.arm == "strats"), end])
-    first, second = compare(runs, "standard")
+    first, second = compare(collect(runs, {}), "standard")
     assert first["arm"] == "standard" and first["nelbo"] == 4.0 and first["nelbo_sd"] == pytest.approx(2**0.5)
     assert second["difference"] == pytest.approx(-0.1) and second["difference_ci"] == pytest.approx([-0.1, -0.1])
     # 5.5 -> 4.0 passes 5.0 a third of the way from evaluation 3 to 4: 10/3 of 4 evaluations.
@@ -69,11 +77,82 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     # One cell as the reference of all, also of those with other values.
     for run, end in zip(runs[4:], (2.0, 2.4, 4.0, 4.4), strict=True):
         write_run(run, [7.0, 6.0, 5.5, 5.0, end])
-    rows = compare(runs, "strats optim.lr=1e-3")
+    rows = compare(collect(runs, {}), "strats optim.lr=1e-3")
     assert [row["difference"] for row in rows] == pytest.approx([0.1, 0.0, -0.9, -0.5])
     named = [base, "--arms", "standard", "--vary", "optim.lr=1e-3", "--dir", str(tmp_path / "sweep"), "--report"]
     with pytest.raises(ValueError, match=r"--reference best: not one of standard optim\.lr=1e-3"):
         main([*named, "--reference", "best"])
+
+
+def test_a_repeated_sweep_with_other_settings_is_refused(small_run, tmp_path):
+    base = str(write_config(small_run({"optim": {"lr": 1e-3}}), tmp_path / "config.yaml"))
+    command = [base, "--arms", "standard", "--seeds", "0", "--dir", str(tmp_path / "sweep")]
+    write_run(all_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0], [5.0, 4.0])
+    main([*command, "--report"])
+    free = ["run.micro_batch=2", "parallel.compile=true", "checkpoint.keep_last=5", "eval.batch=3"]
+    main([*command, "--report", *free])  # these change no result
+    for change in (
+        "optim.lr 0.001 -> 0.002", "diffusion.eps 0.001 -> 0.01", "run.steps 20 -> 10", "run.steps 20 -> 30",
+        'parallel.compute_dtype "float32" -> "bfloat16"',
+    ):  # fmt: skip
+        key, _, _, value = change.replace('"', "").split()
+        for report in ([], ["--report"]):
+            with pytest.raises(
+                ValueError, match=rf"^standard seed 0 was .* settings: {change}: .*seed-0: use the same"
+            ):
+                main([*command, *report, f"{key}={value}"])
+
+
+def test_each_free_setting_exists():
+    keys = flat(configuration.load([str(ROOT / "configs/quickstart.yaml")]).model_dump(mode="json"))
+    assert all(any(key.startswith(free) for key in keys) for free in (*FREE, *BINDING))
+
+
+def test_stored_results_replace_run_folders(small_run, tmp_path):
+    tree = small_run({"eval": {"every": 4}})
+    base = str(write_config(tree, tmp_path / "config.yaml"))
+    here, there, table = tmp_path / "here", tmp_path / "there", tmp_path / "table.json"
+    first, second = all_runs([base], ["standard", "strats"], [0], [], here)
+    write_run(first, [5.0, 4.5, 4.0, 3.5, 3.0])
+    write_run(second, [5.0, 4.4, 3.9, 3.4, np.inf])
+    both, results = [base, "--arms", "standard,strats"], ["--dir", str(there), "--results", str(table)]
+    main([*both, "--seeds", "0", "--dir", str(here), "--json", str(table), "--report"])
+    whole = table.read_text()
+    assert [one["nelbo"][-1] for one in json.loads(whole)["runs"]] == [3.0, None]
+    # The folders are not needed any more, and a diverged run stays diverged.
+    main([*both, "--seeds", "0", *results, "--json", str(table)])
+    assert table.read_text() == whole and not there.exists()
+    # A run of another machine, where the same data has another path, is compared with one of a folder.
+    moved = tmp_path / "moved"
+    shutil.copytree(tree["data"]["sources"][0]["path"], moved)
+    elsewhere = [*both, f"data.sources=[{{path: {moved}}}]"]
+    [run] = all_runs([base, elsewhere[-1]], ["standard"], [1], [], there)
+    write_run(run, [5.0, 4.5, 4.0, 3.5, 3.2])
+    more = [*elsewhere, "--seeds", "0,1", *results, "--report"]
+    main([*more, "--json", str(tmp_path / "more.json")])
+    assert json.loads((tmp_path / "more.json").read_text())["cells"][0]["nelbo"] == pytest.approx(3.1)
+    # Nothing is lost, mixed or guessed.
+    with pytest.raises(ValueError, match=r"table\.json would lose 1 runs that are not part of this sweep"):
+        main([base, "--arms", "standard", "--seeds", "0", *results, "--json", str(table), "--report"])
+    with pytest.raises(ValueError, match=r"^standard seed 0 was .* settings: optim\.lr .*leave out --results"):
+        main([*both, "--seeds", "0", *results, "--report", "optim.lr=0.5"])
+    table.write_text(whole.replace(json.loads(whole)["runs"][0]["data"][0], "0" * 64))
+    with pytest.raises(ValueError, match=r"other data: .* had the fingerprint 000000000000 and has "):
+        main([*both, "--seeds", "0", *results])
+    shutil.rmtree(moved)  # without the data, only the runs can be compared
+    present_fingerprint.cache_clear()
+    with pytest.raises(ValueError, match=r"standard seed 1 and standard seed 0 were trained on different data"):
+        main(more)
+    for broken, message in (
+        ("{", "did not write this file"), ("[1]", "did not write"), ('{"cells": []}', "has no runs: an older version"),
+        ('{"runs": [{"arm": "standard"}]}', "a run has a wrong variation"),
+        (re.sub(r"4\.0,\s*", "", whole), "a run has no curve"),
+    ):  # fmt: skip
+        table.write_text(broken)
+        with pytest.raises(ValueError, match=rf"table\.json.*{message}"):
+            main(more)
+    with pytest.raises(FileNotFoundError):
+        main([*both, "--dir", str(there), "--results", str(tmp_path / "nosuch.json")])
 
 
 def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):
@@ -122,6 +201,7 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
         (["--arms", "standard", "--seeds", "a"], "whole numbers"),
         (["--arms", "standard", "--vary", "optim.lr"], "expected KEY=A,B"),
         (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),
+        (["--arms", "standard", "--slurm", "--time 1 optim.lr=0.1"], r"give optim\.lr=0\.1 outside of --slurm"),
         (["--arms", "standard,mirror", "run.global_batch=31", "run.micro_batch=31"], "a multiple of 2"),
     ],
 )

@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     collect(runs, stored)  # finds what cannot be compared before anything is trained
     missing = [run for run in runs if run.key not in stored]
-    if args.report:
+    if args.report or not missing:
         failed = []
     elif args.slurm is not None:
         failed = train_on_slurm(missing, args.slurm, args.workers, args.dir, console)

@@ -8,7 +8,7 @@ STUDY_ARMS := standard,strats,ppots-loss,ppots-gradient,mirror,complement,count,
 TASKS := data/tasks
 STDLIB = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
 FINETUNE := runs/finetune
-FINETUNE_ARMS := standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,ema,paper-ppots-mirror,ppots-gradient,counted-ppots,best,clipped,ar
+FINETUNE_ARMS ?= standard,strats,paper-ppots,paper-mirror,paper-isad,paper-syrm,ema,paper-ppots-mirror,ppots-gradient,counted-ppots,best,clipped,ar
 FINETUNE_SEEDS ?= 0,1,2,3,4
 FINETUNE_LR ?= 6e-3
 FINETUNE_MUON_LR ?= 5e-3
@@ -61,7 +61,7 @@ study: setup
 
 # Repeat the paper's experiment (docs/finetune-study.md): make tasks, train two base models, and fine-tune every arm from
 # them, one run at a time. The optimizer of all arms is set on the command line. The same command resumes it;
-# FINETUNE_SEEDS=0,1,... chooses the seeds, FINETUNE_LR and FINETUNE_MUON_LR the learning rates.
+# FINETUNE_ARMS and FINETUNE_SEEDS=0,1,... choose the runs, FINETUNE_LR and FINETUNE_MUON_LR the learning rates.
 finetune-study: setup
 	@$(PY) tools/make_tasks.py --out $(TASKS)
 	@$(PY) tools/prepare_data.py $(TASKS)/text.jsonl $(addprefix $(STDLIB)/,asyncio email http json logging) \

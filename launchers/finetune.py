@@ -161,7 +161,8 @@ def compare(study: list[StudyRun], scores: dict[Path, Score]) -> list[dict]:
             continue
         row["flips_sd"] = flips([score.right for score in of_seed.values()])
         kinds = next(iter(of_seed.values())).by_kind
-        row["by_kind"] = {kind: float(np.mean([s.by_kind[kind] for s in of_seed.values()])) for kind in kinds}
+        row["by_kind_values"] = {kind: [of_seed[seed].by_kind[kind] for seed in sorted(of_seed)] for kind in kinds}
+        row["by_kind"] = {kind: float(np.mean(values)) for kind, values in row["by_kind_values"].items()}
         for measure in ("accuracy", "nelbo"):
             values = _values(of_seed, measure)
             row[measure] = spread(values)

@@ -100,6 +100,7 @@ def test_comparison_is_paired_and_names_what_is_missing(tmp_path):
     standard, mirror, steps, ar, twice = compare(runs, scores)
     assert standard["accuracy"]["mean"] == pytest.approx(0.5) and "difference" not in standard["accuracy"]
     assert mirror["accuracy"]["difference"] == pytest.approx(0.1)
+    assert mirror["by_kind_values"] == {"a": [0.4, 0.8], "b": [0.0, 0.0]}, "in the order of the seeds"
     assert mirror["accuracy"]["difference_ci"] == pytest.approx([0.1, 0.1])
     assert mirror["nelbo"]["difference"] == pytest.approx(-0.1)
     assert mirror["accuracy"]["sd_over_standard"]["ratio"] == pytest.approx(1.0)

@@ -150,13 +150,18 @@ class StoredRun(BaseModel):
 def to_json(results: Results) -> list[dict]:
     """The results as `read_stored` reads them."""
     return [
-        {
-            "arm": cell.arm, "variation": list(cell.variation), "seed": seed, "tokens": one.curve.tokens.tolist(),
-            "nelbo": one.curve.nelbo.tolist(), "constant": one.curve.constant, "data": one.data,
-            "config": one.config.model_dump(mode="json"),
-        }
+        StoredRun(
+            arm=cell.arm,
+            variation=list(cell.variation),
+            seed=seed,
+            tokens=one.curve.tokens.tolist(),
+            nelbo=one.curve.nelbo.tolist(),
+            constant=one.curve.constant,
+            data=one.data,
+            config=one.config.model_dump(mode="json"),
+        ).model_dump()
         for (cell, seed), one in results.items()
-    ]  # fmt: skip
+    ]
 
 
 def read_stored(file: Path, runs: list[Run]) -> tuple[Results, int]:

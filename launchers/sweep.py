@@ -77,8 +77,8 @@ def train_all(runs: list[Run], workers: int, console: Console) -> list[Run]:
     On SIGTERM, Ctrl-C or a closed terminal the running processes save and stop, and no other run is started. Raises
     ValueError then.
     """
-    survive_terminal()
     waiting = [run for run in runs if not run.finished()]
+    survive_terminal()
     stopping = threading.Event()
     live: set[subprocess.Popen] = set()
     lock = threading.Lock()
@@ -233,7 +233,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(
                 f"--json {file} would lose {others} runs that are not part of this sweep: name another file"
             )
-    collect(runs, stored)  # finds what cannot be compared before anything is trained
     missing = [run for run in runs if run.key not in stored]
     if args.report or not missing:
         failed = []

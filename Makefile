@@ -1,4 +1,4 @@
-# make quickstart | test | soak | study | study-muon | study-recipe | study-medium | finetune-study | slurm-demo | lint | docs | configuration
+# make quickstart | test | soak | study | study-muon | study-recipe | study-quickstart | study-search | study-medium | finetune-study | slurm-demo | lint | docs | configuration
 # Each target installs what it needs. If a command is repeated, it keeps finished results and resumes what was interrupted.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -15,7 +15,7 @@ FINETUNE_MUON_LR ?= 5e-3
 FINETUNE_RUNS = $(FINETUNE)/lr-$(FINETUNE_LR)-$(FINETUNE_MUON_LR)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup corpus quickstart test soak study study-muon study-recipe study-medium finetune-study slurm-demo lint docs configuration
+.PHONY: setup corpus quickstart test soak study study-muon study-recipe study-quickstart study-search study-medium finetune-study slurm-demo lint docs configuration
 
 setup: .venv/.installed
 
@@ -96,6 +96,38 @@ study-recipe: corpus
 	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --report --json runs/study-recipe.json \
 		--vary optim.name=adamw,muon --vary optim.lr=6e-3,1.2e-2 --vary model.qk_norm=false,true \
 		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
+
+# The same comparison at the size of the quickstart. The schedule is constant before a decay, so that tokens to a level can
+# be compared.
+QUICK := configs/quickstart.yaml --dir runs/study-quickstart --workers 2 \
+	run.micro_batch=32 optim.schedule=wsd eval.every=70
+study-quickstart: corpus
+	@mkdir -p runs
+	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms standard --vary optim.name=adamw --vary optim.lr=4e-3,8e-3 \
+		--vary optim.muon_lr=null --vary model.qk_norm=false
+	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms clipped,best,ar --reference clipped --vary optim.name=muon \
+		--vary optim.lr=1.2e-2 --vary optim.muon_lr=5e-3 --vary model.qk_norm=true
+	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms standard,clipped,best,ar --report \
+		--json runs/study-quickstart.json --vary optim.name=adamw,muon --vary optim.lr=4e-3,8e-3,1.2e-2 \
+		--vary optim.muon_lr=null,5e-3 --vary model.qk_norm=false,true \
+		--reference 'standard optim.name=adamw optim.lr=4e-3 optim.muon_lr=null model.qk_norm=false'
+
+# What could be better in the recipe, at the size of the study: the window of masking rates, the optimizer's settings, the
+# batch at equal tokens.
+SEARCH := configs/study.yaml --arms clipped --workers 2 optim.name=muon model.qk_norm=true
+study-search: corpus
+	@mkdir -p runs
+	$(PY) -m launchers.sweep $(SEARCH) --seeds 0,1 --dir runs/study-search/window --json runs/study-search-window.json \
+		--vary diffusion.rate_low=0.2,0.3,0.4 --vary diffusion.rate_high=0.7,0.8,0.9 \
+		--reference 'clipped diffusion.rate_low=0.3 diffusion.rate_high=0.8' optim.lr=1.2e-2
+	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/optim --json runs/study-search-optim.json \
+		--vary optim.weight_decay=0.1,0 --vary optim.beta2=0.95,0.99 --vary optim.clip_norm=1.0,null \
+		--vary optim.warmup_steps=50,200 optim.lr=1.2e-2 \
+		--reference 'clipped optim.weight_decay=0.1 optim.beta2=0.95 optim.clip_norm=1.0 optim.warmup_steps=50'
+	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/batch --reference clipped \
+		--vary run.global_batch=16 --vary run.steps=2000 --vary optim.lr=6e-3,1.2e-2 run.micro_batch=16
+	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/batch --reference clipped \
+		--vary run.global_batch=64 --vary run.steps=500 --vary optim.lr=1.2e-2,2.4e-2 run.micro_batch=64 eval.every=25
 
 # The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
 # packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs

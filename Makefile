@@ -140,7 +140,7 @@ study-medium: setup
 		--exclude tests test testing _vendor --vocab-size 2048 --validation-fraction 0.02 --out $(PACKAGES)
 	$(PY) -m launchers.sweep configs/study-medium.yaml --arms standard,best,clipped,ar --seeds 0,1 \
 		--vary optim.name=adamw,muon --vary optim.lr=4e-3 --reference 'standard optim.name=adamw optim.lr=4e-3' \
-		--dir runs/study-medium --workers 2 --json runs/study-medium.json
+		--dir runs/study-medium --workers 2 --json runs/study-medium.json --figure runs/study-medium.png
 
 # Start a Slurm cluster of two nodes on this machine, a run on both, and preempt it (needs Debian's slurm-wlm and munge,
 # and root).

@@ -87,30 +87,29 @@ study-muon: corpus
 
 # What objective and optimizer save together: Muon with QK-norm at 1.2e-2 against AdamW without at 6e-3.
 RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
+ADAMW := optim.name=adamw optim.lr=6e-3 model.qk_norm=false
+MUON := optim.name=muon optim.lr=1.2e-2 model.qk_norm=true
 study-recipe: corpus
 	@mkdir -p runs
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best \
-		--vary optim.name=adamw --vary optim.lr=6e-3 --vary model.qk_norm=false
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar \
-		--vary optim.name=muon --vary optim.lr=1.2e-2 --vary model.qk_norm=true
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --report --json runs/study-recipe.json \
-		--vary optim.name=adamw,muon --vary optim.lr=6e-3,1.2e-2 --vary model.qk_norm=false,true \
-		--reference 'standard optim.name=adamw optim.lr=6e-3 model.qk_norm=false'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best --variant '$(ADAMW)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(MUON)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(ADAMW)' --variant '$(MUON)' \
+		--reference 'standard $(ADAMW)' --report --json runs/study-recipe.json
 
 # The same comparison at the size of the quickstart. The schedule is constant before a decay, so that tokens to a level can
 # be compared.
-QUICK := configs/quickstart.yaml --dir runs/study-quickstart --workers 2 \
+QUICK := configs/quickstart.yaml --seeds 0,1,2 --dir runs/study-quickstart --workers 2 \
 	run.micro_batch=32 optim.schedule=wsd eval.every=70
+QUICK_ADAMW := optim.name=adamw optim.lr=4e-3 optim.muon_lr=null model.qk_norm=false
+QUICK_ADAMW_8 := optim.name=adamw optim.lr=8e-3 optim.muon_lr=null model.qk_norm=false
+QUICK_MUON := optim.name=muon optim.lr=1.2e-2 optim.muon_lr=5e-3 model.qk_norm=true
 study-quickstart: corpus
 	@mkdir -p runs
-	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms standard --vary optim.name=adamw --vary optim.lr=4e-3,8e-3 \
-		--vary optim.muon_lr=null --vary model.qk_norm=false
-	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms clipped,best,ar --reference clipped --vary optim.name=muon \
-		--vary optim.lr=1.2e-2 --vary optim.muon_lr=5e-3 --vary model.qk_norm=true
-	$(PY) -m launchers.sweep $(QUICK) --seeds 0,1,2 --arms standard,clipped,best,ar --report \
-		--json runs/study-quickstart.json --vary optim.name=adamw,muon --vary optim.lr=4e-3,8e-3,1.2e-2 \
-		--vary optim.muon_lr=null,5e-3 --vary model.qk_norm=false,true \
-		--reference 'standard optim.name=adamw optim.lr=4e-3 optim.muon_lr=null model.qk_norm=false'
+	$(PY) -m launchers.sweep $(QUICK) --arms standard --variant '$(QUICK_ADAMW)' --variant '$(QUICK_ADAMW_8)'
+	$(PY) -m launchers.sweep $(QUICK) --arms clipped,best,ar --reference clipped --variant '$(QUICK_MUON)'
+	$(PY) -m launchers.sweep $(QUICK) --arms standard,clipped,best,ar --variant '$(QUICK_ADAMW)' \
+		--variant '$(QUICK_ADAMW_8)' --variant '$(QUICK_MUON)' --reference 'standard $(QUICK_ADAMW)' \
+		--report --json runs/study-quickstart.json
 
 # What could be better in the recipe, at the size of the study: the window of masking rates, the optimizer's settings, the
 # batch at equal tokens.

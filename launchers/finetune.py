@@ -57,17 +57,17 @@ def study_runs(base: list[str], arms: list[str], seeds: list[int], ar_base: str,
     """
     study = []
     for arm in arms:
-        runs = all_runs(base, [arm], seeds, [], folder)
+        runs = all_runs(base, [arm], seeds, [()], folder)
         if runs[0].config.model.causal:  # an autoregressive arm needs the autoregressive base
-            runs = all_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [], folder)
+            runs = all_runs([*base, f"checkpoint.init_from={ar_base}"], [arm], seeds, [()], folder)
         study += [StudyRun(EQUAL_COMPUTE, run) for run in runs]
         if runs[0].config.diffusion.rows_per_slot > 1:
             rows = runs[0].config.run.global_batch * runs[0].config.diffusion.rows_per_slot
-            twice = all_runs(base, [arm], seeds, [[f"run.global_batch={rows}"]], folder)
+            twice = all_runs(base, [arm], seeds, [(f"run.global_batch={rows}",)], folder)
             study += [StudyRun(EQUAL_STEPS, run) for run in twice]
     rows = next((one.run.config.run.global_batch for one in study if one.rule == EQUAL_STEPS), None)
     if rows and REFERENCE in arms:
-        twice = all_runs(base, [REFERENCE], seeds, [[f"run.global_batch={rows}"]], folder)
+        twice = all_runs(base, [REFERENCE], seeds, [(f"run.global_batch={rows}",)], folder)
         study += [StudyRun(TWICE, run) for run in twice]
     return sorted(study, key=lambda one: one.run.seed)  # a stable sort: arms stay in order
 

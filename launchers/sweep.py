@@ -3,8 +3,9 @@
     python -m launchers.sweep CONFIG... --arms standard,strats,... --seeds 0,1,2 --dir DIR [--vary KEY=A,B] [key=value]
 
 Each combination is a run with its own folder. An arm is a file of configs/arms that overrides the configuration. Runs
-with the same seed share initial weights and data order, so arms are compared by paired differences (comparison.py). The
-same command resumes a sweep that was stopped: it skips finished runs, and the others resume from their checkpoints.
+with the same seed share initial weights and data order, so arms are compared by paired differences (comparison.py).
+`--variant 'KEY=A KEY=B'` changes several settings together, where `--vary` would train all their combinations. The same
+command resumes a sweep that was stopped: it skips finished runs, and the others resume from their checkpoints.
 `--report` only compares finished runs. `--json FILE` stores the table and the curves of all runs. `--results FILE`
 reads such a file, so that a sweep can continue on another machine. `--slurm '--time 2:00:00'` trains on a cluster, as
 a job array with one task for each run. These tasks save and requeue like the jobs of launchers.slurm.
@@ -42,14 +43,20 @@ POLL = 5.0  # seconds between two queries of the state of an array's jobs
 
 
 def all_runs(
-    base: list[str], arms: list[str], seeds: list[int], variations: list[list[str]], folder: Path, alone: bool = True
+    base: list[str],
+    arms: list[str],
+    seeds: list[int],
+    variations: list[tuple[str, ...]],
+    folder: Path,
+    alone: bool = True,
 ) -> list[Run]:
     """All runs of the sweep, validated. Ordered by variation, then seed, so that all arms of a seed finish early.
 
-    alone: each run is one process. Raises ValueError for an unknown arm or an invalid configuration.
+    variations: the settings (key=value) of each, see `all_variations`. alone: each run is one process. Raises
+    ValueError for an unknown arm or an invalid configuration.
     """
     runs = []
-    for variation, seed, arm in itertools.product(itertools.product(*variations), seeds, arms):
+    for variation, seed, arm in itertools.product(variations, seeds, arms):
         path = ARMS / f"{arm}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in ARMS.glob("*.yaml")))
@@ -172,6 +179,18 @@ def varied(argument: str) -> list[str]:
     return [f"{key}={value}" for value in values.split(",")]
 
 
+def all_variations(variants: list[str], varied_keys: list[str]) -> list[tuple[str, ...]]:
+    """Each of --variant (or none) with every combination of the values of --vary. Raises ValueError."""
+    groups = [tuple(shlex.split(variant)) for variant in dict.fromkeys(variants)] or [()]
+    for group in groups:
+        for setting in group:
+            key, equals, value = setting.partition("=")
+            if not (key and equals and value):
+                raise ValueError(f"--variant {' '.join(group)}: expected 'KEY=A KEY=B ...', but {setting} is not KEY=A")
+    values = list(itertools.product(*(varied(argument) for argument in varied_keys)))
+    return [group + combination for group in groups for combination in values]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m launchers.sweep", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -186,7 +205,14 @@ def main(arguments: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="KEY=A,B",
-        help="train every arm with each of these values; may be given several times",
+        help="train every arm with each of these values; may be given several times: all combinations",
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'KEY=A KEY=B'",
+        help="train every arm with these settings together; may be given several times: one after the other",
     )
     parser.add_argument("--dir", type=Path, required=True, help="folder that will hold the run folders")
     parser.add_argument(
@@ -220,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--slurm has settings of the runs: give {' '.join(settings)} outside of --slurm")
     arms = list(dict.fromkeys(args.arms.split(",")))
     console = Console(width=None if sys.stdout.isatty() else 130)
-    runs = all_runs(args.config, arms, args.seeds, [varied(v) for v in args.vary], args.dir, args.slurm is None)
+    variations = all_variations(args.variant, args.vary)
+    runs = all_runs(args.config, arms, args.seeds, variations, args.dir, args.slurm is None)
     cells = {run.cell for run in runs}
     if args.reference is not None and not cells & {reference_of(cell, args.reference) for cell in cells}:
         raise ValueError(f"--reference {args.reference}: not one of {', '.join(sorted(cell.name for cell in cells))}")

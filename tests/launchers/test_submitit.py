@@ -99,7 +99,7 @@ def test_gpus_may_be_asked_for_in_another_way(run_file, capsys):
 
 def test_an_array_is_one_submission(stub, run_file, tmp_path, capsys, monkeypatch):
     calls = stub()
-    runs = sweep.all_runs([run_file], ["standard"], [0, 1, 2], [], tmp_path / "sweep")
+    runs = sweep.all_runs([run_file], ["standard"], [0, 1, 2], [()], tmp_path / "sweep")
     launches = [slurm.read_launch(run.arguments) for run in runs]
     assert slurm.submit(launches, tmp_path / "sweep", 2) == ["12_0", "12_1", "12_2"]
     assert sum(line.startswith("sbatch") and "test-only" not in line for line in calls.read_text().splitlines()) == 1

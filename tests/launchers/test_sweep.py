@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from launchers.comparison import compare, interval, tokens_to_reach
 from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
-from launchers.sweep import all_runs, main
+from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import flat
 from tests.conftest import ROOT, write_config
@@ -59,7 +60,9 @@ def write_run(run: Run, nelbo: list[float]) -> Run:
 def test_comparison_is_paired_by_seed(small_run, tmp_path):
     tree = small_run({"optim": {"lr": 1e-3, "schedule": "wsd", "decay_fraction": 0.2}, "eval": {"every": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
-    runs = all_runs([base], ["standard", "strats"], [0, 1], [["optim.lr=1e-3", "optim.lr=2e-3"]], tmp_path / "sweep")
+    runs = all_runs(
+        [base], ["standard", "strats"], [0, 1], [("optim.lr=1e-3",), ("optim.lr=2e-3",)], tmp_path / "sweep"
+    )
     assert [(run.cell.arm, run.seed) for run in runs[:4]] == [
         ("standard", 0), ("strats", 0), ("standard", 1), ("strats", 1)
     ]  # fmt: skip
@@ -87,7 +90,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
 def test_a_repeated_sweep_with_other_settings_is_refused(small_run, tmp_path):
     base = str(write_config(small_run({"optim": {"lr": 1e-3}}), tmp_path / "config.yaml"))
     command = [base, "--arms", "standard", "--seeds", "0", "--dir", str(tmp_path / "sweep")]
-    write_run(all_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0], [5.0, 4.0])
+    write_run(all_runs([base], ["standard"], [0], [()], tmp_path / "sweep")[0], [5.0, 4.0])
     main([*command, "--report"])
     free = ["run.micro_batch=2", "parallel.compile=true", "checkpoint.keep_last=5", "eval.batch=3"]
     main([*command, "--report", *free])  # these change no result
@@ -112,7 +115,7 @@ def test_stored_results_replace_run_folders(small_run, tmp_path):
     tree = small_run({"eval": {"every": 4}})
     base = str(write_config(tree, tmp_path / "config.yaml"))
     here, there, table = tmp_path / "here", tmp_path / "there", tmp_path / "table.json"
-    first, second = all_runs([base], ["standard", "strats"], [0], [], here)
+    first, second = all_runs([base], ["standard", "strats"], [0], [()], here)
     write_run(first, [5.0, 4.5, 4.0, 3.5, 3.0])
     write_run(second, [5.0, 4.4, 3.9, 3.4, np.inf])
     both, results = [base, "--arms", "standard,strats"], ["--dir", str(there), "--results", str(table)]
@@ -126,7 +129,7 @@ def test_stored_results_replace_run_folders(small_run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tree["data"]["sources"][0]["path"], moved)
     elsewhere = [*both, f"data.sources=[{{path: {moved}}}]"]
-    [run] = all_runs([base, elsewhere[-1]], ["standard"], [1], [], there)
+    [run] = all_runs([base, elsewhere[-1]], ["standard"], [1], [()], there)
     write_run(run, [5.0, 4.5, 4.0, 3.5, 3.2])
     more = [*elsewhere, "--seeds", "0,1", *results, "--report"]
     main([*more, "--json", str(tmp_path / "more.json")])
@@ -157,7 +160,7 @@ def test_stored_results_replace_run_folders(small_run, tmp_path):
 
 def test_a_curve_is_the_mean_over_validation_sets_and_keeps_what_diverged(small_run, tmp_path):
     base = str(write_config(small_run(), tmp_path / "config.yaml"))
-    run = all_runs([base], ["standard"], [0], [], tmp_path / "sweep")[0]
+    run = all_runs([base], ["standard"], [0], [()], tmp_path / "sweep")[0]
     write_run(run, [])
     values = [("a", 4, 5.0), ("b", 4, 3.0), ("a", 8, 4.0), ("b", 8, None)]
     lines = [json.dumps({"step": s, "split": f"validation/{k}", "nelbo": v}) + "\n" for k, s, v in values]
@@ -194,12 +197,41 @@ def test_a_sweep_trains_compares_and_goes_on(small_run, tmp_path):
     assert "is not a multiple of model.n_heads" in (tmp_path / "sweep/standard/seed-4/output.log").read_text()
 
 
+def test_a_variant_changes_settings_together():
+    # `optim.muon_lr` needs Muon, so the product of these keys has combinations that do not exist.
+    variants = ["optim.name=adamw optim.muon_lr=null", "optim.name=muon optim.muon_lr=5e-3"]
+    adamw, muon = (tuple(variant.split()) for variant in variants)
+    assert all_variations(variants, ["optim.lr=1e-3,2e-3"]) == [
+        (*adamw, "optim.lr=1e-3"), (*adamw, "optim.lr=2e-3"), (*muon, "optim.lr=1e-3"), (*muon, "optim.lr=2e-3")
+    ]  # fmt: skip
+    assert all_variations([], []) == [()]
+
+
+@pytest.mark.parametrize(
+    "target", ["study", "study-muon", "study-recipe", "study-quickstart", "study-search", "study-medium"]
+)
+def test_every_run_of_a_study_is_valid(target, tmp_path, monkeypatch, capsys):
+    """The sweeps of the Makefile, with --report: all their configurations are validated, and nothing is trained."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, text=True, capture_output=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    sweeps = [shlex.split(line.partition("launchers.sweep")[2]) for line in lines if "-m launchers.sweep" in line]
+    assert sweeps
+    monkeypatch.chdir(ROOT)
+    outputs = {"--dir": tmp_path / "sweep", "--json": tmp_path / "a.json", "--figure": tmp_path / "a.png"}
+    for arguments in sweeps:
+        for option in outputs.keys() & set(arguments):
+            arguments[arguments.index(option) + 1] = str(outputs[option])
+        main([*arguments, "--report"])
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--arms", "nosuch"], "unknown arm 'nosuch'"),
         (["--arms", "standard", "--seeds", "a"], "whole numbers"),
         (["--arms", "standard", "--vary", "optim.lr"], "expected KEY=A,B"),
+        (["--arms", "standard", "--variant", "optim.lr"], "optim.lr is not KEY=A"),
         (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),
         (["--arms", "standard", "--slurm", "--time 1 optim.lr=0.1"], r"give optim\.lr=0\.1 outside of --slurm"),
         (["--arms", "standard,mirror", "run.global_batch=31", "run.micro_batch=31"], "a multiple of 2"),

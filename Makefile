@@ -87,14 +87,14 @@ study-muon: corpus
 
 # What objective and optimizer save together: Muon with QK-norm at 1.2e-2 against AdamW without at 6e-3.
 RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
-ADAMW := optim.name=adamw optim.lr=6e-3 model.qk_norm=false
-MUON := optim.name=muon optim.lr=1.2e-2 model.qk_norm=true
+RECIPE_ADAMW := optim.name=adamw optim.lr=6e-3 model.qk_norm=false
+RECIPE_MUON := optim.name=muon optim.lr=1.2e-2 model.qk_norm=true
 study-recipe: corpus
 	@mkdir -p runs
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best --variant '$(ADAMW)'
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(MUON)'
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(ADAMW)' --variant '$(MUON)' \
-		--reference 'standard $(ADAMW)' --report --json runs/study-recipe.json
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best --variant '$(RECIPE_ADAMW)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_MUON)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_ADAMW)' --variant '$(RECIPE_MUON)' \
+		--reference 'standard $(RECIPE_ADAMW)' --report --json runs/study-recipe.json
 
 # The same comparison at the size of the quickstart. The schedule is constant before a decay, so that tokens to a level can
 # be compared.
@@ -123,10 +123,10 @@ study-search: corpus
 		--vary optim.weight_decay=0.1,0 --vary optim.beta2=0.95,0.99 --vary optim.clip_norm=1.0,null \
 		--vary optim.warmup_steps=50,200 optim.lr=1.2e-2 \
 		--reference 'clipped optim.weight_decay=0.1 optim.beta2=0.95 optim.clip_norm=1.0 optim.warmup_steps=50'
-	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/batch --reference clipped \
-		--vary run.global_batch=16 --vary run.steps=2000 --vary optim.lr=6e-3,1.2e-2 run.micro_batch=16
-	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/batch --reference clipped \
-		--vary run.global_batch=64 --vary run.steps=500 --vary optim.lr=1.2e-2,2.4e-2 run.micro_batch=64 eval.every=25
+	$(PY) -m launchers.sweep $(SEARCH) --seeds 0 --dir runs/study-search/batch --json runs/study-search-batch.json \
+		--variant 'run.global_batch=32 run.steps=1000' --variant 'run.global_batch=16 run.steps=2000' \
+		--variant 'run.global_batch=64 run.steps=500' --vary optim.lr=6e-3,1.2e-2,2.4e-2 \
+		--reference 'clipped run.global_batch=32 run.steps=1000 optim.lr=1.2e-2' run.micro_batch=16
 
 # The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
 # packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs

@@ -180,7 +180,10 @@ def varied(argument: str) -> list[str]:
 
 
 def all_variations(variants: list[str], varied_keys: list[str]) -> list[tuple[str, ...]]:
-    """Each of --variant (or none) with every combination of the values of --vary. Raises ValueError."""
+    """Each of --variant (or none) with every combination of the values of --vary. Raises ValueError.
+
+    A key that would have two values in one combination is refused: only the last one would be trained.
+    """
     groups = [tuple(shlex.split(variant)) for variant in dict.fromkeys(variants)] or [()]
     for group in groups:
         for setting in group:
@@ -188,7 +191,12 @@ def all_variations(variants: list[str], varied_keys: list[str]) -> list[tuple[st
             if not (key and equals and value):
                 raise ValueError(f"--variant {' '.join(group)}: expected 'KEY=A KEY=B ...', but {setting} is not KEY=A")
     values = list(itertools.product(*(varied(argument) for argument in varied_keys)))
-    return [group + combination for group in groups for combination in values]
+    combinations = [group + combination for group in groups for combination in values]
+    for combination in combinations:
+        keys = [setting.partition("=")[0] for setting in combination]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"--variant and --vary give {twice[0]} twice in '{' '.join(combination)}': give it once")
+    return combinations
 
 
 def main(arguments: list[str] | None = None) -> None:

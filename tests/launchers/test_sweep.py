@@ -231,6 +231,8 @@ def test_every_run_of_a_study_is_valid(target, tmp_path, monkeypatch):
         (["--arms", "standard", "--seeds", "a"], "whole numbers"),
         (["--arms", "standard", "--vary", "optim.lr"], "expected KEY=A,B"),
         (["--arms", "standard", "--variant", "optim.lr"], "optim.lr is not KEY=A"),
+        (["--arms", "standard", "--vary", "optim.lr=1e-3", "--vary", "optim.lr=2e-3"], r"give optim\.lr twice in"),
+        (["--arms", "standard", "--variant", "optim.lr=1e-3", "--vary", "optim.lr=2e-3"], r"give optim\.lr twice in"),
         (["--arms", "standard", "--workers", "0"], "--workers must be at least 1"),
         (["--arms", "standard", "--slurm", "--time 1 optim.lr=0.1"], r"give optim\.lr=0\.1 outside of --slurm"),
         (["--arms", "standard,mirror", "run.global_batch=31", "run.micro_batch=31"], "a multiple of 2"),

@@ -94,19 +94,22 @@ def around(value: float | None, ends: list[float] | None, digits: int, sign: str
 
 
 def show(rows: list[dict], reference: str, console: Console) -> None:
-    """Print a table for each variation."""
-    for variation in dict.fromkeys(tuple(row["variation"]) for row in rows):
-        table = Table(
-            "arm", "seeds", "final NELBO, nats/token", "sd", f"minus {reference} (95%)", "tokens to its level, ratio",
-            title=" ".join(variation) or None,
-        )  # fmt: skip
+    """Print a table with a row for each cell. A line separates the variations."""
+    variations = dict.fromkeys(tuple(row["variation"]) for row in rows)
+    table = Table(
+        "arm", "settings", "seeds", "final NELBO, nats/token", "sd", f"minus {reference} (95%)", "tokens to its level"
+    )
+    table.columns[1].min_width = max((len(setting) for one in variations for setting in one), default=0)
+    for variation in variations:
+        table.add_section()
         for row in (row for row in rows if tuple(row["variation"]) == variation):
             table.add_row(
-                row["arm"], str(len(row["seeds"])), number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
+                row["arm"], " ".join(variation), str(len(row["seeds"])),
+                number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
                 around(row.get("difference"), row.get("difference_ci"), 4, "+"),
                 around(row.get("tokens_ratio"), row.get("tokens_ratio_ci"), 2) or "not reached",
             )  # fmt: skip
-        console.print(table)
+    console.print(table)
 
 
 def draw(rows: list[dict], reference: str, path: Path) -> None:

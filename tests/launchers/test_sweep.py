@@ -1,5 +1,6 @@
 """Arms against seeds: what runs, what is compared, and what a second start leaves alone."""
 
+import io
 import json
 import os
 import re
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from launchers.comparison import compare, interval, tokens_to_reach
+from launchers.comparison import compare, interval, show, tokens_to_reach
 from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
 from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
@@ -82,6 +84,10 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
         write_run(run, [7.0, 6.0, 5.5, 5.0, end])
     rows = compare(collect(runs, {}), "strats optim.lr=1e-3")
     assert [row["difference"] for row in rows] == pytest.approx([0.1, 0.0, -0.9, -0.5])
+    printed = io.StringIO()
+    show(rows, "strats optim.lr=1e-3", Console(file=printed, width=130))  # one table for all variations
+    cells = [[one.strip() for one in line.split("│")[1:4]] for line in printed.getvalue().splitlines() if "│" in line]
+    assert cells == [[arm, f"optim.lr={lr}", "2"] for lr in ("1e-3", "2e-3") for arm in ("standard", "strats")]
     named = [base, "--arms", "standard", "--vary", "optim.lr=1e-3", "--dir", str(tmp_path / "sweep"), "--report"]
     with pytest.raises(ValueError, match=r"--reference best: not one of standard optim\.lr=1e-3"):
         main([*named, "--reference", "best"])

@@ -9,6 +9,8 @@ from rich.table import Table
 from scipy import stats
 
 from launchers.results import Cell, Curve, Results
+from mdmtrain.config import Config
+from mdmtrain.cost import flops_per_token
 
 
 def tokens_to_reach(curve: Curve, nelbo: float) -> float:
@@ -41,17 +43,29 @@ def reference_of(cell: Cell, reference: str) -> Cell:
     return Cell(arm, tuple(variation) or cell.variation)
 
 
+def known_flops(config: Config) -> float | None:
+    """FLOPs for each token. None if the vocabulary is not known because the data is not here."""
+    try:
+        return flops_per_token(config)
+    except ValueError:
+        return None
+
+
 def compare(results: Results, reference: str) -> list[dict]:
     """A row for each cell: its final NELBO, and its difference to the reference with the same seeds.
 
     reference: see `reference_of`.
 
     `tokens_ratio`: the tokens to reach the NELBO that the reference has at the end of its constant learning rate,
-    divided by the reference's tokens. None if a seed does not reach it before its own decay.
+    divided by the reference's tokens. None if a seed does not reach it before its own decay. `flops_ratio`: the same
+    for the FLOPs of training, which objectives and optimizers change. None if they are not known.
     """
     curves: dict[Cell, dict[int, Curve]] = {}
+    flops: dict[Cell, float | None] = {}
     for (cell, seed), result in results.items():
         curves.setdefault(cell, {})[seed] = result.curve
+        if cell not in flops:
+            flops[cell] = known_flops(result.config)
     rows = []
     for cell, of_seed in curves.items():
         final = np.array([curve.nelbo[-1] for curve in of_seed.values()])
@@ -60,7 +74,8 @@ def compare(results: Results, reference: str) -> list[dict]:
             "nelbo_sd": float(final.std(ddof=1)) if len(final) > 1 else None,
             "tokens": float(min(curve.tokens[-1] for curve in of_seed.values())),
         }  # fmt: skip
-        base = curves.get(reference_of(cell, reference), {})
+        base_cell = reference_of(cell, reference)
+        base = curves.get(base_cell, {})
         shared = [seed for seed in of_seed if seed in base]
         if shared:
             difference = np.array([of_seed[seed].nelbo[-1] - base[seed].nelbo[-1] for seed in shared])
@@ -74,9 +89,12 @@ def compare(results: Results, reference: str) -> list[dict]:
                 ]
             )
             reached = bool(np.isfinite(ratios).all())
+            mean = float(ratios.mean()) if reached else None
+            own, others = flops[cell], flops[base_cell]
             row |= {
-                "tokens_ratio": float(ratios.mean()) if reached else None,
+                "tokens_ratio": mean,
                 "tokens_ratio_ci": interval(ratios) if reached else None,
+                "flops_ratio": mean * own / others if mean and own and others else None,
             }
         rows.append(row)
     return rows
@@ -97,8 +115,12 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
     """Print a table with a row for each cell. A line separates the variations."""
     variations = dict.fromkeys(tuple(row["variation"]) for row in rows)
     table = Table(
-        "arm", "settings", "seeds", "final NELBO, nats/token", "sd", f"minus {reference} (95%)", "tokens to its level"
-    )
+        "arm", "settings", "seeds", "final NELBO", "sd", f"minus {reference} (95%)", "tokens to its level", "FLOPs",
+        caption=(
+            "NELBO: nats/token. The level is the NELBO of the reference at the end of its constant learning rate. "
+            "Tokens and FLOPs to reach it are ratios to those of the reference."
+        ),
+    )  # fmt: skip
     table.columns[1].min_width = max((len(setting) for one in variations for setting in one), default=0)
     for variation in variations:
         table.add_section()
@@ -108,6 +130,7 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
                 number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
                 around(row.get("difference"), row.get("difference_ci"), 4, "+"),
                 around(row.get("tokens_ratio"), row.get("tokens_ratio_ci"), 2) or "not reached",
+                number(row.get("flops_ratio"), 2),
             )  # fmt: skip
     console.print(table)
 
@@ -119,11 +142,15 @@ def draw(rows: list[dict], reference: str, path: Path) -> None:
     figure = Figure(figsize=(3 + 4 * len(variations), 0.35 * len(arms) + 1.3), layout="constrained")
     panels = figure.subplots(1, len(variations), sharex=True, sharey=True, squeeze=False)[0]
     for panel, variation in zip(panels, variations, strict=True):
+        missing = set(arms)  # a missing bar would look like a difference of 0
         for row in rows:
             if tuple(row["variation"]) == variation and row["arm"] != reference and "difference" in row:
+                missing.discard(row["arm"])
                 low, high = row["difference_ci"] or [row["difference"]] * 2
                 error = [[row["difference"] - low], [high - row["difference"]]]
                 panel.barh(arms.index(row["arm"]), row["difference"], xerr=error, color="#4477aa", capsize=3)
+        for arm in missing:
+            panel.text(0.0, arms.index(arm), " missing", va="center", fontsize="small")
         panel.axvline(0.0, color="black", linewidth=0.8)
         panel.set_title(" ".join(variation))
     panels[0].set_yticks(range(len(arms)), arms)

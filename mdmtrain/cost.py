@@ -380,6 +380,18 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
     return 3 * (matrices + attention + head), products, (3.5 + more) * attention
 
 
+def flops_per_token(config: Config) -> float:
+    """FLOPs of training for each token, without recomputation: model, output head, and Muon's orthogonalisation.
+
+    Raises ValueError as `shape_of`.
+    """
+    shape = shape_of(config)
+    counted, *_ = step_flops(shape, config, mean_masked(config, Assumptions()))
+    if config.optim.name == "muon":
+        counted += muon_flops(shape, 1)
+    return counted / (config.run.global_batch * config.data.sequence_length)
+
+
 def recomputed_products(shape: ModelShape, config: Config) -> float:
     """The share of the blocks' products and attention in the forward pass that the backward pass computes again.
 

@@ -170,6 +170,25 @@ def test_flops_are_those_of_the_model(recompute):
     assert attention == (passes + 0.5) * 4 * length * shape.d_model * shape.n_layers * tokens
 
 
+def test_flops_per_token_have_muon_and_the_head_on_masked_positions():
+    shape = ModelShape(**SHAPE)
+    adamw, muon_too = (config_of({}, optimizer) for optimizer in ("adamw", "muon"))
+    tokens = adamw.run.global_batch * adamw.data.sequence_length
+    with FlopCounterMode(display=False) as counter:
+        for parameter in Transformer(shape, None).layers.parameters():
+            if parameter.ndim == 2:
+                muon.orthogonalize(parameter.detach())
+    more = cost.flops_per_token(muon_too) - cost.flops_per_token(adamw)
+    assert more * tokens == pytest.approx(counter.get_total_flops())
+    # Rates in [.3, .8] mask a share of .55 on average. Next-token loss has the head everywhere and half of attention.
+    high, low = (config_with({"rate_low": a, "rate_high": b}) for a, b in ((0.3, 0.8), (0.1, 0.4)))
+    assert cost.flops_per_token(high) - cost.flops_per_token(low) == pytest.approx(3 * 2 * 64 * 64 * (0.55 - 0.25))
+    ar = config_with({"objective": "ar", "strata": "none"})
+    attention = 4 * ar.data.sequence_length * shape.d_model * shape.n_layers
+    difference = 3 * (2 * 64 * 64 * (1 - 0.55) - attention / 2)
+    assert cost.flops_per_token(ar) - cost.flops_per_token(high) == pytest.approx(difference)
+
+
 def test_float8_is_priced():
     """The products of the blocks take half the time. Scaling reads and writes every operand of a linear layer."""
     shape, plain = ModelShape(**SHAPE), config_of({"head_chunk": 4096})

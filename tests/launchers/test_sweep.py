@@ -19,6 +19,7 @@ from launchers.results import BINDING, FREE, Curve, Run, collect, present_finger
 from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import flat
+from mdmtrain.cost import flops_per_token
 from tests.conftest import ROOT, write_config
 
 
@@ -77,7 +78,9 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     assert second["difference"] == pytest.approx(-0.1) and second["difference_ci"] == pytest.approx([-0.1, -0.1])
     # 5.5 -> 4.0 passes 5.0 a third of the way from evaluation 3 to 4: 10/3 of 4 evaluations.
     assert second["tokens_ratio"] == pytest.approx((3 + 1 / 3) / 4)
-    assert first["tokens_ratio"] == 1.0
+    assert first["tokens_ratio"] == first["flops_ratio"] == 1.0
+    own, others = (flops_per_token(run.config) for run in (runs[1], runs[0]))
+    assert second["flops_ratio"] == pytest.approx(second["tokens_ratio"] * own / others)
     assert all(row["variation"] == ["optim.lr=1e-3"] for row in (first, second))  # nothing ran at the other rate
     # One cell as the reference of all, also of those with other values.
     for run, end in zip(runs[4:], (2.0, 2.4, 4.0, 4.4), strict=True):

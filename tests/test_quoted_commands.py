@@ -1,13 +1,15 @@
 """Every command has a --help that works, and every command that README.md and docs/ quote is one that exists.
 
 A quoted command is held against that help: its options must be there, and the files, the configuration keys and the
-make targets that the pages name must exist. All helps come from one process: starting Python with torch takes seconds.
+make targets that the pages name must exist. Its configuration files and settings must be valid together. All helps
+come from one process: starting Python with torch takes seconds.
 """
 
 import contextlib
 import io
 import re
 import runpy
+import shlex
 import sys
 import warnings
 from functools import cache
@@ -16,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 
+from mdmtrain import config as configuration
 from mdmtrain import config_help
 from tests.conftest import ROOT
 
@@ -24,6 +27,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 INSIDE_JOBS = {"launchers.rank", "launchers.supervise", "launchers.prepare_task"}
 COMMAND = re.compile(r"(?:-m )?((?<=-m )(?:mdmtrain|launchers|tests)\.[\w.]+|tools/[\w/]+\.py)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+SETTING = re.compile(r"[a-z0-9]+\.[a-z0-9_]+=.+")
+SEVERAL = ("--vary", "--variant", "--reference")  # options whose value is more than one setting
 REPOSITORY_FILE = re.compile(r"(?<![\w/.-])(?:mdmtrain|launchers|tools|configs|tests|docs)/[\w/.-]+\.(?:py|yaml|md)\b")
 
 
@@ -76,6 +81,24 @@ def quoted(line: str) -> list[tuple[str, list[str]]]:
     return [(m[1], OPTION.findall(line[m.end() : end])) for m, end in zip(found, ends, strict=False)]
 
 
+def refused(line: str) -> list[str]:
+    """What is wrong with the configuration files and the settings of a command, taken together."""
+    try:
+        words = shlex.split(line.split(" #")[0])
+    except ValueError:  # not a command
+        return []
+    files = [word for word in words if REPOSITORY_FILE.fullmatch(word) and word.endswith(".yaml")]
+    if not files or not COMMAND.search(line):
+        return []
+    before = {word: words[i - 1] for i, word in enumerate(words) if i}
+    settings = [word for word in words if SETTING.fullmatch(word) and before[word] not in SEVERAL]
+    try:
+        configuration.load([str(ROOT / file) for file in files] + settings)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def problems(page: str) -> list[str]:
     """What a page names that does not exist."""
     bad, targets = [], set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -100,6 +123,7 @@ def problems(page: str) -> list[str]:
         ]
         assigned = [match[0] for match in a_key.finditer(line) if line[match.end() : match.end() + 1] == "="]
         bad += [f"{key} is no configuration key" for key in assigned if key not in keys]
+        bad += refused(line)
         if a_key.fullmatch(line) and line not in keys and not line.endswith(".py"):
             bad.append(f"{line} is no configuration key")
     return bad + [f"{name} does not exist" for name in REPOSITORY_FILE.findall(page) if not (ROOT / name).exists()]
@@ -132,6 +156,11 @@ def test_what_a_page_quotes_exists(path):
         ("```bash\ntools/convert.py RUN --to llama\n```", "tools/convert.py is no command"),
         ("set `optim.learning_rate`", "optim.learning_rate is no configuration key"),
         ("    python -m mdmtrain.train c.yaml run.step=3", "run.step is no configuration key"),
+        (
+            "    python -m mdmtrain.train configs/quickstart.yaml optim.name=adamw",
+            f"configuration {ROOT}/configs/quickstart.yaml: 'optim': muon_lr=0.005 needs name=muon: set both, or leave "
+            "muon_lr out",
+        ),
         ("`make quikstart`", "make quikstart: no such target"),
         ("see mdmtrain/parallel/wrap.py", "mdmtrain/parallel/wrap.py does not exist"),
     ],

@@ -101,15 +101,19 @@ study-recipe: corpus
 QUICK := configs/quickstart.yaml --seeds 0,1,2 --dir runs/study-quickstart --workers 2 \
 	run.micro_batch=32 optim.schedule=wsd eval.every=70
 QUICK_ADAMW := optim.name=adamw optim.lr=4e-3 optim.muon_lr=null model.qk_norm=false
+QUICK_ADAMW_2 := optim.name=adamw optim.lr=2e-3 optim.muon_lr=null model.qk_norm=false
 QUICK_ADAMW_8 := optim.name=adamw optim.lr=8e-3 optim.muon_lr=null model.qk_norm=false
 QUICK_MUON := optim.name=muon optim.lr=1.2e-2 optim.muon_lr=5e-3 model.qk_norm=true
+QUICK_MUON_HALF := optim.name=muon optim.lr=6e-3 optim.muon_lr=2.5e-3 model.qk_norm=true
 study-quickstart: corpus
 	@mkdir -p runs
-	$(PY) -m launchers.sweep $(QUICK) --arms standard --variant '$(QUICK_ADAMW)' --variant '$(QUICK_ADAMW_8)'
+	$(PY) -m launchers.sweep $(QUICK) --arms standard --variant '$(QUICK_ADAMW_2)' --variant '$(QUICK_ADAMW)' \
+		--variant '$(QUICK_ADAMW_8)'
 	$(PY) -m launchers.sweep $(QUICK) --arms clipped,best,ar --reference clipped --variant '$(QUICK_MUON)'
-	$(PY) -m launchers.sweep $(QUICK) --arms standard,clipped,best,ar --variant '$(QUICK_ADAMW)' \
-		--variant '$(QUICK_ADAMW_8)' --variant '$(QUICK_MUON)' --reference 'standard $(QUICK_ADAMW)' \
-		--report --json runs/study-quickstart.json
+	$(PY) -m launchers.sweep $(QUICK) --arms clipped,best,ar --reference clipped --variant '$(QUICK_MUON_HALF)' --seeds 0
+	$(PY) -m launchers.sweep $(QUICK) --arms standard,clipped,best,ar --variant '$(QUICK_ADAMW_2)' \
+		--variant '$(QUICK_ADAMW)' --variant '$(QUICK_ADAMW_8)' --variant '$(QUICK_MUON)' \
+		--variant '$(QUICK_MUON_HALF)' --reference 'standard $(QUICK_ADAMW)' --report --json runs/study-quickstart.json
 
 # What could be better in the recipe, at the size of the study: the window of masking rates, the optimizer's settings, the
 # batch at equal tokens.

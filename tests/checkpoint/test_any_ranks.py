@@ -37,14 +37,18 @@ def tensors_of(world: World, replicate: int, optimizer: str = "adamw") -> dict[s
     return store.training_tensors(model, built, EMA(model, 0.9), RateSampler(DiffusionConfig(), world.device))
 
 
+def optimizer_of(name: str) -> str:
+    return "muon" if name.startswith("muon") else "adamw"
+
+
 def save_and_read(world: World, home: Path, corpus: Path, saves: list, reads: list) -> None:
-    """saves, reads: (name, copies of HSDP)."""
+    """saves, reads: (name, copies of HSDP). The optimizer is Muon if the name begins with it."""
     config = CheckpointConfig(save_every=1, keep_last=9)
     tokenizer = Tokenizer.load(corpus)
     meta = {**META, "identity": {"model": SHAPE.__dict__, "tokenizer": tokenizer.sha256}}
     meta["config"] = in_memory(SHAPE, corpus).facts["config"]
     for name, replicate in saves:
-        tensors = tensors_of(world, replicate)
+        tensors = tensors_of(world, replicate, optimizer_of(name))
         for key, tensor in tensors.items():
             copy_into(tensor, values(key, tensor.shape, tensor.dtype))
         folder = store.save(home / name, 1, tensors, meta, (corpus / "tokenizer.model").read_bytes(), config, world)
@@ -53,7 +57,7 @@ def save_and_read(world: World, home: Path, corpus: Path, saves: list, reads: li
             assert len(list(folder.glob("*.safetensors"))) == world.size
     for name, replicate in reads:
         folder = home / name / "step-00000001"
-        tensors = tensors_of(world, replicate)
+        tensors = tensors_of(world, replicate, optimizer_of(name))
         store.load(folder, store.read_meta(folder), tensors, world)
         for key, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -65,10 +69,11 @@ def save_and_read(world: World, home: Path, corpus: Path, saves: list, reads: li
 
 
 def test_saved_on_one_number_of_ranks_and_read_on_another(tmp_path, corpus):
-    run_world(save_and_read, 1, tmp_path, corpus, [("1", 1), ("old", 1)], [("1", 1)])
+    run_world(save_and_read, 1, tmp_path, corpus, [("1", 1), ("muon 1", 1), ("old", 1)], [("1", 1)])
     as_version1(tmp_path / "old/step-00000001")
-    run_world(save_and_read, 4, tmp_path, corpus, [("4", 1), ("2x2", 2), ("4x1", 4)], [("1", 2), ("4", 1), ("old", 2)])
-    names = ["1", "4", "2x2", "4x1", "old"]
+    saves = [("4", 1), ("2x2", 2), ("4x1", 4), ("muon 4", 1), ("muon 2x2", 2)]
+    run_world(save_and_read, 4, tmp_path, corpus, saves, [("1", 2), ("4", 1), ("muon 1", 2), ("old", 2)])
+    names = ["1", "4", "2x2", "4x1", "old", "muon 1", "muon 4", "muon 2x2"]
     run_world(save_and_read, 2, tmp_path, corpus, [("2", 1)], [(name, 1) for name in (*names, "2")] + [("2x2", 2)])
     run_world(save_and_read, 1, tmp_path, corpus, [], [(name, 1) for name in (*names, "2")])
     for name in (*names, "2"):  # and without ranks, for a conversion

@@ -85,22 +85,25 @@ study-muon: corpus
 		--seeds 0,1,2,3,4 --vary optim.lr=6e-3,1.2e-2 --dir runs/study-muon --workers 2 \
 		--json runs/study-muon.json --figure runs/study-muon.png optim.name=muon model.qk_norm=true
 
-# What objective and optimizer save together: AdamW at two learning rates, Muon at two, and Muon without QK-norm.
+# What objective and optimizer save together: AdamW and Muon at several learning rates, and Muon without QK-norm.
 RECIPE := configs/study.yaml --seeds 0,1,2,3,4 --dir runs/study-recipe --workers 2
-RECIPE_ADAMW := optim.name=adamw optim.lr=6e-3 model.qk_norm=false
+RECIPE_ADAMW_1 := optim.name=adamw optim.lr=1.5e-3 model.qk_norm=false
 RECIPE_ADAMW_3 := optim.name=adamw optim.lr=3e-3 model.qk_norm=false
+RECIPE_ADAMW_6 := optim.name=adamw optim.lr=6e-3 model.qk_norm=false
 RECIPE_MUON := optim.name=muon optim.lr=1.2e-2 model.qk_norm=true
 RECIPE_MUON_24 := optim.name=muon optim.lr=2.4e-2 model.qk_norm=true
 RECIPE_MUON_PLAIN := optim.name=muon optim.lr=1.2e-2 model.qk_norm=false
 study-recipe: corpus
 	@mkdir -p runs
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best --variant '$(RECIPE_ADAMW)' \
-		--variant '$(RECIPE_ADAMW_3)' --variant '$(RECIPE_MUON_PLAIN)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard --variant '$(RECIPE_ADAMW_1)'
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best --variant '$(RECIPE_ADAMW_3)' \
+		--variant '$(RECIPE_ADAMW_6)' --variant '$(RECIPE_MUON_PLAIN)'
 	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_MUON)'
 	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_MUON_24)' --seeds 0,1
-	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_ADAMW_3)' \
-		--variant '$(RECIPE_ADAMW)' --variant '$(RECIPE_MUON_PLAIN)' --variant '$(RECIPE_MUON)' \
-		--variant '$(RECIPE_MUON_24)' --reference 'standard $(RECIPE_ADAMW)' --report --json runs/study-recipe.json
+	$(PY) -m launchers.sweep $(RECIPE) --arms standard,clipped,best,ar --variant '$(RECIPE_ADAMW_1)' \
+		--variant '$(RECIPE_ADAMW_3)' --variant '$(RECIPE_ADAMW_6)' --variant '$(RECIPE_MUON_PLAIN)' \
+		--variant '$(RECIPE_MUON)' --variant '$(RECIPE_MUON_24)' --reference 'standard $(RECIPE_ADAMW_3)' \
+		--report --json runs/study-recipe.json
 
 # The same comparison at the size of the quickstart. The schedule is constant before a decay, so that tokens to a level can
 # be compared.

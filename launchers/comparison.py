@@ -1,6 +1,4 @@
-"""Compare finished runs at equal tokens: differences over paired seeds, tokens to a level, a table and a figure."""
-
-from pathlib import Path
+"""Compare finished runs: differences over paired seeds, tokens and FLOPs to a level, a table and a figure."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,8 +7,6 @@ from rich.table import Table
 from scipy import stats
 
 from launchers.results import Cell, Curve, Results
-from mdmtrain.config import Config
-from mdmtrain.cost import flops_per_token
 
 
 def tokens_to_reach(curve: Curve, nelbo: float) -> float:
@@ -43,14 +39,6 @@ def reference_of(cell: Cell, reference: str) -> Cell:
     return Cell(arm, tuple(variation) or cell.variation)
 
 
-def known_flops(config: Config) -> float | None:
-    """FLOPs for each token. None if the vocabulary is not known because the data is not here."""
-    try:
-        return flops_per_token(config)
-    except ValueError:
-        return None
-
-
 def compare(results: Results, reference: str) -> list[dict]:
     """A row for each cell: its final NELBO, and its difference to the reference with the same seeds.
 
@@ -64,8 +52,7 @@ def compare(results: Results, reference: str) -> list[dict]:
     flops: dict[Cell, float | None] = {}
     for (cell, seed), result in results.items():
         curves.setdefault(cell, {})[seed] = result.curve
-        if cell not in flops:
-            flops[cell] = known_flops(result.config)
+        flops[cell] = result.flops
     rows = []
     for cell, of_seed in curves.items():
         final = np.array([curve.nelbo[-1] for curve in of_seed.values()])
@@ -74,8 +61,8 @@ def compare(results: Results, reference: str) -> list[dict]:
             "nelbo_sd": float(final.std(ddof=1)) if len(final) > 1 else None,
             "tokens": float(min(curve.tokens[-1] for curve in of_seed.values())),
         }  # fmt: skip
-        base_cell = reference_of(cell, reference)
-        base = curves.get(base_cell, {})
+        reference_cell = reference_of(cell, reference)
+        base = curves.get(reference_cell, {})
         shared = [seed for seed in of_seed if seed in base]
         if shared:
             difference = np.array([of_seed[seed].nelbo[-1] - base[seed].nelbo[-1] for seed in shared])
@@ -90,11 +77,11 @@ def compare(results: Results, reference: str) -> list[dict]:
             )
             reached = bool(np.isfinite(ratios).all())
             mean = float(ratios.mean()) if reached else None
-            own, others = flops[cell], flops[base_cell]
+            own, per_token = flops[cell], flops[reference_cell]
             row |= {
                 "tokens_ratio": mean,
                 "tokens_ratio_ci": interval(ratios) if reached else None,
-                "flops_ratio": mean * own / others if mean and own and others else None,
+                "flops_ratio": mean * own / per_token if mean and own and per_token else None,
             }
         rows.append(row)
     return rows
@@ -109,6 +96,13 @@ def around(value: float | None, ends: list[float] | None, digits: int, sign: str
     """A number with the ends of its interval, where these are known."""
     shown = number(value, digits, sign)
     return shown if ends is None else f"{shown} ({number(ends[0], digits, sign)}..{number(ends[1], digits, sign)})"
+
+
+def tokens_to_level(row: dict) -> str:
+    """The share of tokens to the reference's level. Empty if there is nothing to compare with."""
+    if "tokens_ratio" not in row:
+        return ""
+    return around(row["tokens_ratio"], row["tokens_ratio_ci"], 2) or "not reached"
 
 
 def show(rows: list[dict], reference: str, console: Console) -> None:
@@ -129,14 +123,14 @@ def show(rows: list[dict], reference: str, console: Console) -> None:
                 row["arm"], " ".join(variation), str(len(row["seeds"])),
                 number(row["nelbo"], 4), number(row["nelbo_sd"], 4),
                 around(row.get("difference"), row.get("difference_ci"), 4, "+"),
-                around(row.get("tokens_ratio"), row.get("tokens_ratio_ci"), 2) or "not reached",
+                tokens_to_level(row),
                 number(row.get("flops_ratio"), 2),
             )  # fmt: skip
     console.print(table)
 
 
-def draw(rows: list[dict], reference: str, path: Path) -> None:
-    """Draw each arm's difference of the final NELBO to the reference as a bar, with a panel for each variation."""
+def draw(rows: list[dict], reference: str) -> Figure:
+    """Each arm's difference of the final NELBO to the reference as a bar, with a panel for each variation."""
     variations = list(dict.fromkeys(tuple(row["variation"]) for row in rows))
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != reference]
     figure = Figure(figsize=(3 + 4 * len(variations), 0.35 * len(arms) + 1.3), layout="constrained")
@@ -150,10 +144,10 @@ def draw(rows: list[dict], reference: str, path: Path) -> None:
                 error = [[row["difference"] - low], [high - row["difference"]]]
                 panel.barh(arms.index(row["arm"]), row["difference"], xerr=error, color="#4477aa", capsize=3)
         for arm in missing:
-            panel.text(0.0, arms.index(arm), " missing", va="center", fontsize="small")
+            panel.text(0.0, arms.index(arm), " no comparison", va="center", fontsize="small")
         panel.axvline(0.0, color="black", linewidth=0.8)
         panel.set_title(" ".join(variation))
     panels[0].set_yticks(range(len(arms)), arms)
     panels[0].invert_yaxis()
     figure.supxlabel(f"final validation NELBO minus {reference}'s, nats/token (95% over seeds)")
-    figure.savefig(path, dpi=120)
+    return figure

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mdmtrain.checkpoint import store
 from mdmtrain.checkpoint.resume import changed_settings, checkpoint_config
 from mdmtrain.config import Config, upgrade, validate
+from mdmtrain.cost import flops_per_token
 from mdmtrain.data.shards import is_prepared, location, read_manifest
 
 # Settings that do not change the result of a run, and the exceptions. A repeated sweep may have other values of them.
@@ -127,6 +128,7 @@ class Result:
     curve: Curve
     data: list[str]  # fingerprints of its sources
     config: Config  # that it was trained with
+    flops: float | None  # of training, per token; None if the data, and with it the vocabulary, is not here
 
 
 Results = dict[tuple[Cell, int], Result]  # by cell and seed
@@ -164,6 +166,14 @@ def to_json(results: Results) -> list[dict]:
     ]
 
 
+def known_flops(config: Config) -> float | None:
+    """FLOPs of training per token. None if the vocabulary is not known because the data is not here."""
+    try:
+        return flops_per_token(config)
+    except ValueError:
+        return None
+
+
 def read_stored(file: Path, runs: list[Run]) -> tuple[Results, int]:
     """The results of the sweep's runs in a file that --json wrote, and the number of its other runs.
 
@@ -189,7 +199,8 @@ def read_stored(file: Path, runs: list[Run]) -> tuple[Results, int]:
             before = validate(upgrade(record.config), f"{file}: the configuration of {run.name}")
             run.check(before, record.data, f"use the same settings and data, or leave out --results {file}")
             nelbo = np.array([np.inf if value is None else value for value in record.nelbo])
-            found[run.key] = Result(Curve(np.array(record.tokens), nelbo, record.constant), record.data, before)
+            curve = Curve(np.array(record.tokens), nelbo, record.constant)
+            found[run.key] = Result(curve, record.data, before, known_flops(run.config))
     return found, len(stored) - len(found)
 
 
@@ -223,7 +234,7 @@ def collect(runs: list[Run], stored: Results) -> Results:
             result = stored[run.key]
         elif (meta := run.finished_meta()) is not None:
             before = checkpoint_config(meta)
-            result = Result(read_curve(run), trained_data(meta, before), before)
+            result = Result(read_curve(run), trained_data(meta, before), before, known_flops(run.config))
         else:
             continue
         found[run.key] = result

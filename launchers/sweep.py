@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         write_json(args.json, {"reference": reference, "cells": rows, "runs": to_json(results)})
     if args.figure and rows:
-        draw(rows, reference, args.figure)
+        draw(rows, reference).savefig(args.figure, dpi=120)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: see above; the same command retries them")
 

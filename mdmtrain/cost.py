@@ -383,6 +383,7 @@ def step_flops(shape: ModelShape, config: Config, masked: float) -> tuple[float,
 def flops_per_token(config: Config) -> float:
     """FLOPs of training for each token, without recomputation: model, output head, and Muon's orthogonalisation.
 
+    The head has the mean number of masked positions (`mean_masked`, which does not know what P-POTS will fit).
     Raises ValueError as `shape_of`.
     """
     shape = shape_of(config)

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 
+from launchers.sweep import all_runs, all_variations
 from mdmtrain import config as configuration
 from mdmtrain import config_help
 from tests.conftest import ROOT
@@ -28,7 +29,7 @@ INSIDE_JOBS = {"launchers.rank", "launchers.supervise", "launchers.prepare_task"
 COMMAND = re.compile(r"(?:-m )?((?<=-m )(?:mdmtrain|launchers|tests)\.[\w.]+|tools/[\w/]+\.py)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 SETTING = re.compile(r"[a-z0-9]+\.[a-z0-9_]+=.+")
-SEVERAL = ("--vary", "--variant", "--reference")  # options whose value is more than one setting
+SEVERAL = ("--arms", "--variant", "--vary", "--reference")  # of a sweep: their values are not settings of all its runs
 REPOSITORY_FILE = re.compile(r"(?<![\w/.-])(?:mdmtrain|launchers|tools|configs|tests|docs)/[\w/.-]+\.(?:py|yaml|md)\b")
 
 
@@ -82,18 +83,25 @@ def quoted(line: str) -> list[tuple[str, list[str]]]:
 
 
 def refused(line: str) -> list[str]:
-    """What is wrong with the configuration files and the settings of a command, taken together."""
+    """What is wrong with the configuration files and the settings of a command, taken together.
+
+    All runs of a sweep are checked.
+    """
     try:
         words = shlex.split(line.split(" #")[0])
     except ValueError:  # not a command
         return []
-    files = [word for word in words if REPOSITORY_FILE.fullmatch(word) and word.endswith(".yaml")]
+    files = [str(ROOT / word) for word in words if REPOSITORY_FILE.fullmatch(word) and word.endswith(".yaml")]
     if not files or not COMMAND.search(line):
         return []
-    before = {word: words[i - 1] for i, word in enumerate(words) if i}
-    settings = [word for word in words if SETTING.fullmatch(word) and before[word] not in SEVERAL]
+    pairs = list(zip(["", *words], words, strict=False))
+    settings = [word for before, word in pairs if SETTING.fullmatch(word) and before not in SEVERAL]
+    arms, variants, varied = ([word for before, word in pairs if before == name] for name in SEVERAL[:3])
     try:
-        configuration.load([str(ROOT / file) for file in files] + settings)
+        if arms and "launchers.sweep" in line:
+            all_runs(files + settings, arms[0].split(","), [0], all_variations(variants, varied), ROOT / "runs")
+        else:
+            configuration.load(files + settings)
     except ValueError as error:
         return [str(error)]
     return []
@@ -160,6 +168,15 @@ def test_what_a_page_quotes_exists(path):
             "    python -m mdmtrain.train configs/quickstart.yaml optim.name=adamw",
             f"configuration {ROOT}/configs/quickstart.yaml: 'optim': muon_lr=0.005 needs name=muon: set both, or leave "
             "muon_lr out",
+        ),
+        (
+            "    python -m launchers.sweep configs/study.yaml --arms standard,bset --dir DIR",
+            f"--arms: unknown arm 'bset': choose from {', '.join(sorted(p.stem for p in ROOT.glob('configs/arms/*')))}",
+        ),
+        (
+            "    python -m launchers.sweep configs/study.yaml --arms best --vary optim.lr=1e-3,a --dir DIR",
+            f"configuration {ROOT}/configs/study.yaml + {ROOT}/configs/arms/best.yaml: 'optim.lr': input should be a valid "
+            'number, got "a"',
         ),
         ("`make quikstart`", "make quikstart: no such target"),
         ("see mdmtrain/parallel/wrap.py", "mdmtrain/parallel/wrap.py does not exist"),

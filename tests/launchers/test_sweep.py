@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launchers.comparison import compare, interval, show, tokens_to_reach
+from launchers.comparison import compare, draw, interval, show, tokens_to_reach
 from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
 from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
@@ -79,8 +79,6 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     # 5.5 -> 4.0 passes 5.0 a third of the way from evaluation 3 to 4: 10/3 of 4 evaluations.
     assert second["tokens_ratio"] == pytest.approx((3 + 1 / 3) / 4)
     assert first["tokens_ratio"] == first["flops_ratio"] == 1.0
-    own, others = (flops_per_token(run.config) for run in (runs[1], runs[0]))
-    assert second["flops_ratio"] == pytest.approx(second["tokens_ratio"] * own / others)
     assert all(row["variation"] == ["optim.lr=1e-3"] for row in (first, second))  # nothing ran at the other rate
     # One cell as the reference of all, also of those with other values.
     for run, end in zip(runs[4:], (2.0, 2.4, 4.0, 4.4), strict=True):
@@ -94,6 +92,39 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     named = [base, "--arms", "standard", "--vary", "optim.lr=1e-3", "--dir", str(tmp_path / "sweep"), "--report"]
     with pytest.raises(ValueError, match=r"--reference best: not one of standard optim\.lr=1e-3"):
         main([*named, "--reference", "best"])
+
+
+def test_flops_to_the_level_depend_on_the_arm_and_need_the_data(small_run, corpus, tmp_path):
+    moved = tmp_path / "corpus"
+    shutil.copytree(corpus, moved)
+    tree = small_run({"optim": {"lr": 1e-3, "schedule": "wsd", "decay_fraction": 0.2}, "eval": {"every": 4}})
+    tree["data"]["sources"] = [{"path": str(moved)}]
+    base, table = str(write_config(tree, tmp_path / "config.yaml")), tmp_path / "table.json"
+    runs = all_runs(
+        [base], ["standard", "clipped"], [0], [("optim.name=adamw",), ("optim.name=muon",)], tmp_path / "sweep"
+    )
+    for run in runs:
+        write_run(run, [7.0, 6.0, 5.5, 5.0, 4.0])
+    command = [base, "--arms", "standard,clipped", "--seeds", "0", "--vary", "optim.name=adamw,muon", "--report"]
+    command += ["--dir", str(tmp_path / "sweep"), "--reference", "standard optim.name=adamw", "--json", str(table)]
+    main(command)
+    flops = [flops_per_token(run.config) for run in runs]
+    assert flops[0] < flops[1] < flops[2] < flops[3]  # more masked positions, and Muon's iterations
+    found = [row["flops_ratio"] for row in json.loads(table.read_text())["cells"]]
+    assert found == pytest.approx([own / flops[0] for own in flops])
+    shutil.rmtree(moved)
+    main([*command, "--results", str(table)])
+    assert [row["flops_ratio"] for row in json.loads(table.read_text())["cells"]] == [None] * 4
+    assert [row["tokens_ratio"] for row in json.loads(table.read_text())["cells"]] == [1.0] * 4
+
+
+def test_the_figure_marks_what_has_no_comparison():
+    rows = [
+        {"arm": arm, "variation": [variation], "difference": -0.5, "difference_ci": None}
+        for arm, variation in (("standard", "a=1"), ("best", "a=1"), ("standard", "a=2"))
+    ]
+    texts = [[text.get_text().strip() for text in panel.texts] for panel in draw(rows, "standard a=1").axes]
+    assert texts == [[], ["no comparison"]]  # an empty bar would look like a difference of 0
 
 
 def test_a_repeated_sweep_with_other_settings_is_refused(small_run, tmp_path):

@@ -175,8 +175,8 @@ def test_what_a_page_quotes_exists(path):
         ),
         (
             "    python -m launchers.sweep configs/study.yaml --arms best --vary optim.lr=1e-3,a --dir DIR",
-            f"configuration {ROOT}/configs/study.yaml + {ROOT}/configs/arms/best.yaml: 'optim.lr': input should be a valid "
-            'number, got "a"',
+            f"configuration {ROOT}/configs/study.yaml + {ROOT}/configs/arms/best.yaml: 'optim.lr': input should be a "
+            'valid number, got "a"',
         ),
         ("`make quikstart`", "make quikstart: no such target"),
         ("see mdmtrain/parallel/wrap.py", "mdmtrain/parallel/wrap.py does not exist"),

@@ -141,18 +141,21 @@ study-search: corpus
 		--variant 'run.global_batch=64 run.steps=500' --vary optim.lr=6e-3,1.2e-2,2.4e-2 \
 		--reference 'clipped run.global_batch=32 run.steps=1000 optim.lr=1.2e-2' run.micro_batch=16
 
-# The recipe at 32 times the training FLOPs. A run takes half an hour on an idle core. The corpus is the source of installed
+# The recipe at 32 times the training FLOPs. A run takes a quarter of an hour to an hour on a core. The corpus is the source of installed
 # packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs
 # of a quarter of the length.
 PACKAGES := data/packages
+MEDIUM := configs/study-medium.yaml --seeds 0,1,2 --dir runs/study-medium --workers 2
 study-medium: setup
 	@mkdir -p runs
 	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'); \
 	$(PY) tools/prepare_data.py $$site/torch $$site/sympy $$site/numpy --include '*.py' \
 		--exclude tests test testing _vendor --vocab-size 2048 --validation-fraction 0.02 --out $(PACKAGES)
-	$(PY) -m launchers.sweep configs/study-medium.yaml --arms standard,best,clipped,ar --seeds 0,1 \
-		--vary optim.name=adamw,muon --vary optim.lr=4e-3 --reference 'standard optim.name=adamw optim.lr=4e-3' \
-		--dir runs/study-medium --workers 2 --json runs/study-medium.json --figure runs/study-medium.png
+	$(PY) -m launchers.sweep $(MEDIUM) --arms standard,best,clipped --vary optim.name=adamw,muon --vary optim.lr=4e-3
+	$(PY) -m launchers.sweep $(MEDIUM) --arms ar --reference ar --vary optim.name=muon --vary optim.lr=4e-3
+	$(PY) -m launchers.sweep $(MEDIUM) --arms standard,best,clipped,ar --vary optim.name=adamw,muon --vary optim.lr=4e-3 \
+		--reference 'standard optim.name=adamw optim.lr=4e-3' --report \
+		--json runs/study-medium.json --figure runs/study-medium.png
 
 # Start a Slurm cluster of two nodes on this machine, a run on both, and preempt it (needs Debian's slurm-wlm and munge,
 # and root).

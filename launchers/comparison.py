@@ -144,7 +144,7 @@ def draw(rows: list[dict], reference: str) -> Figure:
                 error = [[row["difference"] - low], [high - row["difference"]]]
                 panel.barh(arms.index(row["arm"]), row["difference"], xerr=error, color="#4477aa", capsize=3)
         for arm in missing:
-            panel.text(0.0, arms.index(arm), " no comparison", va="center", fontsize="small")
+            panel.text(0.0, arms.index(arm), "no comparison ", ha="right", va="center", fontsize="small")
         panel.axvline(0.0, color="black", linewidth=0.8)
         panel.set_title(" ".join(variation))
     panels[0].set_yticks(range(len(arms)), arms)

@@ -88,7 +88,7 @@ def refused(line: str) -> list[str]:
     All runs of a sweep are checked.
     """
     try:
-        words = shlex.split(line.split(" #")[0])
+        words = shlex.split(re.sub(r"(--[a-z-]+)=", r"\1 ", line.split(" #")[0]))
     except ValueError:  # not a command
         return []
     files = [str(ROOT / word) for word in words if REPOSITORY_FILE.fullmatch(word) and word.endswith(".yaml")]

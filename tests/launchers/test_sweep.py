@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launchers.comparison import compare, draw, interval, show, tokens_to_reach
+from launchers.comparison import compare, draw, interval, show, tokens_to_level, tokens_to_reach
 from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
 from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
@@ -103,19 +103,25 @@ def test_flops_to_the_level_depend_on_the_arm_and_need_the_data(small_run, corpu
     runs = all_runs(
         [base], ["standard", "clipped"], [0], [("optim.name=adamw",), ("optim.name=muon",)], tmp_path / "sweep"
     )
-    for run in runs:
-        write_run(run, [7.0, 6.0, 5.5, 5.0, 4.0])
+    for run, before_decay in zip(runs, (5.0, 4.5, 5.0, 5.2), strict=True):
+        write_run(run, [7.0, 6.0, 5.5, before_decay, 4.0])
     command = [base, "--arms", "standard,clipped", "--seeds", "0", "--vary", "optim.name=adamw,muon", "--report"]
     command += ["--dir", str(tmp_path / "sweep"), "--reference", "standard optim.name=adamw", "--json", str(table)]
     main(command)
     flops = [flops_per_token(run.config) for run in runs]
     assert flops[0] < flops[1] < flops[2] < flops[3]  # more masked positions, and Muon's iterations
     found = [row["flops_ratio"] for row in json.loads(table.read_text())["cells"]]
-    assert found == pytest.approx([own / flops[0] for own in flops])
+    shares = (1.0, 3.5 / 4, 1.0)  # of the tokens to 5.0, which the last run does not reach
+    assert found == [
+        *(pytest.approx(share * own / flops[0]) for share, own in zip(shares, flops[:3], strict=True)),
+        None,
+    ]
     shutil.rmtree(moved)
     main([*command, "--results", str(table)])
     assert [row["flops_ratio"] for row in json.loads(table.read_text())["cells"]] == [None] * 4
-    assert [row["tokens_ratio"] for row in json.loads(table.read_text())["cells"]] == [1.0] * 4
+    cells = json.loads(table.read_text())["cells"]
+    assert [tokens_to_level(row) for row in cells] == ["1.00", "0.88", "1.00", "not reached"]
+    assert tokens_to_level({}) == ""  # nothing to compare with
 
 
 def test_the_figure_marks_what_has_no_comparison():

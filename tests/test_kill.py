@@ -38,6 +38,7 @@ class Start:
     process: subprocess.Popen
     output: Path
     began_at: int  # step of the newest checkpoint
+    at: float  # Unix time
 
 
 def children(pid: int) -> list[int]:
@@ -49,16 +50,23 @@ def start(config: Path, run_dir: Path, ranks: int, restarts: int = 0) -> Start:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     launcher += ["--max-restarts", str(restarts), "-m", "mdmtrain.train"]
     output = run_dir.with_suffix(f".{time.monotonic_ns()}.out")
+    at = time.time()
     with open(output, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *launcher, str(config), f"run.dir={run_dir}"], cwd=ROOT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    return Start(process, output, newest_step(run_dir))
+    return Start(process, output, newest_step(run_dir), at)
 
 
-def last_record(run_dir: Path) -> dict:
+def last_record(run_dir: Path, since: float = 0.0) -> dict:
+    """The newest record, if it was written after this time.
+
+    A killed run leaves records of steps after its newest checkpoint.
+    """
     try:
+        if (run_dir / "metrics.jsonl").stat().st_mtime < since:
+            return {}
         with open(run_dir / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 5000))
             return json.loads(file.read().splitlines()[-1])
@@ -66,16 +74,23 @@ def last_record(run_dir: Path) -> dict:
         return {}
 
 
-def has_come(moment: str, run_dir: Path, began_at: int) -> bool:
-    """Is the run in such a moment?"""
+def unfinished(folder: Path, since: float) -> bool:
+    """Is a checkpoint being written that was begun after this time? A killed run leaves folders that are not whole."""
+    try:
+        return folder.stat().st_mtime >= since and not (folder / "meta.json").exists()
+    except FileNotFoundError:  # just being removed
+        return False
+
+
+def has_come(moment: str, run_dir: Path, running: Start) -> bool:
+    """Is the run in such a moment, after this start?"""
     match moment:
         case "a step":
-            return last_record(run_dir).get("step", 0) > began_at + SAVE
+            return last_record(run_dir, running.at).get("step", 0) > running.began_at + SAVE
         case "a save":
-            folders = (run_dir / "checkpoints").glob("step-*")
-            return any(not (folder / "meta.json").exists() for folder in folders)
+            return any(unfinished(folder, running.at) for folder in (run_dir / "checkpoints").glob("step-*"))
         case "an evaluation":
-            record = last_record(run_dir)
+            record = last_record(run_dir, running.at)
             return record.get("step", 1) % EVALUATE == 0 and "split" not in record
     return True
 
@@ -111,7 +126,7 @@ def disturbed_run(
                 running = start(config, run_dir, next(sizes), restarts)
             deadline = time.monotonic() + (chance.uniform(0.2, 0.8) * duration if moment == "any time" else 600)
             while running.process.poll() is None and time.monotonic() < deadline:
-                if moment not in ("any time", "") and has_come(moment, run_dir, running.began_at):
+                if moment not in ("any time", "") and has_come(moment, run_dir, running):
                     time.sleep(chance.uniform(0.0, 0.1))
                     break
                 time.sleep(0.003)

@@ -141,9 +141,9 @@ study-search: corpus
 		--variant 'run.global_batch=64 run.steps=500' --vary optim.lr=6e-3,1.2e-2,2.4e-2 \
 		--reference 'clipped run.global_batch=32 run.steps=1000 optim.lr=1.2e-2' run.micro_batch=16
 
-# The recipe at 32 times the training FLOPs. A run takes a quarter of an hour to an hour on a core. The corpus is the source of installed
-# packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen with runs
-# of a quarter of the length.
+# The recipe at 32 times the training FLOPs. A run takes a quarter of an hour to an hour on a core. The corpus is the source
+# of installed packages (torch, sympy, numpy). It needs a C++ compiler. The learning rate is that of docs/variance.md, chosen
+# with runs of a quarter of the length.
 PACKAGES := data/packages
 MEDIUM := configs/study-medium.yaml --seeds 0,1,2 --dir runs/study-medium --workers 2
 study-medium: setup

@@ -39,20 +39,18 @@ def reference_of(cell: Cell, reference: str) -> Cell:
     return Cell(arm, tuple(variation) or cell.variation)
 
 
-def compare(results: Results, reference: str) -> list[dict]:
+def compare(results: Results, reference: str, flops: dict[Cell, float]) -> list[dict]:
     """A row for each cell: its final NELBO, and its difference to the reference with the same seeds.
 
-    reference: see `reference_of`.
+    reference: see `reference_of`. flops: per token, of the cells for which they are known.
 
     `tokens_ratio`: the tokens to reach the NELBO that the reference has at the end of its constant learning rate,
     divided by the reference's tokens. None if a seed does not reach it before its own decay. `flops_ratio`: the same
     for the FLOPs of training, which objectives and optimizers change. None if they are not known.
     """
     curves: dict[Cell, dict[int, Curve]] = {}
-    flops: dict[Cell, float | None] = {}
     for (cell, seed), result in results.items():
         curves.setdefault(cell, {})[seed] = result.curve
-        flops[cell] = result.flops
     rows = []
     for cell, of_seed in curves.items():
         final = np.array([curve.nelbo[-1] for curve in of_seed.values()])
@@ -77,11 +75,11 @@ def compare(results: Results, reference: str) -> list[dict]:
             )
             reached = bool(np.isfinite(ratios).all())
             mean = float(ratios.mean()) if reached else None
-            own, per_token = flops[cell], flops[reference_cell]
+            known = cell in flops and reference_cell in flops
             row |= {
                 "tokens_ratio": mean,
                 "tokens_ratio_ci": interval(ratios) if reached else None,
-                "flops_ratio": mean * own / per_token if mean and own and per_token else None,
+                "flops_ratio": mean * flops[cell] / flops[reference_cell] if mean is not None and known else None,
             }
         rows.append(row)
     return rows

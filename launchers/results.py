@@ -1,6 +1,7 @@
 """The runs of a sweep and their results: what is finished, what may be compared, and results kept in a file."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,6 @@ class Result:
     curve: Curve
     data: list[str]  # fingerprints of its sources
     config: Config  # that it was trained with
-    flops: float | None  # of training, per token; None if the data, and with it the vocabulary, is not here
 
 
 Results = dict[tuple[Cell, int], Result]  # by cell and seed
@@ -166,12 +166,13 @@ def to_json(results: Results) -> list[dict]:
     ]
 
 
-def known_flops(config: Config) -> float | None:
-    """FLOPs of training per token. None if the vocabulary is not known because the data is not here."""
-    try:
-        return flops_per_token(config)
-    except ValueError:
-        return None
+def flops_of_cells(runs: list[Run]) -> dict[Cell, float]:
+    """FLOPs of training per token. Without cells whose vocabulary is not known because the data is not here."""
+    found = {}
+    for cell, config in {run.cell: run.config for run in runs}.items():  # reads the data once for each cell
+        with suppress(ValueError):
+            found[cell] = flops_per_token(config)
+    return found
 
 
 def read_stored(file: Path, runs: list[Run]) -> tuple[Results, int]:
@@ -199,8 +200,7 @@ def read_stored(file: Path, runs: list[Run]) -> tuple[Results, int]:
             before = validate(upgrade(record.config), f"{file}: the configuration of {run.name}")
             run.check(before, record.data, f"use the same settings and data, or leave out --results {file}")
             nelbo = np.array([np.inf if value is None else value for value in record.nelbo])
-            curve = Curve(np.array(record.tokens), nelbo, record.constant)
-            found[run.key] = Result(curve, record.data, before, known_flops(run.config))
+            found[run.key] = Result(Curve(np.array(record.tokens), nelbo, record.constant), record.data, before)
     return found, len(stored) - len(found)
 
 
@@ -234,7 +234,7 @@ def collect(runs: list[Run], stored: Results) -> Results:
             result = stored[run.key]
         elif (meta := run.finished_meta()) is not None:
             before = checkpoint_config(meta)
-            result = Result(read_curve(run), trained_data(meta, before), before, known_flops(run.config))
+            result = Result(read_curve(run), trained_data(meta, before), before)
         else:
             continue
         found[run.key] = result

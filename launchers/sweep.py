@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from launchers.comparison import compare, draw, reference_of, show
 from launchers.launch import live_job, parse
 from launchers.lifecycle import read_state
-from launchers.results import Cell, Results, Run, collect, read_stored, to_json
+from launchers.results import Cell, Results, Run, collect, flops_of_cells, read_stored, to_json
 from launchers.slurm import prepare, slurm_parser, submit
 from mdmtrain import config as configuration
 from mdmtrain.command import CommandParser, output_file, survive_terminal, user_errors
@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         failed = train_all(missing, args.workers or 1, console)
     results = collect(runs, stored)
-    rows = compare(results, reference)
+    rows = compare(results, reference, flops_of_cells(runs))
     show(rows, reference, console)
     if args.json:
         write_json(args.json, {"reference": reference, "cells": rows, "runs": to_json(results)})

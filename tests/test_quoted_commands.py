@@ -96,10 +96,11 @@ def refused(line: str) -> list[str]:
         return []
     pairs = list(zip(["", *words], words, strict=False))
     settings = [word for before, word in pairs if SETTING.fullmatch(word) and before not in SEVERAL]
-    arms, variants, varied = ([word for before, word in pairs if before == name] for name in SEVERAL[:3])
+    given = {option: [word for before, word in pairs if before == option] for option in SEVERAL}
     try:
-        if arms and "launchers.sweep" in line:
-            all_runs(files + settings, arms[0].split(","), [0], all_variations(variants, varied), ROOT / "runs")
+        if given["--arms"] and "launchers.sweep" in line:
+            variations = all_variations(given["--variant"], given["--vary"])
+            all_runs(files + settings, given["--arms"][0].split(","), [0], variations, ROOT / "runs")
         else:
             configuration.load(files + settings)
     except ValueError as error:

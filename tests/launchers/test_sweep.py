@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from launchers.comparison import compare, draw, interval, show, tokens_to_level, tokens_to_reach
-from launchers.results import BINDING, FREE, Curve, Run, collect, present_fingerprint, read_curve
+from launchers.results import BINDING, FREE, Curve, Run, collect, flops_of_cells, present_fingerprint, read_curve
 from launchers.sweep import all_runs, all_variations, main
 from mdmtrain import config as configuration
 from mdmtrain.checkpoint.resume import flat
@@ -73,7 +73,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     # Seeds differ a lot, arms by 0.1 within a seed: paired, the difference has no spread at all.
     for run, end in zip(runs[:4], (3.0, 2.9, 5.0, 4.9), strict=True):
         write_run(run, [7.0, 6.0, 5.5, 5.0 - (run.cell.arm == "strats"), end])
-    first, second = compare(collect(runs, {}), "standard")
+    first, second = compare(collect(runs, {}), "standard", flops_of_cells(runs))
     assert first["arm"] == "standard" and first["nelbo"] == 4.0 and first["nelbo_sd"] == pytest.approx(2**0.5)
     assert second["difference"] == pytest.approx(-0.1) and second["difference_ci"] == pytest.approx([-0.1, -0.1])
     # 5.5 -> 4.0 passes 5.0 a third of the way from evaluation 3 to 4: 10/3 of 4 evaluations.
@@ -83,7 +83,7 @@ def test_comparison_is_paired_by_seed(small_run, tmp_path):
     # One cell as the reference of all, also of those with other values.
     for run, end in zip(runs[4:], (2.0, 2.4, 4.0, 4.4), strict=True):
         write_run(run, [7.0, 6.0, 5.5, 5.0, end])
-    rows = compare(collect(runs, {}), "strats optim.lr=1e-3")
+    rows = compare(collect(runs, {}), "strats optim.lr=1e-3", flops_of_cells(runs))
     assert [row["difference"] for row in rows] == pytest.approx([0.1, 0.0, -0.9, -0.5])
     printed = io.StringIO()
     show(rows, "strats optim.lr=1e-3", Console(file=printed, width=130))  # one table for all variations
